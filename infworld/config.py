@@ -1,0 +1,238 @@
+"""Every size and default of a model, read once from YAML. First in the chain; imports nothing of ours.
+
+The sections and keys are those of the released `infworld_config.yaml` (spec section 1); keys that the released
+model leaves out have its values as defaults here, so an existing file loads as it is. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+CONFIG_DIR = PROJECT_ROOT / "configs"
+FRAMES_PER_LATENT = 4  # of the causal VAE; the first latent stands for one frame alone
+
+# Spec section 2: (height, width), widest first.
+RELEASED_BUCKETS = (
+    *((320, 1216), (384, 1024), (448, 896), (512, 768), (576, 704), (640, 640), (704, 576), (768, 512)),
+    *((832, 448), (896, 448), (960, 384), (1088, 384), (1152, 320), (1216, 320), (1280, 320)),
+)
+
+# Spec section 4: per-channel mean and standard deviation of the released VAE's latents.
+RELEASED_LATENTS_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+RELEASED_LATENTS_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """`model_cfg`: diffusion transformer, memory compressor and action encoder (spec sections 6 and 7)."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    freq_dim: int = 256
+    num_heads: int = 12
+    num_layers: int = 30
+    in_channels: int = 20
+    out_channels: int = 16
+    caption_channels: int = 4096
+    memory_hidden_dim: int = 256
+    memory_num_heads: int = 8
+    action_embed_dim: int = 256
+    action_hidden_dim: int = 512
+    model_type: str = "t2v"
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """`vae_cfg`: the causal video VAE (spec section 4)."""
+
+    vae_pth: str = ""
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    latents_mean: tuple[float, ...] = RELEASED_LATENTS_MEAN
+    latents_std: tuple[float, ...] = RELEASED_LATENTS_STD
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """`text_encoder_cfg`: `type: umt5` (spec section 5) or `type: bytes`, our small encoder of UTF-8 bytes."""
+
+    checkpoint_path: str = ""
+    tokenizer_path: str = ""
+    model_max_length: int = 512
+    type: str = "umt5"
+    vocab: int = 256384
+    dim: int = 4096
+    dim_attn: int = 4096
+    dim_ffn: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """`val_scheduler_cfg`: rectified flow with Euler steps (spec section 8). `text_cfg_scale` 1 = no guidance."""
+
+    shift: float = 7.0
+    use_reversed_velocity: bool = True
+    use_timestep_transform: bool = True
+    num_sampling_steps: int = 30
+    text_cfg_scale: float = 5.0
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """`validation_data`: frames per chunk (the first repeats the last known one) and the lengths allowed."""
+
+    num_frames: int = 81
+    fps: int = 30
+    trained_chunks: int = 16  # quality is known to fall apart past this horizon
+    max_chunks: int = 50
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model: where its weights are and every size. Read with `load_config`."""
+
+    name: str = "infinite-world"
+    checkpoint_path: str = ""
+    model_cfg: TransformerConfig = field(default_factory=TransformerConfig)
+    vae_cfg: VAEConfig = field(default_factory=VAEConfig)
+    text_encoder_cfg: TextConfig = field(default_factory=TextConfig)
+    val_scheduler_cfg: SamplerConfig = field(default_factory=SamplerConfig)
+    validation_data: RolloutConfig = field(default_factory=RolloutConfig)
+    amp_dtype: str = "bfloat16"
+    buckets: tuple[tuple[int, int], ...] = RELEASED_BUCKETS
+    negative_prompt: str = ""
+    source: Path | None = None  # the YAML it came from; relative weight paths are looked up from there
+
+    def __post_init__(self):
+        if self.amp_dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"amp_dtype must be bfloat16, float16 or float32, not {self.amp_dtype!r}")
+        if self.text_encoder_cfg.type not in ("umt5", "bytes"):
+            raise ValueError(
+                f"text_encoder_cfg.type must be umt5 or bytes, not {self.text_encoder_cfg.type!r}"
+            )
+        if self.text_encoder_cfg.dim != self.model_cfg.caption_channels:
+            raise ValueError(
+                f"text_encoder_cfg.dim ({self.text_encoder_cfg.dim}) and model_cfg.caption_channels "
+                f"({self.model_cfg.caption_channels}) must be equal"
+            )
+        if self.validation_data.num_frames % FRAMES_PER_LATENT != 1:
+            raise ValueError(
+                f"validation_data.num_frames must be 1 + 4n, not {self.validation_data.num_frames}"
+            )
+
+    @property
+    def chunk_frames(self) -> int:
+        """New frames per chunk: 80."""
+        return self.validation_data.num_frames - 1
+
+    @property
+    def chunk_latents(self) -> int:
+        """Noisy latents per chunk: 21."""
+        return 1 + self.chunk_frames // FRAMES_PER_LATENT
+
+    def path(self, relative: str) -> Path:
+        """Where a weight file of this config is: absolute as given, else from the YAML's project or here."""
+        path = Path(relative).expanduser()
+        if path.is_absolute():
+            return path
+        places = [PROJECT_ROOT, Path.cwd()]
+        if self.source is not None:
+            places[:0] = [self.source.parent, self.source.parent.parent]
+        return next((place / path for place in places if (place / path).exists()), PROJECT_ROOT / path)
+
+    def chunks_for(self, num_frames: int) -> int:
+        """Chunks that a film of `num_frames` takes; raises ValueError if it is not 1 + whole chunks or too long."""
+        per_chunk, most = self.chunk_frames, self.validation_data.max_chunks
+        if isinstance(num_frames, bool) or not isinstance(num_frames, int):
+            raise ValueError(f"the number of frames must be a whole number, not {num_frames!r}")
+        chunks, rest = divmod(num_frames - 1, per_chunk)
+        if num_frames < 1 + per_chunk:
+            raise ValueError(f"a film has at least {1 + per_chunk} frames (one chunk), not {num_frames}")
+        if num_frames > 1 + most * per_chunk:
+            raise ValueError(
+                f"a film has at most {1 + most * per_chunk} frames ({most} chunks), not {num_frames}"
+            )
+        if rest:
+            near = 1 + chunks * per_chunk
+            raise ValueError(
+                f"a film is the picture and whole chunks of {per_chunk} frames: ask for {near} or "
+                f"{near + per_chunk} frames, not {num_frames}"
+            )
+        return chunks
+
+
+def load_config(name_or_path: str | Path) -> ModelConfig:
+    """Reads a model's config: "tiny", "infinite-world", or the path of a YAML file.
+
+    Raises FileNotFoundError for a missing file, ValueError for an unknown name, an unknown key or a bad value.
+    """
+    known = {"infinite-world": "infworld_config.yaml", "tiny": "tiny.yaml"}
+    path = CONFIG_DIR / known[name_or_path] if name_or_path in known else Path(name_or_path).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(
+            f"unknown model {str(name_or_path)!r}: use {', '.join(known)} or the path of a .yaml file"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"no config file at {path}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable YAML file: {error}") from error
+    config = from_dict(ModelConfig, data, where=str(path))
+    return dataclasses.replace(config, source=path.resolve())
+
+
+def from_dict(cls: type, data: Any, where: str) -> Any:
+    """Builds the frozen dataclass `cls` from nested dicts; `where` names the place in error messages."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: expected a mapping of settings, found {type(data).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "source"}
+    if unknown := sorted(set(data) - set(fields)):
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(fields))}")
+    default = cls()
+    return cls(
+        **{key: _value(getattr(default, key), value, f"{where}: {key}") for key, value in data.items()}
+    )
+
+
+def to_dict(config: ModelConfig) -> dict:
+    """The plain nested dict that `from_dict` reads back, for YAML."""
+    data = dataclasses.asdict(config, dict_factory=lambda items: {k: _plain(v) for k, v in items})
+    data.pop("source")
+    return data
+
+
+def _value(default: Any, value: Any, where: str) -> Any:
+    """Checks a YAML value against the type of its field's default and converts it."""
+    if dataclasses.is_dataclass(default):
+        return from_dict(type(default), value, where)
+    if isinstance(default, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where}: expected a list, found {value!r}")
+        return tuple(_value(default[0], item, where) for item in value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise ValueError(f"{where}: expected {type(default).__name__}, found {value!r}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
