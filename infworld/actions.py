@@ -115,9 +115,7 @@ class ActionScript:
         except json.JSONDecodeError as error:
             raise ValueError(f"the actions are not valid JSON: {error}") from error
         if not isinstance(actions, list):
-            raise ValueError(
-                f"the action JSON must be a list with one entry per frame, not {type(actions).__name__}"
-            )
+            raise ValueError(f"the action JSON must be a list with one entry per frame, not {type(actions).__name__}")
         return ActionScript.from_list(actions)
 
     @staticmethod
@@ -192,9 +190,7 @@ def _pair(action: object, frame: int) -> tuple[int, int]:
 def _parse_segment(part: str) -> Segment:
     match = re.fullmatch(r"([a-z +\-]*[a-z])\s+(\d{1,6})", part.lower())
     if not match:
-        raise ValueError(
-            f"cannot read {part!r}: write what to do and for how many frames, such as 'forward+left 60'"
-        )
+        raise ValueError(f"cannot read {part!r}: write what to do and for how many frames, such as 'forward+left 60'")
     move = view = (0, 0)
     for word in (re.sub(r"[\s\-]+", " ", w).strip() for w in match[1].split("+")):
         if word in MOVE_WORDS:

@@ -124,18 +124,14 @@ class ModelConfig:
         if self.amp_dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"amp_dtype must be bfloat16, float16 or float32, not {self.amp_dtype!r}")
         if self.text_encoder_cfg.type not in ("umt5", "bytes"):
-            raise ValueError(
-                f"text_encoder_cfg.type must be umt5 or bytes, not {self.text_encoder_cfg.type!r}"
-            )
+            raise ValueError(f"text_encoder_cfg.type must be umt5 or bytes, not {self.text_encoder_cfg.type!r}")
         if self.text_encoder_cfg.dim != self.model_cfg.caption_channels:
             raise ValueError(
                 f"text_encoder_cfg.dim ({self.text_encoder_cfg.dim}) and model_cfg.caption_channels "
                 f"({self.model_cfg.caption_channels}) must be equal"
             )
         if self.validation_data.num_frames % FRAMES_PER_LATENT != 1:
-            raise ValueError(
-                f"validation_data.num_frames must be 1 + 4n, not {self.validation_data.num_frames}"
-            )
+            raise ValueError(f"validation_data.num_frames must be 1 + 4n, not {self.validation_data.num_frames}")
 
     @property
     def chunk_frames(self) -> int:
@@ -166,9 +162,7 @@ class ModelConfig:
         if num_frames < 1 + per_chunk:
             raise ValueError(f"a film has at least {1 + per_chunk} frames (one chunk), not {num_frames}")
         if num_frames > 1 + most * per_chunk:
-            raise ValueError(
-                f"a film has at most {1 + most * per_chunk} frames ({most} chunks), not {num_frames}"
-            )
+            raise ValueError(f"a film has at most {1 + most * per_chunk} frames ({most} chunks), not {num_frames}")
         if rest:
             near = 1 + chunks * per_chunk
             raise ValueError(
@@ -186,9 +180,7 @@ def load_config(name_or_path: str | Path) -> ModelConfig:
     known = {"infinite-world": "infworld_config.yaml", "tiny": "tiny.yaml"}
     path = CONFIG_DIR / known[name_or_path] if name_or_path in known else Path(name_or_path).expanduser()
     if path.suffix not in (".yaml", ".yml"):
-        raise ValueError(
-            f"unknown model {str(name_or_path)!r}: use {', '.join(known)} or the path of a .yaml file"
-        )
+        raise ValueError(f"unknown model {str(name_or_path)!r}: use {', '.join(known)} or the path of a .yaml file")
     if not path.is_file():
         raise FileNotFoundError(f"no config file at {path}")
     try:
@@ -207,9 +199,7 @@ def from_dict(cls: type, data: Any, where: str) -> Any:
     if unknown := sorted(set(data) - set(fields)):
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(fields))}")
     default = cls()
-    return cls(
-        **{key: _value(getattr(default, key), value, f"{where}: {key}") for key, value in data.items()}
-    )
+    return cls(**{key: _value(getattr(default, key), value, f"{where}: {key}") for key, value in data.items()})
 
 
 def to_dict(config: ModelConfig) -> dict:
