@@ -1,0 +1,227 @@
+"""Memory, noisy latents, actions, text -> velocity: the diffusion transformer (spec section 7).
+
+A memory token never depends on the noise or the timestep, so the memory's way through the blocks is computed once
+per chunk and text (`encode_memory`) and each sampler step (`denoise`) reads it. `forward` does both: the plain
+reference, and what training uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from infworld.actions import MOVES, VIEWS
+from infworld.config import TransformerConfig
+from infworld.layers import EPS, Attention, gated_add, linear_float32, modulate, rope_3d
+from infworld.memory import MemoryCompressor
+
+PATCH = 2  # latents are cut into patches of 1 x 2 x 2
+ACTION_GROUPS, ACTION_EPS = 2, 1e-5
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """Per block, the keys and values (B, heads, L, d) of one text for cross-attention."""
+
+    keys_values: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class MemoryStream:
+    """What the noisy tokens read of the memory: its tokens (B, M h w / 4, dim) as they enter each block."""
+
+    tokens: tuple[Tensor, ...]
+    latents: int  # M
+
+
+class InfiniteWorldTransformer(nn.Module):
+    """Compressor, action encoder and transformer: every tensor of `infinite_world_model.ckpt`, by its name."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, (1, PATCH, PATCH), stride=(1, PATCH, PATCH))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.caption_channels, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.action_encoder = ActionEncoder(dim, config.action_embed_dim, config.action_hidden_dim)
+        self.latent_encoder = MemoryCompressor(config.out_channels, config.memory_hidden_dim, config.memory_num_heads)
+        self.blocks = nn.ModuleList(Block(dim, config.ffn_dim, config.num_heads) for _ in range(config.num_layers))
+        self.head = Head(dim, config.out_channels * PATCH**2)
+
+    def forward(
+        self, noisy: Tensor, timestep: Tensor, history: Tensor, move: Tensor, view: Tensor, text: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Velocity of noisy latents, everything computed.
+
+        noisy (B, 16, T, h, w) with T latents for 4 T - 3 actions; timestep (B,) in 0..1000; history (B, 16, n, h, w)
+        latents of all known frames; move, view (B, 4 T - 3) int64 indices; text (B, L, caption_channels) raw encoder
+        output and its mask (B, L). Returns float32 (B, 16, T, h, w), noise minus data.
+        """
+        context = self.embed_text(text, mask)
+        stream = self.encode_memory(self.latent_encoder(history.to(self.dtype)), context)
+        return self.denoise(noisy, timestep, stream, self.action_encoder(move, view), context)
+
+    def embed_text(self, text: Tensor, mask: Tensor) -> TextContext:
+        """Raw text encoder output (B, L, caption_channels) and its mask (B, L) -> keys and values of every block.
+
+        Padding is zeroed before the text MLP and attended to afterwards (spec section 5).
+        """
+        tokens = self.text_embedding((text * mask.unsqueeze(-1)).to(self.dtype))
+        return TextContext(tuple(block.cross_attn.keys_values(tokens) for block in self.blocks))
+
+    def encode_memory(self, memory: Tensor, context: TextContext) -> MemoryStream:
+        """The memory latents' (B, 16, M, h, w) way through all blocks, modulated for timestep 0."""
+        _, modulation = self._embed_time(memory.new_zeros(1))
+        x = self._patchify(memory.to(self.dtype), mask_value=1)
+        rope = self._rope(0, memory)
+        tokens = [x]
+        for block, keys_values in zip(self.blocks[:-1], context.keys_values, strict=False):
+            x = block.memory_step(x, modulation, rope, keys_values)
+            tokens.append(x)
+        return MemoryStream(tuple(tokens), memory.shape[2])
+
+    def denoise(
+        self, noisy: Tensor, timestep: Tensor, stream: MemoryStream, actions: Tensor, context: TextContext
+    ) -> Tensor:
+        """Velocity (B, 16, T, h, w) of noisy latents at `timestep` (B,), given memory, actions (B, T, dim) and text."""
+        time, modulation = self._embed_time(timestep)
+        x = rearrange(self._patchify(noisy.to(self.dtype), mask_value=0), "b (t n) c -> b t n c", t=noisy.shape[2])
+        x = rearrange(x + actions.unsqueeze(2), "b t n c -> b (t n) c")
+        rope_memory = self._rope(0, noisy, stream.latents)
+        rope = self._rope(stream.latents, noisy)
+        for block, memory, keys_values in zip(self.blocks, stream.tokens, context.keys_values, strict=True):
+            x = block.noisy_step(x, memory, modulation, rope, rope_memory, keys_values)
+        return self._unpatchify(self.head(x, time), noisy.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    def _embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) in 0..1000 -> time vector (B, dim) and the six modulation vectors (B, 6, dim), float32.
+
+        The timestep is rounded to the weights' dtype first: the released model was trained so.
+        """
+        half = self.config.freq_dim // 2
+        frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+        angles = timestep.to(self.dtype).double().unsqueeze(1) * frequencies
+        x = torch.cat([angles.cos(), angles.sin()], dim=1).float()
+        x = linear_float32(self.time_embedding[2], F.silu(linear_float32(self.time_embedding[0], x)))
+        return x, linear_float32(self.time_projection[1], F.silu(x)).unflatten(1, (6, -1))
+
+    def _patchify(self, latents: Tensor, mask_value: int) -> Tensor:
+        """(B, 16, T, h, w) -> tokens (B, T h w / 4, dim). Mask channels tell memory (1) from noise (0)."""
+        b, c, t, h, w = latents.shape
+        mask = latents.new_full((b, self.config.in_channels - c, t, h, w), mask_value)
+        x = torch.cat([latents, mask], dim=1)
+        x = rearrange(x, "b c t (h p) (w q) -> b (t h w) (c p q)", p=PATCH, q=PATCH)
+        return F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def _unpatchify(self, x: Tensor, shape: torch.Size) -> Tensor:
+        t, h, w = shape[2:]
+        return rearrange(x, "b (t h w) (p q c) -> b c t (h p) (w q)", t=t, h=h // PATCH, w=w // PATCH, p=PATCH, q=PATCH)
+
+    def _rope(self, start: int, latents: Tensor, frames: int | None = None) -> Tensor:
+        """Rotary angles of the latents' patches at time positions start, start + 1, ..."""
+        t, h, w = latents.shape[2:]
+        frames = range(start, start + (t if frames is None else frames))
+        return rope_3d(frames, h // PATCH, w // PATCH, self.config.dim // self.config.num_heads, latents.device)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; one step for memory tokens, one for noisy ones."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int):
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.self_attn = Attention(dim, num_heads)
+        self.norm3 = nn.LayerNorm(dim, eps=EPS)
+        self.cross_attn = Attention(dim, num_heads)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+
+    def memory_step(self, memory: Tensor, modulation: Tensor, rope: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        """Memory tokens attend to memory tokens alone; `modulation` (B or 1, 6, dim) is that of timestep 0."""
+        vectors = self._vectors(modulation)
+        x = modulate(memory, vectors[0], vectors[1])
+        attended = self.self_attn.attend(self.self_attn.queries(x, rope), *self.self_attn.keys_values(x, rope))
+        return self._text_and_ffn(gated_add(memory, attended, vectors[2]), vectors, text)
+
+    def noisy_step(
+        self,
+        noisy: Tensor,
+        memory: Tensor,
+        modulation: Tensor,
+        rope: Tensor,
+        rope_memory: Tensor,
+        text: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Noisy tokens attend to memory and noisy tokens together, both modulated for the step's timestep.
+
+        `memory` are the memory tokens as they entered this block.
+        """
+        vectors = self._vectors(modulation)
+        x = modulate(noisy, vectors[0], vectors[1])
+        memory_keys, memory_values = self.self_attn.keys_values(modulate(memory, vectors[0], vectors[1]), rope_memory)
+        keys, values = self.self_attn.keys_values(x, rope)
+        attended = self.self_attn.attend(
+            self.self_attn.queries(x, rope),
+            torch.cat([memory_keys, keys], dim=2),
+            torch.cat([memory_values, values], dim=2),
+        )
+        return self._text_and_ffn(gated_add(noisy, attended, vectors[2]), vectors, text)
+
+    def _text_and_ffn(self, x: Tensor, vectors: tuple[Tensor, ...], text: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.cross_attn.attend(self.cross_attn.queries(self._norm_text(x)), *text)
+        return gated_add(x, self.ffn(modulate(x, vectors[3], vectors[4])), vectors[5])
+
+    def _norm_text(self, x: Tensor) -> Tensor:
+        norm = self.norm3
+        return F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps).to(x.dtype)
+
+    def _vectors(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """shift1, scale1, gate1, shift2, scale2, gate2, each float32 (B, 1, dim)."""
+        return (self.modulation.float() + modulation).chunk(6, dim=1)
+
+
+class Head(nn.Module):
+    """Modulated LayerNorm and a linear layer, in float32."""
+
+    def __init__(self, dim: int, out: int):
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.head = nn.Linear(dim, out)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (self.modulation.float() + time.unsqueeze(1)).chunk(2, dim=1)
+        return linear_float32(self.head, modulate(x.float(), shift, scale))
+
+
+class ActionEncoder(nn.Module):
+    """(move, view) per frame -> one vector per latent: 81 -> 21."""
+
+    def __init__(self, dim: int, embed_dim: int, hidden: int):
+        super().__init__()
+        self.embedding_move = nn.Embedding(len(MOVES), embed_dim)
+        self.embedding_view = nn.Embedding(len(VIEWS), embed_dim)
+        self.encode_1 = self._half(2 * embed_dim, hidden)
+        self.encode_2 = self._half(hidden, hidden)
+        self.proj = nn.Linear(hidden, dim)
+
+    @staticmethod
+    def _half(dim: int, hidden: int) -> nn.Sequential:
+        conv = nn.Conv1d(dim, hidden, 3, stride=2, padding=1)
+        return nn.Sequential(conv, nn.GroupNorm(ACTION_GROUPS, hidden, eps=ACTION_EPS), nn.ReLU())
+
+    def forward(self, move: Tensor, view: Tensor) -> Tensor:
+        """move, view (B, 4 T - 3) int64 -> (B, T, dim)."""
+        x = torch.cat([self.embedding_move(move), self.embedding_view(view)], dim=-1)
+        x = self.encode_2(self.encode_1(rearrange(x, "b f c -> b c f")))
+        return self.proj(rearrange(x, "b c t -> b t c"))

@@ -1,0 +1,106 @@
+"""The shared leaf under memory.py and dit.py: norms, rotary embedding, attention, modulation.
+
+Norm statistics, modulation and rotation are computed in float32 and results returned in the input's dtype, as the
+released model was trained (spec section 7, "Precision").
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+EPS = 1e-6  # of every norm in the transformer and the compressor
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, with a weight."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype) * self.weight
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm over the last axis without weights."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm, then scale and shift: x (B, L, C), shift and scale float32 (B, 1, C)."""
+    return (layer_norm(x).float() * (1 + scale) + shift).to(x.dtype)
+
+
+def gated_add(x: Tensor, result: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * result, summed in float32: x, result (B, L, C), gate float32 (B, 1, C)."""
+    return (x.float() + result.float() * gate).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose queries and keys are RMS-normalised over the whole width before the heads split.
+
+    `queries` and `keys_values` are apart so that keys and values can come from other tokens or be kept.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim)
+        self.norm_k = RMSNorm(dim)
+
+    def queries(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """(B, L, C) -> (B, heads, L, C / heads)."""
+        return self._heads(self.norm_q(self.q(x)), rope)
+
+    def keys_values(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, L, C) -> twice (B, heads, L, C / heads)."""
+        return self._heads(self.norm_k(self.k(x)), rope), self._heads(self.v(x))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Softmax attention, unmasked, and the output projection: -> (B, L, C)."""
+        return self.o(rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)"))
+
+    def _heads(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        x = rearrange(x, "b l (h d) -> b h l d", h=self.num_heads)
+        return x if rope is None else rotate(x, rope)
+
+
+def rope_3d(frames: range, height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
+    """Cosines and sines of the 3-D rotary embedding, (2, frames * height * width, head_dim / 2) float32.
+
+    head_dim d is split into d - 4 floor(d/6) for time and 2 floor(d/6) each for height and width; base 10000; angles
+    in float64 (spec section 7). `frames` are the time positions.
+    """
+    part = 2 * (head_dim // 6)
+    axes = [(frames, head_dim - 2 * part), (range(height), part), (range(width), part)]
+    grid = torch.meshgrid(*(torch.tensor(list(p), dtype=torch.float64) for p, _ in axes), indexing="ij")
+    angles = torch.cat(
+        [
+            positions.reshape(-1, 1) * 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            for positions, (_, dim) in zip(grid, axes, strict=True)
+        ],
+        dim=1,
+    )
+    return torch.stack([angles.cos(), angles.sin()]).float().to(device)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotates consecutive pairs of x (B, heads, L, d) by the angles whose cosines and sines are `rope` (2, L, d/2)."""
+    cos, sin = rope
+    even, odd = rearrange(x.float(), "... (d two) -> two ... d", two=2)
+    return rearrange(torch.stack([even * cos - odd * sin, even * sin + odd * cos]), "two ... d -> ... (d two)").to(
+        x.dtype
+    )
+
+
+def linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in float32 whatever its weights' dtype."""
+    return F.linear(x.float(), layer.weight.float(), layer.bias.float())
