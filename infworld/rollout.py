@@ -1,0 +1,453 @@
+"""The story: a World films a walk chunk by chunk; a Session is all that one film needs to go on (spec section 9).
+
+A World holds only the models. What a film has become is a Session, a value on the CPU that can be saved, sent to
+another process and continued, any number of times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infworld.actions import ActionScript, Segment
+from infworld.checkpoint import RELEASED_EXTRAS, load_strict, read_metadata, read_tensors, save_tensors
+from infworld.config import ModelConfig, load_config
+from infworld.dit import InfiniteWorldTransformer
+from infworld.sampler import guide, sample, schedule
+from infworld.text import TextEmbedding, load_text_encoder
+from infworld.vae import VideoVAE
+from infworld.video import prepare_image, to_uint8
+
+log = logging.getLogger(__name__)
+
+SESSION_FORMAT = "infworld-session-1"
+STAGES = ("text", "memory", "sample", "decode", "encode")  # of a chunk, in order; "sample" once per step
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a call stands, after a stage of a chunk is done: "text", "memory", "sample" (each step) or "decode".
+
+    `chunk` counts from 1. `remaining` is an estimate in seconds, None before the first step. A chunk's last stage
+    (taking its frames into the history) makes no Progress: it is the Chunk itself, which nothing can then lose.
+    """
+
+    chunk: int
+    chunks: int
+    stage: str
+    step: int
+    steps: int
+    frames: int
+    total_frames: int
+    seconds: float
+    remaining: float | None
+
+
+Callback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """One film's state between chunks: CPU tensors and plain values only.
+
+    history: latents of all known frames, (1, 16, T, h, w), T = 1 + 20 per chunk. encoder_state: what the VAE encoder
+    carries on. chunk_latents: the sampled latents of each chunk, (1, 16, 21, h, w) float16, from which the film can
+    be shown again. picture: (1, H, W, 3) uint8. generator_state: of the noise generator.
+    """
+
+    model: str
+    picture: np.ndarray
+    history: Tensor
+    encoder_state: dict[str, Tensor]
+    chunk_latents: tuple[Tensor, ...]
+    generator_state: Tensor
+    actions: ActionScript
+    prompt: str
+    negative_prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    num_frames: int = 1
+
+    def with_actions(self, actions) -> Session:
+        """The same film with other actions for the frames to come (anything `ActionScript.of` takes)."""
+        return dataclasses.replace(self, actions=self.actions.cut(self.num_frames - 1) + ActionScript.of(actions))
+
+    def with_prompt(self, prompt: str, negative_prompt: str | None = None) -> Session:
+        """The same film with another prompt for what comes; the negative prompt stays unless given."""
+        negative = self.negative_prompt if negative_prompt is None else negative_prompt
+        return dataclasses.replace(self, prompt=prompt, negative_prompt=negative)
+
+    def with_seed(self, seed: int) -> Session:
+        """The same film with fresh noise from `seed` for what comes."""
+        return dataclasses.replace(self, seed=seed, generator_state=_generator_state(seed))
+
+    def save(self, path: str | Path) -> None:
+        """Writes one `.safetensors` file. ValueError if it cannot be written."""
+        tensors = {"history": self.history, "generator_state": self.generator_state}
+        tensors["picture"] = torch.from_numpy(self.picture)
+        tensors |= {f"encoder_state.{name}": tensor for name, tensor in self.encoder_state.items()}
+        tensors |= {f"chunk_latents.{i}": tensor for i, tensor in enumerate(self.chunk_latents)}
+        values = {name: getattr(self, name) for name in _PLAIN_FIELDS}
+        values["actions"] = [[s.move, s.view, s.frames] for s in self.actions.segments]
+        save_tensors(path, tensors, {"format": SESSION_FORMAT, "session": json.dumps(values)})
+
+    @staticmethod
+    def load(path: str | Path) -> Session:
+        """Reads what `save` wrote. FileNotFoundError, or ValueError for a file that is no whole session."""
+        metadata = read_metadata(path)
+        if metadata.get("format") != SESSION_FORMAT:
+            raise ValueError(f"{path} is not a session file of this program (format {SESSION_FORMAT})")
+        tensors = read_tensors(path)
+        try:
+            values = json.loads(metadata["session"])
+            actions = ActionScript(tuple(Segment(*segment) for segment in values.pop("actions")))
+            session = Session(
+                picture=tensors["picture"].numpy(),
+                history=tensors["history"],
+                encoder_state=_under("encoder_state.", tensors),
+                chunk_latents=tuple(
+                    tensors[f"chunk_latents.{i}"] for i in range(len(_under("chunk_latents.", tensors)))
+                ),
+                generator_state=tensors["generator_state"],
+                actions=actions,
+                **values,
+            )
+            torch.Generator().set_state(session.generator_state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"the session file {path} is damaged: {error}") from error
+        return session
+
+
+_PLAIN_FIELDS = ("model", "prompt", "negative_prompt", "seed", "steps", "guidance", "num_frames")
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """One finished chunk: its new frames (T H W 3 uint8; the film's first begins with the picture) and what follows."""
+
+    index: int
+    frames: np.ndarray
+    seconds: float
+    session: Session
+
+
+class World:
+    """A loaded model, ready to film. Make it with `load`; it is shared freely, since it keeps nothing of a film."""
+
+    def __init__(self, config: ModelConfig, transformer: InfiniteWorldTransformer, vae: VideoVAE, text_encoder):
+        self.config = config
+        self.transformer = transformer
+        self.vae = vae
+        self._encode_text = lru_cache(maxsize=16)(lambda text: text_encoder.encode([text]).to("cpu"))
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.patch_embedding.weight.device
+
+    def rollout(
+        self,
+        image,
+        actions=None,
+        prompt: str = "",
+        num_frames: int = 161,
+        seed: int = 0,
+        callback: Callback | None = None,
+        *,
+        negative_prompt: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Iterator[Chunk]:
+        """Films a walk from a picture, yielding each chunk as soon as it is there.
+
+        image: PIL picture, array (H W 3 uint8) or path. actions: list of {"move", "view"} per frame, ActionScript,
+        script text or JSON path; past its end nothing is done. num_frames: 1 + whole chunks of 80. callback hears a
+        Progress after every stage and step; what it raises ends the film and is passed on. Left out, the negative
+        prompt, steps and guidance are the model's own. Bad input is a ValueError before anything is computed.
+        """
+        chunks = self.config.chunks_for(num_frames)
+        session = self.start(
+            image, actions, prompt, negative_prompt=negative_prompt, seed=seed, steps=steps, guidance=guidance
+        )
+        return self.extend(session, chunks, callback)
+
+    def start(
+        self,
+        image,
+        actions=None,
+        prompt: str = "",
+        *,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Session:
+        """A film of one frame, the picture. Arguments as for `rollout`."""
+        defaults = self.config.val_scheduler_cfg
+        steps = defaults.num_sampling_steps if steps is None else steps
+        guidance = float(defaults.text_cfg_scale if guidance is None else guidance)
+        schedule(defaults, steps)
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be a finite number, not {guidance}")
+        if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"the seed must be a whole number from 0 to {MAX_SEED}, not {seed!r}")
+        script = ActionScript.of(actions)
+        video = prepare_image(image, self.config.buckets)
+        history, state = self._encode(video, None)
+        return Session(
+            model=self.config.name,
+            picture=to_uint8(video),
+            history=history,
+            encoder_state=state,
+            chunk_latents=(),
+            generator_state=_generator_state(seed),
+            actions=script,
+            prompt=prompt,
+            negative_prompt=self.config.negative_prompt if negative_prompt is None else negative_prompt,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+        )
+
+    def extend(self, session: Session, chunks: int, callback: Callback | None = None) -> Iterator[Chunk]:
+        """Adds chunks to a film; each Chunk's session can be saved, or extended again."""
+        self.check_session(session)
+        tracker = _Tracker(callback, chunks, session, self.config.chunk_frames)
+        for _ in range(chunks):
+            chunk = self._make_chunk(session, tracker, None)
+            session = chunk.session
+            yield chunk
+
+    def next_chunk(self, session: Session, callback: Callback | None = None, *, noise: Tensor | None = None) -> Chunk:
+        """The next chunk of 80 frames. `session` itself stays as it was.
+
+        noise: (1, 16, 21, h, w) in place of what the session's generator would draw.
+        """
+        self.check_session(session)
+        return self._make_chunk(session, _Tracker(callback, 1, session, self.config.chunk_frames), noise)
+
+    def replay(self, session: Session) -> Iterator[Chunk]:
+        """The film so far once more, from its stored latents: a film after a restart needs no computing anew.
+
+        Pixels may differ by rounding, as the stored latents are float16.
+        """
+        self.check_session(session)
+        for index, latents in enumerate(session.chunk_latents):
+            began = time.monotonic()
+            video = self._decode(latents.float())
+            yield Chunk(index, _new_frames(index, session.picture, video), time.monotonic() - began, session)
+
+    def check_session(self, session: Session) -> None:
+        """Raises ValueError if the session is another model's or does not hang together."""
+        if session.model != self.config.name:
+            raise ValueError(
+                f"this session was made with the model {session.model!r}, but {self.config.name!r} is loaded"
+            )
+        _, height, width, _ = session.picture.shape
+        made = len(session.chunk_latents)
+        latents = 1 + made * (self.config.chunk_latents - 1)
+        expected = (1, self.config.vae_cfg.z_dim, latents, height // 8, width // 8)
+        if tuple(session.history.shape) != expected or session.num_frames != 1 + made * self.config.chunk_frames:
+            raise ValueError(
+                f"the session is damaged: {made} chunks and {session.num_frames} frames, "
+                f"but a history of shape {tuple(session.history.shape)}"
+            )
+
+    @torch.inference_mode()
+    def _make_chunk(self, session: Session, tracker: _Tracker, noise: Tensor | None) -> Chunk:
+        began = time.monotonic()
+        generator = torch.Generator()
+        generator.set_state(session.generator_state)
+        if noise is None:
+            shape = (*session.history.shape[:2], self.config.chunk_latents, *session.history.shape[3:])
+            noise = torch.randn(shape, generator=generator)
+        velocity = self._velocity(session, tracker)
+        timesteps = schedule(self.config.val_scheduler_cfg, session.steps)
+        latents = sample(velocity, noise.to(self.device), timesteps, partial(tracker.done, "sample"))
+        video = self._decode(latents)
+        tracker.done("decode")
+        # The picture's own frame is known already: the decoded first frame repeats it.
+        added, state = self._encode(video[:, :, 1:], session.encoder_state)
+        tracker.done("encode")
+        after = dataclasses.replace(
+            session,
+            history=torch.cat([session.history, added], dim=2),
+            encoder_state=state,
+            chunk_latents=(*session.chunk_latents, latents.half().cpu()),
+            generator_state=generator.get_state(),
+            num_frames=session.num_frames + self.config.chunk_frames,
+        )
+        index = len(session.chunk_latents)
+        return Chunk(index, _new_frames(index, session.picture, video), time.monotonic() - began, after)
+
+    def _velocity(self, session: Session, tracker: _Tracker) -> Callable[[Tensor, Tensor], Tensor]:
+        """The guided velocity of this chunk as a function of noisy latents and timestep.
+
+        Everything that does not depend on them is computed here, once: the compressed memory, each text's keys and
+        values, and the memory's way through the transformer for each text.
+        """
+        model, device = self.transformer, self.device
+        prompts = [session.prompt] if session.guidance == 1 else [session.prompt, session.negative_prompt]
+        texts: list[TextEmbedding] = [self._encode_text(prompt).to(device) for prompt in prompts]
+        tracker.done("text")
+        pairs = session.actions.pairs(session.num_frames - 1, session.num_frames + self.config.chunk_frames)
+        move, view = torch.tensor(pairs, device=device).T.unsqueeze(1)
+        actions = model.action_encoder(move, view)
+        memory = model.latent_encoder(session.history.to(device, model.dtype))
+        contexts = [model.embed_text(text.hidden, text.mask) for text in texts]
+        streams = [model.encode_memory(memory, context) for context in contexts]
+        tracker.done("memory")
+        sign = 1 if self.config.val_scheduler_cfg.use_reversed_velocity else -1
+
+        def velocity(z: Tensor, timestep: Tensor) -> Tensor:
+            t = timestep.to(device).reshape(1)
+            v = [model.denoise(z, t, s, actions, c) for s, c in zip(streams, contexts, strict=True)]
+            return sign * (v[0] if len(v) == 1 else guide(*v, session.guidance))
+
+        return velocity
+
+    @torch.inference_mode()
+    def _encode(self, video: Tensor, state: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Appends frames to the encoder's state; all results on the CPU."""
+        if state is not None:
+            state = {name: tensor.to(self.device) for name, tensor in state.items()}
+        latents, state = self.vae.encode(video.to(self.device), state)
+        return latents.cpu(), {name: tensor.cpu() for name, tensor in state.items()}
+
+    @torch.inference_mode()
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents.to(self.device))
+
+
+def load(name: str | Path = "tiny", device: str = "auto") -> World:
+    """Loads a model: "tiny", "infinite-world", or the path of a config YAML.
+
+    device: "auto" (the GPU if there is one), "cuda", "cuda:1", "cpu". Raises FileNotFoundError or ValueError for
+    missing, truncated or foreign weights, naming the file.
+    """
+    config = load_config(name)
+    device = pick_device(device)
+    dtype = pick_dtype(device, getattr(torch, config.amp_dtype))
+    path, vae_path = config.path(config.checkpoint_path), config.path(config.vae_cfg.vae_pth)
+    transformer = load_strict(
+        lambda: InfiniteWorldTransformer(config.model_cfg),
+        read_tensors(path),
+        where=path,
+        device=device,
+        dtype=dtype,
+        drop=RELEASED_EXTRAS,
+    )
+    vae = load_strict(
+        lambda: build_vae(config), read_tensors(vae_path), where=vae_path, device=device, dtype=torch.float32
+    )
+    world = World(config, transformer, vae, load_text_encoder(config, device, dtype))
+    log.info("%s on %s in %s", config.name, device, dtype)
+    return world
+
+
+def build_vae(config: ModelConfig) -> VideoVAE:
+    """The VAE of a config, untrained."""
+    sizes = {k: v for k, v in dataclasses.asdict(config.vae_cfg).items() if k != "vae_pth"}
+    return VideoVAE(**sizes)
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" or a torch device name -> device. ValueError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}: use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported: use auto, cpu or cuda")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} GPUs; use auto or cpu")
+    return device
+
+
+def pick_dtype(device: torch.device, wanted: torch.dtype) -> torch.dtype:
+    """`wanted` on a GPU; on a CPU bfloat16 only where it has instructions for it, else float32."""
+    if device.type == "cuda":
+        return wanted
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    fast = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return torch.bfloat16 if fast and wanted != torch.float32 else torch.float32
+
+
+@dataclass
+class _Tracker:
+    """Counts a call's finished stages and estimates the time left from how long each kind has taken so far."""
+
+    callback: Callback | None
+    chunks: int
+    session: Session
+    chunk_frames: int
+    chunk: int = 1
+    step: int = 0
+    began: float = field(default_factory=time.monotonic)
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
+    last: float = field(default_factory=time.monotonic)
+
+    def done(self, stage: str, step: int = 0) -> None:
+        """One stage of the current chunk, or one sampler step, has been finished."""
+        now = time.monotonic()
+        self.spent[stage] += now - self.last
+        self.counts[stage] += 1
+        self.last = now
+        self.step = {"text": 0, "memory": 0, "sample": step}.get(stage, self.step)
+        if stage == STAGES[-1]:
+            self.chunk += 1
+        elif self.callback is not None:
+            self.callback(
+                Progress(
+                    chunk=self.chunk,
+                    chunks=self.chunks,
+                    stage=stage,
+                    step=self.step,
+                    steps=self.session.steps,
+                    frames=self.session.num_frames + (self.chunk - 1) * self.chunk_frames,
+                    total_frames=self.session.num_frames + self.chunks * self.chunk_frames,
+                    seconds=now - self.began,
+                    remaining=self._remaining(),
+                )
+            )
+
+    def _remaining(self) -> float | None:
+        if not self.counts["sample"]:
+            return None
+        per_step = self.spent["sample"] / self.counts["sample"]
+        left = 0.0
+        for stage in STAGES:
+            total = self.chunks * (self.session.steps if stage == "sample" else 1)
+            mean = self.spent[stage] / self.counts[stage] if self.counts[stage] else per_step
+            left += (total - self.counts[stage]) * mean
+        return left
+
+
+def _generator_state(seed: int) -> Tensor:
+    """State of a CPU generator: the noise is the same whatever the device."""
+    return torch.Generator().manual_seed(seed).get_state()
+
+
+def _new_frames(index: int, picture: np.ndarray, video: Tensor) -> np.ndarray:
+    """A decoded chunk's new frames; the film's first chunk begins with the picture itself."""
+    frames = to_uint8(video[:, :, 1:])
+    return np.concatenate([picture, frames]) if index == 0 else frames
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
