@@ -585,7 +585,7 @@ def _clouds(draw: _Draws, palette: Tensor) -> Tensor:
     size = draw(CLOUDS, low=2.0, high=3.6)
     clouds = _blank(len(palette), CLOUDS)
     _set(
-        clouds, present, _ellipsoid(size, size * 0.2, -0.6) | {X: distance * azimuth.cos(), Y: distance * azimuth.sin()}
+        clouds, present, _ellipsoid(size, size * 0.2, -1.0) | {X: distance * azimuth.cos(), Y: distance * azimuth.sin()}
     )
     white = _palette_tensor(lambda p: _rgb(p.cloud))[palette][:, None].expand(-1, CLOUDS, 3)
     _set(clouds, present, {Z: draw(CLOUDS, low=4.5, high=7.5), COLOUR: white, GLOW: -1.0})
@@ -825,30 +825,27 @@ def render(
     light = _ground_light(worlds)
     world = torch.arange(count, device=poses.device).repeat_interleave(frames)
     flat = poses.reshape(-1, 4)
-    out = torch.empty(len(flat), height, width, 3, dtype=torch.uint8, device=poses.device)
-    size = _chunk_size(poses.device, height * width * supersample**2, compile)
-    strips = 1 if compile else _strips(width)
+    strips = 1 if compile else next(n for n in (4, 2, 1) if width % n == 0)
     rays = _pixel_rays(height, width, supersample, strips, poses.device)
+    size = _chunk_size(poses.device, rays.shape[1], compile)
+    trace = _compiled_trace() if compile else _trace
+    pictures = []
     for start in range(0, len(flat), size):
         index = torch.arange(start, start + size, device=poses.device).clamp(max=len(flat) - 1)
-        index = index if compile else index.unique()  # compiled code wants one shape: the last chunk repeats a frame
+        index = index if compile else index.unique()  # compiled code wants one shape: its last chunk repeats a frame
         some, pose = world[index], flat[index]
-        near = None if compile else _visible_solids(worlds.solids[some], pose, rays)
-        trace = _compiled_trace() if compile else _trace
-        colour = trace(_gather_worlds(worlds, some), light, some, pose, rays, near)
-        picture = _to_picture(colour, height, width, supersample)
-        out[start : start + size] = picture[: len(flat) - start]
-    return out.reshape(count, frames, height, width, 3)
+        scene = tuple(getattr(worlds, name)[some] for name in ("solids", "sun", "tints", "ground", "ridge", "haze"))
+        for strip in rays:  # eager rendering meets only the solids in sight of a strip of the picture
+            near = None if compile else _visible_solids(scene[0], pose, strip)
+            colour = trace(scene, light, some, pose, strip, near)
+            pictures.append(_to_picture(colour, height, width // strips, supersample)[: len(flat) - start])
+    picture = torch.cat([torch.cat(pictures[i : i + strips], 2) for i in range(0, len(pictures), strips)])
+    return picture.reshape(count, frames, height, width, 3)
 
 
 @lru_cache(maxsize=1)
 def _compiled_trace():
     return torch.compile(_trace, dynamic=False)
-
-
-def _strips(width: int) -> int:
-    """Eager rendering meets only the solids in sight, strip by strip of the picture."""
-    return next(n for n in (4, 2, 1) if width % n == 0)
 
 
 def _chunk_size(device: torch.device, rays: int, compile: bool) -> int:
@@ -868,51 +865,44 @@ def _pixel_rays(height: int, width: int, supersample: int, strips: int, device: 
 
 
 def _to_picture(colour: Tensor, height: int, width: int, supersample: int) -> Tensor:
-    """Linear light (F, strips, rays, 3) -> (F, height, width, 3) uint8."""
-    frames, strips = colour.shape[:2]
-    colour = colour.reshape(frames, strips, height, supersample, width // strips, supersample, 3).mean((3, 5))
-    colour = (colour.clamp(0, 1).sqrt() * 255).round().to(torch.uint8)
-    return colour.transpose(1, 2).reshape(frames, height, width, 3)
+    """Linear light (F, 3, rays) -> (F, height, width, 3) uint8."""
+    colour = colour.reshape(-1, 3, height, supersample, width, supersample).mean((3, 5))
+    return (colour.clamp(0, 1).sqrt() * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def _visible_solids(solids: Tensor, pose: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices (F, strips, K) of the boxes and of the other solids that a strip may show; K is the most any strip needs."""
+    """Indices (F, K) of the boxes and of the other solids in sight of the rays; K is the most that any frame needs."""
     cos, sin = pose[:, 3].cos()[:, None], pose[:, 3].sin()[:, None]
-    right, up = rays[..., 0], rays[..., 1]
-    ahead = torch.stack((cos - sin * up.amin(), cos - sin * up.amax()), -1)  # (F, 1, 2): forward part of a ray
-    edges = torch.stack((right.amin(1), right.amax(1)), -1)[None, :, :, None]  # (1, S, 2, 1)
-    angles = torch.atan2(edges, ahead[:, :, None]).flatten(2)  # (F, S, 4), to the right
+    right, up = rays.unbind(-1)
+    ahead = torch.cat((cos - sin * up.amin(), cos - sin * up.amax()), -1)  # (F, 2): forward part of a ray
+    edges = torch.stack((right.amin(), right.amax()))
+    angles = torch.atan2(edges[:, None], ahead[:, None]).flatten(1)  # (F, 4), to the right
     middle, half = 0.5 * (angles.amax(-1) + angles.amin(-1)), 0.5 * (angles.amax(-1) - angles.amin(-1))
     away_x, away_y = solids[..., X] - pose[:, None, 0], solids[..., Y] - pose[:, None, 1]
     distance = torch.hypot(away_x, away_y).clamp(min=1e-6)
     reach = _reach(solids)
     spread = torch.where(distance > reach, torch.asin((reach / distance).clamp(max=1)), math.pi)
-    aside = pose[:, None, 2] - torch.atan2(away_y, away_x)
-    aside = (aside[:, None] - middle[..., None] + math.pi).remainder(2 * math.pi) - math.pi
-    seen = (aside.abs() <= half[..., None] + spread[:, None] + 0.01) & (solids[:, None, :, H] > 0)
-    return _first_true(seen[..., :N_BOXES]), _first_true(seen[..., N_BOXES:]) + N_BOXES
+    aside = pose[:, None, 2] - torch.atan2(away_y, away_x) - middle[:, None]
+    aside = (aside + math.pi).remainder(2 * math.pi) - math.pi
+    seen = (aside.abs() <= half[:, None] + spread + 0.01) & (solids[..., H] > 0)
+    return _first_true(seen[:, :N_BOXES]), _first_true(seen[:, N_BOXES:]) + N_BOXES
 
 
 def _reach(solids: Tensor) -> Tensor:
     """Horizontal radius around the axis that holds the whole solid."""
     widest = solids[..., Q1] / (-2 * solids[..., Q2]).clamp(min=_TINY)  # where an ellipsoid is widest
     widest = widest.clamp(min=0).minimum(solids[..., H].clamp(min=0))
-    squares = (solids[..., Q0], solids[..., Q0] + widest * (solids[..., Q1] + widest * solids[..., Q2]))
-    top = solids[..., Q0] + solids[..., H] * (solids[..., Q1] + solids[..., H] * solids[..., Q2])
-    round_reach = torch.stack((*squares, top)).amax(0).clamp(min=0).sqrt()
+    levels = torch.stack((torch.zeros_like(widest), widest, solids[..., H]))
+    squares = solids[..., Q0] + levels * (solids[..., Q1] + levels * solids[..., Q2])
     is_box = torch.arange(solids.shape[-2], device=solids.device) < N_BOXES
-    return torch.where(is_box, torch.hypot(solids[..., HX], solids[..., HY]), round_reach)
+    return torch.where(is_box, torch.hypot(solids[..., HX], solids[..., HY]), squares.amax(0).clamp(min=0).sqrt())
 
 
 def _first_true(mask: Tensor) -> Tensor:
     """Indices of the true entries first; as many as the fullest row has (at least one)."""
     count = max(1, int(mask.sum(-1).max()))
     order = torch.argsort(mask.to(torch.uint8), dim=-1, descending=True, stable=True)
-    return order[..., :count]
-
-
-def _gather_worlds(worlds: Worlds, index: Tensor) -> tuple[Tensor, ...]:
-    return tuple(getattr(worlds, name)[index] for name in ("solids", "sun", "tints", "ground", "ridge", "haze"))
+    return order[:, :count]
 
 
 def _hit_boxes(origin: tuple[Tensor, ...], ray: tuple[Tensor, ...], box: tuple[Tensor, ...]) -> Tensor:
@@ -951,58 +941,58 @@ def _hit_rounds(origin: tuple[Tensor, ...], ray: tuple[Tensor, ...], solid: tupl
 
 
 def _nearest(distance: Tensor, index: Tensor) -> Tensor:
-    """Minimum over the solids (dim -2) of distances whose lowest bits are replaced by the solid's index, as int32."""
-    return ((distance.view(torch.int32) & ~_INDEX_BITS) | index).amin(-2)
+    """Minimum over the solids (dim 1) of distances whose lowest bits are replaced by the solid's index, as int32."""
+    return ((distance.view(torch.int32) & ~_INDEX_BITS) | index).amin(1)
 
 
-def _columns(solids: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-    """Geometry columns of solids [first, last) of (..., N, COLUMNS), each (..., K, 1)."""
-    return tuple(solids[..., first:last, column, None] for column in range(Q2 + 1))
+def _columns(solids: Tensor) -> tuple[Tensor, ...]:
+    """Geometry columns of (F, K, COLUMNS) solids, each (F, K, 1) to stand against the rays."""
+    return solids[..., None, : Q2 + 1].unbind(-1)
 
 
 def _trace(scene, light: Tensor, world: Tensor, pose: Tensor, rays: Tensor, near) -> Tensor:
     """Linear light along every ray.
 
-    Args: scene: tensors of `_gather_worlds`, (F, ...). light, world: ground light maps and which one each frame uses.
-    pose: (F, 4). rays: (S, R, 2). near: indices of `_visible_solids`, or None for all solids. Returns: (F, S, R, 3).
+    Args: scene: solids, sun, tints, ground, ridge, haze of each frame's world, (F, ...). light, world: ground light maps
+    and which one each frame uses. pose: (F, 4). rays: (R, 2). near: indices of `_visible_solids`, or None for all solids.
+    Returns: (F, 3, R).
     """
     solids, sun, tints, ground, ridge, haze = scene
     origin, ray = _camera(pose, rays)
     if near is None:
-        picked = solids[:, None]
         index = torch.arange(solids.shape[1], dtype=torch.int32, device=solids.device)[:, None]
-        boxes, rounds = _columns(picked, 0, N_BOXES), _columns(picked, N_BOXES, solids.shape[1])
+        boxes, rounds = solids[:, :N_BOXES], solids[:, N_BOXES:]
         box_index, round_index = index[:N_BOXES], index[N_BOXES:]
     else:
-        frame = torch.arange(len(pose), device=pose.device)[:, None, None]
-        boxes, rounds = (_columns(solids[frame, part], 0, part.shape[-1]) for part in near)
+        frame = torch.arange(len(pose), device=pose.device)[:, None]
+        boxes, rounds = (solids[frame, part] for part in near)
         box_index, round_index = (part[..., None].int() for part in near)
-    spread_origin = tuple(o[..., None] for o in origin)  # (F, 1, 1, 1) against (F, S, K, 1)
-    spread_ray = tuple(r[:, :, None] for r in ray)  # (F, S, 1, R)
+    spread_origin, spread_ray = (tuple(v[:, None] for v in vector) for vector in (origin, ray))  # against (F, K, 1)
     key = torch.minimum(
-        _nearest(_hit_boxes(spread_origin, spread_ray, boxes), box_index),
-        _nearest(_hit_rounds(spread_origin, spread_ray, rounds), round_index),
+        _nearest(_hit_boxes(spread_origin, spread_ray, _columns(boxes)), box_index),
+        _nearest(_hit_rounds(spread_origin, spread_ray, _columns(rounds)), round_index),
     )
     distance = (key & ~_INDEX_BITS).view(torch.float32)
     index = (key & _INDEX_BITS).long()
     down = torch.where(ray[2] < -1e-4, -EYE_HEIGHT / ray[2], _FAR)
 
-    tint = [tints[:, i, None, None] for i in range(tints.shape[1])]  # (F, 1, 1, 3)
-    sunward = tuple(sun[:, i, None, None] for i in range(3))
-    facing = sum(s * r for s, r in zip(sunward, ray, strict=True))[..., None]
+    tint = tints[..., None].unbind(1)  # (F, 3, 1) each, as colours are (F, 3, R)
+    sunward = sun[:, :, None].unbind(1)  # (F, 1) each
+    facing = sum(s * r for s, r in zip(sunward, ray, strict=True))
     sky, fog = _sky(ray, facing, tint, ridge, sunward)
-    solid = _shade_solid(solids, index, origin, ray, distance, sunward, tint)
+    solid, is_cloud = _shade_solid(solids, index, origin, ray, distance, sunward, tint)
     floor = _shade_ground(ground, light, world, origin, ray, down, tint)
     hit = torch.minimum(distance, down)
-    surface = torch.where((distance < down)[..., None], solid, floor)
-    clear = torch.exp(-((hit / haze[:, None, None]) ** 2))[..., None]
-    return torch.where((hit < 0.5 * _FAR)[..., None], fog + (surface - fog) * clear, sky)
+    surface = torch.where((distance < down)[:, None], solid, floor)
+    depth = torch.where(is_cloud & (distance < down), 0.5, hit / haze[:, None])
+    clear = torch.exp(-depth * depth)[:, None]
+    return torch.where((hit < 0.5 * _FAR)[:, None], fog + (surface - fog) * clear, sky)
 
 
 def _camera(pose: Tensor, rays: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Eye (F, 1, 1) and unit directions (F, S, R), x y z each."""
-    x, y, yaw, pitch = (value[:, None, None] for value in pose.unbind(-1))
-    right, up = rays[..., 0], rays[..., 1]
+    """Eye (F, 1) and unit directions (F, R), x y z each."""
+    x, y, yaw, pitch = pose[..., None].unbind(1)
+    right, up = rays.unbind(-1)
     scale = torch.rsqrt(1 + right * right + up * up)
     ahead = (pitch.cos() - up * pitch.sin()) * scale
     aside = right * scale
@@ -1012,44 +1002,44 @@ def _camera(pose: Tensor, rays: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tenso
     return (x, y, torch.full_like(x, EYE_HEIGHT)), ray
 
 
-def _sky(ray, facing: Tensor, tint: list[Tensor], ridge: Tensor, sunward) -> tuple[Tensor, Tensor]:
-    """Colour of the sky with its sun and mountains, and the colour of the haze in that direction."""
+def _sky(ray, facing: Tensor, tint: Sequence[Tensor], ridge: Tensor, sunward) -> tuple[Tensor, Tensor]:
+    """Colour of the sky with its sun and mountains, and the colour of the haze in that direction, (F, 3, R)."""
     zenith, horizon, disc = tint[0], tint[1], tint[2]
     slope = ray[2] * torch.rsqrt((1 - ray[2] * ray[2]).clamp(min=_TINY))
     high = (ray[2].clamp(min=0) * 1.15).clamp(max=1)
-    glow = (facing.clamp(min=0) ** 10) * 0.30 + (facing.clamp(min=0) ** 90) * 0.35
+    toward = facing.clamp(min=0)
+    glow = (toward**10 * 0.30 + toward**90 * 0.35)[:, None]
     fog = horizon + (disc - horizon) * (glow * 0.8)
-    sky = horizon + (zenith - horizon) * (high * (2 - high))[..., None]
+    sky = horizon + (zenith - horizon) * (high * (2 - high))[:, None]
     sky = sky + (disc - sky) * glow
-    sky = sky + (disc.clamp(min=0.8) - sky) * ((facing - 0.9945) * 900).clamp(0, 1)
+    sky = sky + (disc.clamp(min=0.8) - sky) * ((facing - 0.9945) * 900).clamp(0, 1)[:, None]
     place = (torch.atan2(ray[1], ray[0]) * (RIDGE_SAMPLES / (2 * math.pi))).remainder(RIDGE_SAMPLES)
     left = place.long().clamp(max=RIDGE_SAMPLES - 1)
     part, right = place - left, (left + 1) % RIDGE_SAMPLES
+    turn = ray[0] * sunward[1] - ray[1] * sunward[0]
     for layer, colour in ((0, tint[10]), (1, tint[9])):
-        profile = ridge[:, layer]
-        frame = torch.arange(len(profile), device=profile.device)[:, None, None]
-        low, next_low = profile[frame, left], profile[frame, right]
+        low, next_low = ridge[:, layer].gather(1, left), ridge[:, layer].gather(1, right)
         crest = low + (next_low - low) * part
-        sunlit = (next_low - low) * RIDGE_SAMPLES * (ray[0] * sunward[1] - ray[1] * sunward[0])
-        body = colour * (1 + 0.12 * sunlit.clamp(-1, 1))[..., None]
-        body = body + (fog - body) * (0.55 - 2.2 * slope).clamp(0.0, 0.55)[..., None]
-        sky = torch.where((slope < crest)[..., None], body, sky)
+        sunlit = ((next_low - low) * RIDGE_SAMPLES * turn).clamp(-1, 1)
+        body = colour * (1 + 0.12 * sunlit)[:, None]
+        body = body + (fog - body) * (0.55 - 2.2 * slope).clamp(0.0, 0.55)[:, None]
+        sky = torch.where((slope < crest)[:, None], body, sky)
     return sky, fog
 
 
-def _lit(albedo: Tensor, normal, sunward, tint: list[Tensor], sunlight: Tensor | float = 1.0) -> Tensor:
+def _lit(albedo: Tensor, normal, sunward, tint: Sequence[Tensor]) -> Tensor:
     """Soft Lambert light from the sun, sky light from above and some of the ground's colour from below."""
     lambert = sum(n * s for n, s in zip(normal, sunward, strict=True))
-    lambert = ((lambert + 0.15) / 1.15).clamp(min=0) * sunlight
+    lambert = ((lambert + 0.15) / 1.15).clamp(min=0)
     up = 0.5 + 0.5 * normal[2]
-    ambient = tint[4] * (0.45 + 0.55 * up)[..., None] + 0.10 * tint[5] * (1 - up)[..., None]
-    return albedo * (tint[3] * lambert[..., None] + ambient)
+    ambient = tint[4] * (0.45 + 0.55 * up)[:, None] + 0.10 * tint[5] * (1 - up)[:, None]
+    return albedo * (tint[3] * lambert[:, None] + ambient)
 
 
-def _shade_solid(solids: Tensor, index: Tensor, origin, ray, distance: Tensor, sunward, tint: list[Tensor]) -> Tensor:
-    frame = torch.arange(len(solids), device=solids.device)[:, None, None]
-    table = solids.flatten(0, 1)[index + frame * solids.shape[1]]  # (F, S, R, COLUMNS)
-    solid = table.unbind(-1)
+def _shade_solid(solids: Tensor, index: Tensor, origin, ray, distance: Tensor, sunward, tint) -> tuple[Tensor, Tensor]:
+    """Light from the hit solids (F, 3, R), and which of them are clouds (F, R)."""
+    table = solids.transpose(1, 2).gather(2, index[:, None].expand(-1, COLUMNS, -1))  # (F, COLUMNS, R)
+    solid = table.unbind(1)
     distance = distance.clamp(max=100.0)
     x, y, z = (o + distance * r for o, r in zip(origin, ray, strict=True))
     away_x, away_y, low = x - solid[X], y - solid[Y], z - solid[Z]
@@ -1061,13 +1051,13 @@ def _shade_solid(solids: Tensor, index: Tensor, origin, ray, distance: Tensor, s
 
     share = low / solid[H]
     marked = (share > solid[LOW]) & (share < solid[HIGH]) & (across < solid[HALF])
-    albedo = torch.where(marked[..., None], table[..., MARK : MARK + 3], table[..., COLOUR : COLOUR + 3])
+    albedo = torch.where(marked[:, None], table[:, MARK : MARK + 3], table[:, COLOUR : COLOUR + 3])
     grounded = 0.72 + 0.28 * (z * 1.6).clamp(0, 1)
-    lit = _lit(albedo, normal, sunward, tint) * grounded[..., None]
-    shine = torch.where(marked, solid[GLOW], 0.0).clamp(min=0)[..., None]
+    lit = _lit(albedo, normal, sunward, tint) * grounded[:, None]
+    shine = torch.where(marked, solid[GLOW], 0.0).clamp(min=0)[:, None]
     lit = lit + (albedo - lit) * shine
-    cloud = (solid[GLOW] < 0)[..., None]
-    return torch.where(cloud, albedo * (0.80 + 0.20 * normal[2])[..., None], lit)
+    is_cloud = solid[GLOW] < 0
+    return torch.where(is_cloud[:, None], albedo * (0.88 + 0.12 * normal[2])[:, None], lit), is_cloud
 
 
 def _normal(solid, is_box: Tensor, away_x, away_y, local_x, local_y, low) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -1090,10 +1080,10 @@ def _normal(solid, is_box: Tensor, away_x, away_y, local_x, local_y, low) -> tup
 
 
 def _shade_ground(
-    ground: Tensor, light: Tensor, world: Tensor, origin, ray, down: Tensor, tint: list[Tensor]
+    ground: Tensor, light: Tensor, world: Tensor, origin, ray, down: Tensor, tint: Sequence[Tensor]
 ) -> Tensor:
     """Floor colours under sun, shadow and sky; edges soften, then fade, with distance."""
-    g = [ground[:, i, None, None] for i in range(ground.shape[1])]
+    g = ground[:, :, None].unbind(1)
     distance = down.clamp(max=60.0)
     x, y = origin[0] + distance * ray[0], origin[1] + distance * ray[1]
     blur = 0.03 + distance * distance * 0.010
@@ -1103,54 +1093,58 @@ def _shade_ground(
 
     along, across = g[2] * x + g[3] * y, g[2] * y - g[3] * x
     tile = torch.sin(along * g[0]) * torch.cos(across * g[1])
-    colour = tint[5] + (tint[6] - tint[5]) * edge(tile, blur * 1.7)[..., None]
+    colour = tint[5] + (tint[6] - tint[5]) * edge(tile, blur * 1.7)[:, None]
     waves = sum(torch.sin(g[4 + 3 * i] * x + g[5 + 3 * i] * y + g[6 + 3 * i]) for i in range(3))
-    colour = colour + (tint[7] - colour) * edge(waves - g[13], blur * 1.2)[..., None]
+    colour = colour + (tint[7] - colour) * edge(waves - g[13], blur * 1.2)[:, None]
     forward, aside = g[14] * x + g[15] * y, g[14] * y - g[15] * x
     road = g[17] - (aside - g[16] - g[18] * torch.sin(0.6 * forward)).abs()
     ring = g[17] - (torch.hypot(x, y) - g[19]).abs()
-    colour = colour + (tint[8] - colour) * edge(torch.maximum(road, ring), blur)[..., None]
+    colour = colour + (tint[8] - colour) * edge(torch.maximum(road, ring), blur)[:, None]
     sunlight, shade = _read_light(light, world, x, y)
-    ambient = tint[4] * shade[..., None]
-    return colour * (tint[3] * sunlight[..., None] + ambient)
+    return colour * (tint[3] * sunlight[:, None] + tint[4] * shade[:, None])
 
 
 def _read_light(light: Tensor, world: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Sunlight (Lambert and shadow) and openness to the sky at points of the ground, bilinear in the (W, M, M, 2) maps."""
+    """Sunlight (Lambert and shadow) and openness to the sky at points of the ground, bilinear in the (W, 2, M, M) maps."""
     scale, last = MAP_SIZE / (2 * MAP_EXTENT), MAP_SIZE - 1
     column = ((x + MAP_EXTENT) * scale - 0.5).clamp(0, last - 1e-3)
     row = ((y + MAP_EXTENT) * scale - 0.5).clamp(0, last - 1e-3)
     left, top = column.long(), row.long()
-    right, below = (column - left)[..., None], (row - top)[..., None]
-    texels = light.reshape(-1, 2)
-    corner = (world[:, None, None] * MAP_SIZE + top) * MAP_SIZE + left
-    above = texels[corner] + (texels[corner + 1] - texels[corner]) * right
-    under = texels[corner + MAP_SIZE] + (texels[corner + MAP_SIZE + 1] - texels[corner + MAP_SIZE]) * right
-    return (above + (under - above) * below).unbind(-1)
+    right, below = column - left, row - top
+    corner = (world[:, None] * MAP_SIZE + top) * MAP_SIZE + left
+
+    def read(texels: Tensor) -> Tensor:
+        upper = texels[corner] + (texels[corner + 1] - texels[corner]) * right
+        under, next_under = texels[corner + MAP_SIZE], texels[corner + MAP_SIZE + 1]
+        return upper + (under + (next_under - under) * right - upper) * below
+
+    return read(light[:, 0].reshape(-1)), read(light[:, 1].reshape(-1))
 
 
 def _ground_light(worlds: Worlds) -> Tensor:
-    """Light maps of the ground, (W, M, M, 2): sunlight with soft cast shadows, and openness to the sky near footprints."""
+    """Light maps of the ground (W, 2, M, M): sunlight with soft cast shadows, and how open to the sky it is."""
     device = worlds.sun.device
-    step = 2 * MAP_EXTENT / MAP_SIZE
-    axis = (torch.arange(MAP_SIZE, device=device) + 0.5) * step - MAP_EXTENT
+    pitch = 2 * MAP_EXTENT / MAP_SIZE
+    axis = (torch.arange(MAP_SIZE, device=device) + 0.5) * pitch - MAP_EXTENT
     places = torch.stack((axis.repeat(MAP_SIZE), axis.repeat_interleave(MAP_SIZE)), -1)
-    chunk = 16 if device.type == "cuda" else 1
-    maps = [_light_of(worlds[i : i + chunk], places) for i in range(0, len(worlds), chunk)]
-    light = torch.cat(maps).unflatten(1, (MAP_SIZE, MAP_SIZE)).permute(0, 3, 1, 2)
-    smooth = F.avg_pool2d(F.pad(light, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    smooth = F.avg_pool2d(F.pad(smooth, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    return smooth.permute(0, 2, 3, 1).contiguous()
+    chunk, parts = (16, 1) if device.type == "cuda" else (1, 8)
+    maps = []
+    for i in range(0, len(worlds), chunk):
+        maps.append(torch.cat([_light_of(worlds[i : i + chunk], part) for part in places.chunk(parts)], 2))
+    light = torch.cat(maps).unflatten(2, (MAP_SIZE, MAP_SIZE))
+    for _ in range(2):
+        light = F.avg_pool2d(F.pad(light, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    return light
 
 
 def _light_of(worlds: Worlds, places: Tensor) -> Tensor:
-    """Unsmoothed sunlight and openness, (W, P, 2), at ground places (P, 2)."""
-    origin = (places[None, None, :, 0], places[None, None, :, 1], torch.full_like(places[None, None, :, 0], 1e-3))
-    sun = tuple(worlds.sun[:, i, None, None] for i in range(3))
-    boxes = _hit_boxes(origin, sun, _columns(worlds.solids, 0, N_BOXES)).amin(1)
-    rounds = _hit_rounds(origin, sun, _columns(worlds.solids, N_BOXES, SHADED)).amin(1)
+    """Unsmoothed sunlight and openness, (W, 2, P), at ground places (P, 2)."""
+    origin = (places[:, 0], places[:, 1], torch.full_like(places[:, 0], 1e-3))
+    sun = worlds.sun[:, :, None, None].unbind(1)
+    boxes = _hit_boxes(origin, sun, _columns(worlds.solids[:, :N_BOXES])).amin(1)
+    rounds = _hit_rounds(origin, sun, _columns(worlds.solids[:, N_BOXES:SHADED])).amin(1)
     shadow = torch.minimum(boxes, rounds) < 0.5 * _FAR
     distance, _ = clearance(worlds, places[None].expand(len(worlds), -1, -1))
     openness = 0.55 + 0.45 * (distance / 0.55).clamp(0, 1).sqrt()
     sunlight = torch.where(shadow, 0.0, ((worlds.sun[:, 2:] + 0.35) / 1.35).expand_as(distance))
-    return torch.stack((sunlight, openness), -1)
+    return torch.stack((sunlight, openness), 1)
