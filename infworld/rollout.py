@@ -136,10 +136,12 @@ _PLAIN_FIELDS = ("model", "prompt", "negative_prompt", "seed", "steps", "guidanc
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """One finished chunk: its new frames (T H W 3 uint8; the film's first begins with the picture) and what follows."""
+    """One finished chunk: its new frames (T H W 3 uint8; the film's first begins with the picture), the latents
+    (1, 16, 21, h, w) they were decoded from, and the session that follows."""
 
     index: int
     frames: np.ndarray
+    latents: Tensor
     seconds: float
     session: Session
 
@@ -247,7 +249,8 @@ class World:
         for index, latents in enumerate(session.chunk_latents):
             began = time.monotonic()
             video = self._decode(latents.float())
-            yield Chunk(index, _new_frames(index, session.picture, video), time.monotonic() - began, session)
+            frames = _new_frames(index, session.picture, video)
+            yield Chunk(index, frames, latents.float(), time.monotonic() - began, session)
 
     def check_session(self, session: Session) -> None:
         """Raises ValueError if the session is another model's or does not hang together."""
@@ -275,7 +278,7 @@ class World:
             noise = torch.randn(shape, generator=generator)
         velocity = self._velocity(session, tracker)
         timesteps = schedule(self.config.val_scheduler_cfg, session.steps)
-        latents = sample(velocity, noise.to(self.device), timesteps, partial(tracker.done, "sample"))
+        latents = sample(velocity, noise.to(self.device), timesteps, partial(tracker.done, "sample")).cpu()
         video = self._decode(latents)
         tracker.done("decode")
         # The picture's own frame is known already: the decoded first frame repeats it.
@@ -285,12 +288,13 @@ class World:
             session,
             history=torch.cat([session.history, added], dim=2),
             encoder_state=state,
-            chunk_latents=(*session.chunk_latents, latents.half().cpu()),
+            chunk_latents=(*session.chunk_latents, latents.half()),
             generator_state=generator.get_state(),
             num_frames=session.num_frames + self.config.chunk_frames,
         )
         index = len(session.chunk_latents)
-        return Chunk(index, _new_frames(index, session.picture, video), time.monotonic() - began, after)
+        frames = _new_frames(index, session.picture, video)
+        return Chunk(index, frames, latents, time.monotonic() - began, after)
 
     def _velocity(self, session: Session, tracker: _Tracker) -> Callable[[Tensor, Tensor], Tensor]:
         """The guided velocity of this chunk as a function of noisy latents and timestep.

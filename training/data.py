@@ -1,0 +1,120 @@
+"""Walks through procedural worlds as latents: what the world model trains on, kept on the GPU and partly renewed.
+
+Everything is as inference has it: the history is the VAE's continued encoding of the whole walk, the target is the
+fresh encoding of one chunk's 81 frames.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from infworld.config import ModelConfig
+from infworld.text import ByteTextEncoder
+from infworld.vae import VideoVAE
+from training.walks import sample_actions
+from training.worlds import captions, make_worlds, render, spawn, walk
+
+RENDERED_AT_ONCE = 16  # walks
+
+
+@dataclass
+class Batch:
+    """Samples with histories of one length: history (B, 16, 1 + 20 k, h, w), target (B, 16, 21, h, w), move and view
+    (B, 81) int64, text ids and mask (B, L) int64."""
+
+    history: Tensor
+    target: Tensor
+    move: Tensor
+    view: Tensor
+    ids: Tensor
+    mask: Tensor
+
+
+class WalkPool:
+    """`size` walks of `chunks` chunks each, as latents on `device`, drawn from world seeds `first_seed`, + 1, ..."""
+
+    def __init__(
+        self,
+        vae: VideoVAE,
+        text: ByteTextEncoder,
+        config: ModelConfig,
+        *,
+        size: int,
+        chunks: int,
+        mixture: dict[str, float],
+        first_seed: int,
+        device: torch.device,
+        compile: bool = False,
+    ):
+        self.vae, self.text, self.config, self.mixture = vae, text, config, mixture
+        self.size, self.chunks, self.device, self.compile = size, chunks, device, compile
+        self.next_seed = first_seed
+        self.generator = torch.Generator().manual_seed(first_seed)
+        self.oldest = 0
+        height, width = config.buckets[0]
+        shape = (config.vae_cfg.z_dim, height // 8, width // 8)
+        made = {"dtype": vae.conv1.weight.dtype, "device": device}
+        new_latents = config.chunk_latents - 1
+        self.history = torch.zeros(size, 1 + chunks * new_latents, *shape, **made)
+        self.targets = torch.zeros(size, chunks, 1 + new_latents, *shape, **made)
+        self.actions = torch.zeros(size, 2, chunks * config.chunk_frames + 1, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(size, 2, text.model_max_length, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def renew(self, count: int) -> float:
+        """Replaces the `count` oldest walks by new ones; returns the seconds it took."""
+        began = time.monotonic()
+        for first in range(0, count, RENDERED_AT_ONCE):
+            slots = torch.arange(self.oldest, self.oldest + min(RENDERED_AT_ONCE, count - first)) % self.size
+            self._fill(slots.to(self.device))
+            self.oldest = int(slots[-1] + 1) % self.size
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic() - began
+
+    def _fill(self, slots: Tensor) -> None:
+        frames = self.chunks * self.config.chunk_frames + 1
+        worlds = make_worlds(range(self.next_seed, self.next_seed + len(slots)))
+        self.next_seed += len(slots)
+        ids, mask = self.text.tokenize(captions(worlds))
+        worlds = worlds.to(self.device)
+        actions = torch.stack(sample_actions(self.mixture, len(slots), frames, self.generator), 1).to(self.device)
+        poses = walk(worlds, spawn(worlds), actions[:, 0, :-1], actions[:, 1, :-1])
+        height, width = self.config.buckets[0]
+        video = to_video(render(worlds, poses, height, width, compile=self.compile), self.vae.conv1.weight.dtype)
+        latents, _ = self.vae.encode(video)
+        self.history[slots] = rearrange(latents, "b c t h w -> b t c h w").to(self.history)
+        step = self.config.chunk_frames
+        for chunk in range(self.chunks):
+            latents, _ = self.vae.encode(video[:, :, chunk * step : (chunk + 1) * step + 1])
+            self.targets[slots, chunk] = rearrange(latents, "b c t h w -> b t c h w").to(self.targets)
+        self.actions[slots] = actions
+        self.tokens[slots] = torch.stack((ids, mask), 1).to(self.device)
+
+    def batch(self, chunk: int, count: int) -> Batch:
+        """`count` random samples of the chunk with that index: its history is the `chunk` chunks before it."""
+        return self.select(torch.randint(self.size, (count,), device=self.device), chunk)
+
+    def select(self, index: Tensor, chunk: int) -> Batch:
+        """The samples of the walks `index` at that chunk."""
+        frames, latents = self.config.chunk_frames, self.config.chunk_latents - 1
+        move, view = self.actions[index, :, chunk * frames : (chunk + 1) * frames + 1].unbind(1)
+        ids, mask = self.tokens[index].unbind(1)
+        return Batch(
+            history=rearrange(self.history[index, : 1 + chunk * latents], "b t c h w -> b c t h w").float(),
+            target=rearrange(self.targets[index, chunk], "b t c h w -> b c t h w").float(),
+            move=move,
+            view=view,
+            ids=ids,
+            mask=mask,
+        )
+
+
+def to_video(frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rendered frames (B, T, H, W, 3) uint8 -> video (B, 3, T, H, W) in [-1, 1]."""
+    return rearrange(frames, "b t h w c -> b c t h w").to(dtype) / 127.5 - 1

@@ -1,0 +1,397 @@
+"""Trains the tiny world model: transformer, memory compressor, action encoder and byte text encoder together.
+
+    torchrun --nproc-per-node N -m training.train_world --vae checkpoints/tiny/vae.safetensors --minutes 20 --out runs/a
+    python -m training.train_world ... --resume runs/a/state.pt           # goes on where the run stopped
+    python -m training.train_world ... --resume runs/a/world.safetensors  # from weights alone
+
+Every sample is a chunk of a walk through a procedural world with the walk so far as history. Flow matching; a share of
+the samples is pure noise, where nothing but the memory can tell what was there. The compressor starts as a
+near-identity that hands key frames on, and is frozen for the first part: it would collapse before the transformer has
+learned to read it. Whether the memory is read shows in the wrong-memory gap: the error given another world's memory
+over the error given the right one, on unseen worlds. A run that loses it (1 = memory unused) has failed, however low
+its loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from infworld.checkpoint import load_strict, read_tensors, save_tensors
+from infworld.config import ModelConfig, load_config
+from infworld.dit import InfiniteWorldTransformer
+from infworld.memory import MAX_SINGLE_PASS, MemoryCompressor
+from infworld.rollout import build_vae, pick_device
+from infworld.sampler import MAX_TIMESTEP
+from infworld.text import ByteTextEncoder
+from training.data import Batch, WalkPool
+from training.optim import EMA, Muon
+from training.walks import MIXED, VIEW_ONLY
+from training.worlds import EVAL_SEEDS
+
+MIXTURES = {"view": VIEW_ONLY, "mixed": MIXED}
+PURE_NOISE = 0.4  # share of samples at timestep 1000
+NO_PROMPT = 0.3  # share of samples without their caption
+FIRST_CHUNK = 0.125  # share of steps whose history is the picture alone
+HIERARCHICAL = 0.2  # share of steps with more than 80 latents of history, where walks are long enough
+COMPRESSOR_LR = 0.1  # times the learning rate
+WARMUP = 100  # steps
+SEEDS_PER_RUN = 1_000_000
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--config", default="tiny", help="model name or YAML")
+    add("--vae", required=True, type=Path, help="trained VAE, .safetensors")
+    add("--out", required=True, type=Path)
+    add("--minutes", required=True, type=float, help="length of this run, data included")
+    add("--resume", type=Path, help="state.pt of an earlier run, or its world.safetensors (text.safetensors beside it)")
+    add("--mixture", choices=MIXTURES, default="mixed")
+    add("--chunks", type=int, default=4, help="length of the walks; histories reach chunks - 1")
+    add("--batch", type=int, default=96, help="per GPU")
+    add("--walks", type=int, default=1024, help="kept on each GPU")
+    add("--renew", type=float, default=0.15, help="share of the time spent on new walks")
+    add("--lr", type=float, default=1e-3)
+    add("--decay", type=float, default=0.2, help="last share of the run, in which the learning rate falls to 0")
+    add("--unfreeze", type=float, default=0.55, help="share of the run after which the compressor learns")
+    add("--ema", type=float, default=0.999)
+    add("--report-every", type=float, default=30, help="seconds")
+    add("--compile", action="store_true")
+    add("--seed", type=int, default=0, help="which training worlds are met: another one for every run of a series")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    began = time.monotonic()
+    rank, ranks, device = set_up_devices()
+    torch.manual_seed(args.seed * ranks + rank)
+    config = load_config(args.config)
+
+    # The models.
+    vae = load_strict(
+        lambda: build_vae(config), read_tensors(args.vae), where=args.vae, device=device, dtype=compute_dtype(device)
+    )
+    model = Trainee(config).to(device)
+    optimizers = make_optimizers(model, args.lr)
+    ema = EMA(model, args.ema)
+    done = resume(args.resume, model, optimizers, ema) if args.resume else {"step": 0, "samples": 0}
+    if args.compile:
+        for block in model.transformer.blocks:
+            block.memory_step = torch.compile(block.memory_step)
+            block.noisy_step = torch.compile(block.noisy_step)
+    trained = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
+
+    # The data.
+    first_seed = SEEDS_PER_RUN * args.seed + SEEDS_PER_RUN // ranks * rank
+    pool_args = {"vae": vae, "text": model.text, "config": config, "device": device, "compile": args.compile}
+    pool = WalkPool(
+        **pool_args, size=args.walks, chunks=args.chunks, mixture=MIXTURES[args.mixture], first_seed=first_seed
+    )
+    pool.renew(pool.size)
+    unseen = WalkPool(
+        **pool_args,
+        size=min(64, args.batch),
+        chunks=min(3, args.chunks),
+        mixture=VIEW_ONLY,
+        first_seed=EVAL_SEEDS[len(EVAL_SEEDS) // 2],
+    )
+    unseen.renew(unseen.size)
+    log = Log(args.out, rank)
+    log.add(event="ready", minutes=(time.monotonic() - began) / 60, walks=pool.size, ranks=ranks, **done)
+
+    shift = config.val_scheduler_cfg.shift
+
+    # The loop. The run's length is a time, so rank 0's clock decides for all.
+    step, samples, losses = done["step"], done["samples"], []
+    started = last_report = time.monotonic()
+    renewing = 0.0
+    while (progress := from_rank_0((time.monotonic() - began) / (60 * args.minutes), ranks, device)) < 1:
+        warmup = min(1, (step - done["step"] + 1) / WARMUP)
+        set_rates(optimizers, args.lr * warmup * min(1, (1 - progress) / max(args.decay, 1e-9)))
+        chunk = pick_chunk(args.chunks, config, random.Random(args.seed * 1_000_003 + step))
+        with torch.autocast(device.type, compute_dtype(device), enabled=device.type == "cuda"):
+            loss = flow_loss(trained, pool.batch(chunk, args.batch), shift, frozen=progress < args.unfreeze)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        ema.update()
+        losses.append(loss.detach())
+        step, samples = step + 1, samples + args.batch * ranks
+        now = time.monotonic()
+        if renewing < args.renew * (now - started):
+            renewing += pool.renew(min(pool.size, 16))
+        if rank == 0 and now - last_report > args.report_every:
+            last_report = now
+            report(log, model, ema, unseen, args.out, began, step, samples, losses)
+            log.add(
+                event="rate", samples_per_second=(samples - done["samples"]) / (now - started), renewed=pool.next_seed
+            )
+            losses = []
+
+    # What is kept: the averaged weights for use, the whole state to go on from.
+    if rank == 0:
+        report(log, model, ema, unseen, args.out, began, step, samples, losses)
+        state = {"model": model.state_dict(), "ema": ema.state_dict(), "step": step, "samples": samples}
+        torch.save({**state, "optimizers": [o.state_dict() for o in optimizers]}, args.out / "state.pt")
+        log.plot()
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+class Trainee(nn.Module):
+    """All that learns together, behind one forward pass."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.transformer = InfiniteWorldTransformer(config.model_cfg)
+        self.text = ByteTextEncoder(config.text_encoder_cfg)
+        initialize(self.transformer)
+
+    def forward(
+        self, noisy: Tensor, timestep: Tensor, batch: Batch, *, frozen: bool = False, wrong_memory: bool = False
+    ) -> Tensor:
+        """Velocity of `noisy` (B, 16, 21, h, w) at `timestep` (B,) in 0..1000.
+
+        frozen: the compressor gets no gradient. wrong_memory: every sample gets the compressed memory of its
+        neighbour in the batch, and its own last latent.
+        """
+        context = self.transformer.embed_text(self.text(batch.ids, batch.mask), batch.mask)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            compressed = self.transformer.latent_encoder.compress(batch.history)
+        if wrong_memory:
+            compressed = compressed.roll(1, dims=0)
+        memory = torch.cat([compressed, batch.history[:, :, -1:].to(compressed.dtype)], dim=2)
+        stream = self.transformer.encode_memory(memory, context)
+        actions = self.transformer.action_encoder(batch.move, batch.view)
+        return self.transformer.denoise(noisy, timestep, stream, actions, context)
+
+
+def flow_loss(model: nn.Module, batch: Batch, shift: float, frozen: bool) -> Tensor:
+    """Mean squared error of the velocity (noise minus data) at timesteps drawn as the sampler's schedule has them."""
+    count, device = len(batch.target), batch.target.device
+    u = torch.rand(count, device=device)
+    t = shift * u / (1 + (shift - 1) * u)
+    t = torch.where(torch.rand(count, device=device) < PURE_NOISE, 1.0, t).view(-1, 1, 1, 1, 1)
+    noise = torch.randn_like(batch.target)
+    drop = torch.rand(count, 1, device=device) < NO_PROMPT
+    empty = (torch.arange(batch.mask.shape[1], device=device) == 0).long()  # the start token alone: an empty prompt
+    batch.mask = torch.where(drop, empty, batch.mask)
+    velocity = model((1 - t) * batch.target + t * noise, MAX_TIMESTEP * t.flatten(), batch, frozen=frozen)
+    return F.mse_loss(velocity, noise - batch.target)
+
+
+@torch.no_grad()
+def memory_errors(model: Trainee, unseen: WalkPool, device: torch.device) -> dict[str, float]:
+    """On unseen worlds, at pure noise, over the last quarter of the last chunk: the error with the right memory, with
+    another world's, and their ratio; with the compressor's spread across worlds and its correlation with key frames."""
+    batch = unseen.select(torch.arange(unseen.size, device=device), unseen.chunks - 1)
+    noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    timestep = torch.full((unseen.size,), MAX_TIMESTEP, device=device)
+    last = 3 * batch.target.shape[2] // 4
+    errors = []
+    with torch.autocast(device.type, compute_dtype(device), enabled=device.type == "cuda"):
+        for wrong in (False, True):
+            velocity = model(noise, timestep, batch, wrong_memory=wrong)
+            errors.append(F.mse_loss(velocity[:, :, last:], (noise - batch.target)[:, :, last:]).item())
+        compressed = model.transformer.latent_encoder.compress(batch.history).float()
+    keys = batch.history[:, :, ::4][:, :, : compressed.shape[2]]
+    return {
+        "error_right": errors[0],
+        "error_wrong": errors[1],
+        "gap": errors[1] / errors[0],
+        "memory_std_across_worlds": compressed.std(dim=0).mean().item(),
+        "memory_key_frame_correlation": torch.corrcoef(torch.stack((compressed.flatten(), keys.flatten())))[
+            0, 1
+        ].item(),
+    }
+
+
+def report(
+    log: Log, model: Trainee, ema: EMA, unseen: WalkPool, out: Path, began: float, step: int, samples: int, losses: list
+) -> None:
+    """Logs the loss and the averaged weights' memory errors, and saves those weights for use."""
+    with averaged(model, ema):
+        errors = memory_errors(model, unseen, unseen.device)
+        halves = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    loss = torch.stack(losses).mean().item() if losses else None
+    log.add(event="report", minutes=(time.monotonic() - began) / 60, step=step, samples=samples, loss=loss, **errors)
+    for part in ("transformer", "text"):
+        tensors = {k.removeprefix(f"{part}."): v for k, v in halves.items() if k.startswith(f"{part}.")}
+        save_tensors(out / ("world.safetensors" if part == "transformer" else "text.safetensors"), tensors)
+
+
+@contextmanager
+def averaged(model: nn.Module, ema: EMA):
+    """The model with its averaged weights, and its own again afterwards."""
+    own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    ema.copy_to(model)
+    try:
+        yield
+    finally:
+        model.load_state_dict(own)
+
+
+def resume(path: Path, model: Trainee, optimizers: list, ema: EMA) -> dict[str, int]:
+    """Goes on from a whole state (.pt) or from exported weights (.safetensors); returns the steps and samples done."""
+    if path.suffix == ".pt":
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return {"step": state["step"], "samples": state["samples"]}
+    model.transformer.load_state_dict(read_tensors(path))
+    model.text.load_state_dict(read_tensors(path.with_name("text.safetensors")))
+    ema.load_state_dict(model.state_dict())
+    return {"step": 0, "samples": 0}
+
+
+def initialize(model: InfiniteWorldTransformer) -> None:
+    """Weights to train from: small residual branches with open gates, a silent head, a compressor of key frames."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and not name.startswith("latent_encoder"):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    depth = (2 * len(model.blocks)) ** 0.5
+    for block in model.blocks:
+        nn.init.normal_(block.modulation, std=0.02)
+        for layer in (block.self_attn.o, block.cross_attn.o, block.ffn[2]):
+            layer.weight.data /= depth
+    nn.init.zeros_(model.time_projection[1].weight)
+    gates = model.time_projection[1].bias.data.view(6, -1)
+    gates[2] = gates[5] = 1
+    nn.init.normal_(model.head.modulation, std=0.02)
+    nn.init.zeros_(model.head.head.weight)
+    for embedding in (model.action_encoder.embedding_move, model.action_encoder.embedding_view):
+        nn.init.normal_(embedding.weight, std=0.5)
+    initialize_compressor(model.latent_encoder)
+
+
+def initialize_compressor(compressor: MemoryCompressor) -> None:
+    """A near-identity that hands on every fourth latent of its input.
+
+    Each latent channel travels as a pair of opposite signs, so that the last SiLU loses nothing (silu(x) - silu(-x) =
+    x); the time convolutions take the centre frame; all else starts near zero.
+    """
+    channels = compressor.conv_in.in_channels
+    for name, parameter in compressor.named_parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 0.02 if name.endswith(("conv2.weight", "attn.o.weight")) else 0.05
+        elif name.endswith("bias"):
+            parameter.data.zero_()
+    into, out = compressor.conv_in.weight.data, compressor.conv_out.weight.data
+    for channel in range(channels):
+        into[2 * channel : 2 * channel + 2] = 0
+        into[2 * channel, channel, 1, 1, 1] = 1
+        into[2 * channel + 1, channel, 1, 1, 1] = -1
+        out[channel] = 0
+        out[channel, 2 * channel, 1, 1, 1] = 1
+        out[channel, 2 * channel + 1, 1, 1, 1] = -1
+    for down in (compressor.down_block1[2], compressor.down_block2[2]):
+        down.conv.weight.data[:, :, 1, 1, 1] += torch.eye(down.conv.out_channels)
+
+
+def make_optimizers(model: Trainee, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the rest; the compressor apart, at a tenth of the rate."""
+    blocks = [p for p in model.transformer.blocks.parameters() if p.ndim == 2]
+    compressor = list(model.transformer.latent_encoder.parameters())
+    apart = {id(p) for p in blocks + compressor}
+    rest = [p for p in model.parameters() if id(p) not in apart]
+    groups = [{"params": rest, "factor": 1.0}, {"params": compressor, "factor": COMPRESSOR_LR}]
+    return [Muon(blocks, lr), torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("factor", 1.0)
+
+
+def pick_chunk(chunks: int, config: ModelConfig, rng: random.Random) -> int:
+    """The chunk that a step trains: 0 now and then, mostly those with up to 80 latents of history, some beyond."""
+    single_pass = max(1, min(chunks, MAX_SINGLE_PASS // (config.chunk_latents - 1)))
+    draw = rng.random()
+    if draw < FIRST_CHUNK or chunks == 1:
+        return 0
+    if chunks > single_pass and (draw < FIRST_CHUNK + HIERARCHICAL or single_pass == 1):
+        return rng.randrange(single_pass, chunks)
+    return rng.randrange(1, single_pass)
+
+
+class Log:
+    """JSON lines to a file and the terminal, and their curves as a picture; silent but on rank 0."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder, self.active = folder, rank == 0
+        self.entries: list[dict] = []
+        if self.active:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, **entry) -> None:
+        if not self.active:
+            return
+        entry = {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
+        self.entries.append(entry)
+        print(json.dumps(entry), flush=True)
+        with (self.folder / "train.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def plot(self) -> None:
+        """Loss, errors with right and wrong memory, and their ratio over the samples: train.png."""
+        from matplotlib.figure import Figure  # only training needs it
+
+        reports = [e for e in self.entries if e["event"] == "report"]
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        for axes, names in zip(figure.subplots(1, 2), (("loss", "error_right", "error_wrong"), ("gap",)), strict=True):
+            for name in names:
+                axes.plot([e["samples"] for e in reports], [e[name] for e in reports], label=name)
+            axes.set(xlabel="samples", yscale="log")
+            axes.legend()
+        figure.savefig(self.folder / "train.png", dpi=120)
+
+
+def set_up_devices() -> tuple[int, int, torch.device]:
+    """This process's rank, the number of ranks, its device; joins the process group under torchrun."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device("auto")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    if ranks > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, ranks, device
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def from_rank_0(value: float, ranks: int, device: torch.device) -> float:
+    """Rank 0's value on every rank."""
+    if ranks == 1:
+        return value
+    shared = torch.tensor(value, device=device, dtype=torch.float32)
+    dist.broadcast(shared, 0)
+    return shared.item()
+
+
+if __name__ == "__main__":
+    main()
