@@ -183,10 +183,11 @@ class Mp4Writer:
         if self._size != (width, height):
             raise ValueError(f"all frames must be {self._size[0]} x {self._size[1]}, not {width} x {height}")
         try:
-            self._process.stdin.write(np.ascontiguousarray(frames).data)
+            for frame in frames:  # counted one by one, so that `frames` is right after a Ctrl-C too
+                self._process.stdin.write(np.ascontiguousarray(frame).data)
+                self.frames += 1
         except OSError:  # ffmpeg has gone; close() says why
             self.close()
-        self.frames += len(frames)
 
     def close(self) -> None:
         """Ends the file and puts it in its place."""

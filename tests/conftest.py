@@ -1,0 +1,87 @@
+"""A model of a few thousand random weights: everything is real about it but what it has learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from infworld.checkpoint import save_tensors
+from infworld.config import ModelConfig, from_dict
+
+SMALL_MODEL = {
+    "name": "small",
+    "checkpoint_path": "world.safetensors",
+    "text_encoder_cfg": {
+        "type": "bytes",
+        "checkpoint_path": "text.safetensors",
+        "model_max_length": 16,
+        "vocab": 257,
+        "dim": 16,
+        "dim_ffn": 32,
+        "num_heads": 2,
+        "num_layers": 1,
+    },
+    "val_scheduler_cfg": {"shift": 3.0, "num_sampling_steps": 2, "text_cfg_scale": 1.0},
+    "model_cfg": {
+        "dim": 48,
+        "ffn_dim": 96,
+        "freq_dim": 32,
+        "num_heads": 4,
+        "num_layers": 2,
+        "caption_channels": 16,
+        "memory_hidden_dim": 32,
+        "memory_num_heads": 2,
+        "action_embed_dim": 8,
+        "action_hidden_dim": 16,
+    },
+    "vae_cfg": {"vae_pth": "vae.safetensors", "dim": 4},
+    "buckets": [[32, 48], [48, 32]],
+}
+
+
+def make_small_model(folder: Path) -> Path:
+    """Writes the config and random weights of SMALL_MODEL; returns the path that `infworld.load` takes."""
+    from infworld.dit import InfiniteWorldTransformer
+    from infworld.rollout import build_vae
+    from infworld.text import ByteTextEncoder
+
+    config = from_dict(ModelConfig, SMALL_MODEL, "SMALL_MODEL")
+    torch.manual_seed(0)
+    parts = {
+        config.checkpoint_path: InfiniteWorldTransformer(config.model_cfg),
+        config.vae_cfg.vae_pth: build_vae(config),
+        config.text_encoder_cfg.checkpoint_path: ByteTextEncoder(config.text_encoder_cfg),
+    }
+    for name, module in parts.items():
+        save_tensors(folder / name, module.state_dict())
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL_MODEL), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """Path of the small model's config; its weights lie beside it."""
+    return make_small_model(tmp_path_factory.mktemp("small_model"))
+
+
+@pytest.fixture(scope="session")
+def world(small_model):
+    import infworld
+
+    return infworld.load(small_model, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory) -> Path:
+    """A PNG of 96 x 64 pixels with something in every corner."""
+    y, x = np.mgrid[0:64, 0:96]
+    pixels = np.stack([x * 255 // 95, y * 255 // 63, (x + y) % 256], axis=-1).astype(np.uint8)
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.fromarray(pixels).save(path)
+    return path
