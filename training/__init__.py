@@ -1,1 +1,1 @@
-"""Training data and training programs: procedural worlds, walks through them, action labels, the VAE and the world model."""
+"""Procedural worlds, walks through them, action labels, and the programs that train on them."""

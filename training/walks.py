@@ -1,7 +1,8 @@
 """What the camera does in a training clip: action sequences that come back to what they have seen.
 
 A walk is built from segments (move, view, frames), indices of spec section 3, and cut to length. `training.worlds.walk`
-turns the actions into poses. A memory can only be learned where a view returns, so most kinds return; `revisits` finds where.
+turns the actions into poses. A memory can only be learned where a view returns, so most kinds return; `revisits` finds
+where.
 """
 
 import math
@@ -163,8 +164,8 @@ def expand(segments: list[Segment]) -> Tensor:
 def revisits(poses: Tensor, near: float = 0.4, aside: float = math.radians(12.0)) -> Tensor:
     """For every frame the last earlier frame with the same view that went out of sight in between, or -1.
 
-    The same view: within `near` units and `aside` radians of yaw. Out of sight: turned by more than half the field of view
-    or 1.5 units away. Such a frame cannot be drawn from the frames just before it: it needs a memory.
+    The same view: within `near` units and `aside` radians of yaw. Out of sight: turned by more than half the field of
+    view or 1.5 units away. Such a frame cannot be drawn from the frames just before it: it needs a memory.
 
     Args: poses: (W, T, 4). Returns: (W, T) int64.
     """

@@ -1,8 +1,8 @@
-"""Procedural first-person worlds: the toy data on which a small model is trained, and the truth it is measured against.
+"""Procedural first-person worlds: what a small model is trained on, and the truth it is measured against.
 
 A world is a set of tensors drawn from an integer seed; `walk` turns actions into camera poses, `render` turns poses into
-frames. Everything is batched over worlds and frames. Units: one unit is about 2.5 m, angles in radians unless a name says
-degrees, colours in 0..1. Axes: x and y on the ground, z up; yaw 0 looks along +x and grows to the left; pitch grows upwards.
+frames. Everything is batched over worlds and frames. Units: one unit is about 2.5 m; angles are in radians unless a name
+says degrees. Axes: x and y on the ground, z up; yaw 0 looks along +x and grows to the left; pitch grows upwards.
 
 Seeds: training worlds are 0, 1, 2, ...; evaluation worlds are those of `EVAL_SEEDS`, which training never draws.
 """
@@ -46,7 +46,7 @@ MOVE_DIRECTIONS = (
 VIEW_DIRECTIONS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 0))
 
 
-# ---------------------------------------------------------------------------------------------------------------- palettes
+# --- palettes
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ PALETTES = (
         horizon="c9ebf7",
         sun="fff0c8",
         sun_degrees=(32, 50),
-        light=(0.95, 0.50),
+        light=(0.72, 0.60),
         ground=("7cc552", "66b246", "a4d65e", "ead7a0"),
         ridges=("8db9de", "5a9c80"),
         peak=0.0,
@@ -95,8 +95,8 @@ PALETTES = (
         horizon="ffb06f",
         sun="ffb066",
         sun_degrees=(13, 20),
-        light=(0.95, 0.55),
-        ground=("e6ab68", "d6945a", "c77a50", "f7d79e"),
+        light=(0.80, 0.58),
+        ground=("f0b876", "dfa066", "d08458", "fbdfa8"),
         ridges=("b5699c", "8a4766"),
         peak=3.0,
         walls=("red cf5638", "cream f8e0b4", "teal 2aa198", "purple 8450a0"),
@@ -111,7 +111,7 @@ PALETTES = (
         horizon="fbd6d6",
         sun="ffe9d0",
         sun_degrees=(18, 28),
-        light=(0.75, 0.55),
+        light=(0.58, 0.62),
         ground=("eef3fb", "d6e3f3", "abd4ee", "c3cfe4"),
         ridges=("aec4e6", "7893c6"),
         peak=1.0,
@@ -127,7 +127,7 @@ PALETTES = (
         horizon="5a2c86",
         sun="d5dcff",
         sun_degrees=(24, 40),
-        light=(0.42, 0.55),
+        light=(0.40, 0.72),
         ground=("37306e", "2a2458", "43409a", "c2449c"),
         ridges=("3c2470", "231650"),
         peak=9.0,
@@ -145,7 +145,7 @@ PALETTES = (
         horizon="ffe6f3",
         sun="fff6df",
         sun_degrees=(30, 45),
-        light=(0.75, 0.62),
+        light=(0.52, 0.66),
         ground=("fbc3dc", "f5a9cd", "b5f0d8", "fff0c0"),
         ridges=("d5b6f7", "b98fe8"),
         peak=0.0,
@@ -157,12 +157,12 @@ PALETTES = (
     Palette(
         sky="autumn day",
         floor="golden field",
-        zenith="4f95d8",
-        horizon="fdeac6",
+        zenith="3a8be0",
+        horizon="fff0d6",
         sun="ffe2a8",
         sun_degrees=(24, 38),
-        light=(0.92, 0.50),
-        ground=("d2ac5a", "bf954a", "dd8f3c", "efdcb0"),
+        light=(0.76, 0.58),
+        ground=("deba66", "c9a252", "e39a44", "f3e2b8"),
         ridges=("b9a3c2", "a8683c"),
         peak=0.0,
         walls=("cream f6e6c6", "brown 96603e", "white faf6ee", "blue 54789e"),
@@ -177,7 +177,7 @@ PALETTES = (
         horizon="b9f0f4",
         sun="fff7da",
         sun_degrees=(46, 60),
-        light=(0.95, 0.52),
+        light=(0.62, 0.60),
         ground=("f8e5ac", "efd592", "46cfcc", "fff6dc"),
         ridges=("7cc8dc", "2f9c86"),
         peak=0.0,
@@ -193,7 +193,7 @@ PALETTES = (
         horizon="f8e4ea",
         sun="ffe6cc",
         sun_degrees=(20, 32),
-        light=(0.70, 0.58),
+        light=(0.60, 0.64),
         ground=("b194e2", "9678cf", "94c686", "ece0f0"),
         ridges=("b8b2e2", "8c86c4"),
         peak=0.0,
@@ -204,20 +204,20 @@ PALETTES = (
         haze=17.0,
     ),
     Palette(
-        sky="dusty sky",
-        floor="red planet",
-        zenith="7a4a5c",
-        horizon="f7b98a",
-        sun="ffe4c0",
-        sun_degrees=(22, 36),
-        light=(0.90, 0.48),
-        ground=("c7623a", "b04f30", "963f30", "e59464"),
-        ridges=("c27a66", "8c4238"),
+        sky="teal dusk",
+        floor="violet planet",
+        zenith="16497e",
+        horizon="9ce6cc",
+        sun="fff0c0",
+        sun_degrees=(20, 34),
+        light=(0.66, 0.62),
+        ground=("9468c2", "7f54ae", "dd6f9c", "d9bdf0"),
+        ridges=("5fa6b4", "41669c"),
         peak=1.0,
-        walls=("white f6f1ea", "silver b9c2cc", "blue 3d7cc4", "orange f08a30"),
-        roofs=("blue 2f68b0", "white fcfaf6", "teal 2aa59c"),
-        leaves=("teal 2fa090", "cyan 62cfd0", "green 6fb45a"),
-        cloud="eeb090",
+        walls=("white f6f1ea", "orange f58c34", "blue 3d7cc4", "red e0505a"),
+        roofs=("yellow ffcf4a", "white fcfaf6", "teal 22a59c"),
+        leaves=("coral ff7a5c", "yellow f7c948", "cyan 52d0d6"),
+        cloud="dff7ec",
     ),
     Palette(
         sky="moonlit night",
@@ -226,7 +226,7 @@ PALETTES = (
         horizon="4478ac",
         sun="dfeaff",
         sun_degrees=(22, 38),
-        light=(0.50, 0.52),
+        light=(0.46, 0.70),
         ground=("2f6a70", "26585f", "3f8276", "7f9cb0"),
         ridges=("2f548c", "1a3560"),
         peak=1.0,
@@ -250,17 +250,17 @@ def _palette_tensor(read) -> Tensor:
     return torch.tensor([read(palette) for palette in PALETTES], dtype=torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------------------------- scene
+# --- scene
 
 KINDS = ("house", "arch", "pyramid", "obelisk", "tower", "dome", "round tree", "tall tree", "mushroom", "rotunda")
 BUILT = 6  # landmark slots made of boxes (the first four kinds)
 ROUND = 9  # landmark slots made of solids of revolution (the other kinds)
 CLOUDS = 3
 N_BOXES = BUILT * 3
-N_ROUNDS = ROUND * 2 + 2 + CLOUDS  # two of a balloon
-SHADED = N_BOXES + ROUND * 2 + 2  # primitives before the clouds cast shadows
+N_ROUNDS = ROUND * 2 + 2 + CLOUDS * 2  # two of a balloon, two a cloud
+SHADED = N_BOXES + ROUND * 2 + 2  # the solids before the clouds cast shadows
 
-# Columns of a primitive. Boxes: half sizes that shrink by `slope` per unit of height (roofs, pyramids).
+# Columns of a solid. Boxes: half sizes that shrink by `slope` per unit of height (roofs, pyramids).
 # Solids of revolution: radius^2 = q0 + q1 z + q2 z^2 above the base (cylinders, cones, ellipsoids).
 X, Y, Z, H, COS, SIN, HX, HY, SX, SY, Q0, Q1, Q2 = range(13)
 COLOUR, MARK = 13, 16  # three columns each
@@ -281,7 +281,7 @@ class Worlds:
     solids: Tensor  # (W, N, COLUMNS): boxes first
     footprints: Tensor  # (W, 21, 7): x, y, cos, sin, half x, half y, radius
     sun: Tensor  # (W, 3) unit vector
-    tints: Tensor  # (W, 10, 3): see `_tints`
+    tints: Tensor  # (W, 11, 3): see `_tints`
     ground: Tensor  # (W, 20): see `_ground`
     ridge: Tensor  # (W, 2, RIDGE_SAMPLES) slopes of the far and the near mountain ring by azimuth
     haze: Tensor  # (W,) units
@@ -330,7 +330,7 @@ def make_worlds(seeds: Sequence[int] | Tensor, difficulty: float = 0.7) -> World
     seeds = torch.as_tensor(seeds, dtype=torch.int64).reshape(-1)
     draw = _Draws(seeds)
     palette = draw.choice(len(PALETTES), 1)[:, 0]
-    tint = 1 + draw(1, 3, low=-0.07, high=0.07)
+    tint = 1 + draw(1, 3, low=-0.05, high=0.05)
     landmarks = _place_landmarks(draw, difficulty)
     built, built_prints = _build_boxes(draw, landmarks[:, :BUILT], palette)
     rounds, round_prints = _build_rounds(draw, landmarks[:, BUILT:], palette)
@@ -524,7 +524,7 @@ def _build_rounds(draw: _Draws, landmarks: Tensor, palette: Tensor) -> tuple[Ten
 
     broad = kind == 6
     _set(low, broad, _cone(radius * 0.2, radius * 0.16, height * 0.5) | {COLOUR: trunk})
-    _set(top, broad, _ellipsoid(radius, height * 0.36, -0.75) | {Z: height * 0.37, COLOUR: leaf})
+    _set(top, broad, _ellipsoid(radius, height * 0.33, -1.0) | {Z: height * 0.34, COLOUR: leaf})
     foot = torch.where(broad, radius * 0.2, foot)
 
     tall = kind == 7
@@ -579,17 +579,17 @@ def _balloon(draw: _Draws, palette: Tensor) -> Tensor:
 
 
 def _clouds(draw: _Draws, palette: Tensor) -> Tensor:
-    """Flat clouds high above, thinned out to two worlds in three."""
-    present = draw(CLOUDS) < 0.7
-    distance, azimuth = draw(CLOUDS, low=9.0, high=17.0), draw(CLOUDS, high=2 * math.pi)
-    size = draw(CLOUDS, low=2.0, high=3.6)
-    clouds = _blank(len(palette), CLOUDS)
-    _set(
-        clouds, present, _ellipsoid(size, size * 0.2, -1.0) | {X: distance * azimuth.cos(), Y: distance * azimuth.sin()}
-    )
+    """Clouds with flat bottoms high above: a large lump and a smaller one at its side."""
+    present = draw(CLOUDS) < 0.75
+    distance, azimuth = draw(CLOUDS, low=11.0, high=20.0), draw(CLOUDS, high=2 * math.pi)
+    size, level, side = draw(CLOUDS, low=1.8, high=3.0), draw(CLOUDS, low=4.5, high=8.5), draw(CLOUDS, low=-1, high=1)
     white = _palette_tensor(lambda p: _rgb(p.cloud))[palette][:, None].expand(-1, CLOUDS, 3)
-    _set(clouds, present, {Z: draw(CLOUDS, low=4.5, high=7.5), COLOUR: white, GLOW: -1.0})
-    return clouds
+    large, small = _blank(len(palette), CLOUDS), _blank(len(palette), CLOUDS)
+    for lump, share, aside in ((large, 1.0, 0.0), (small, 0.66, 1.0)):
+        away = azimuth + aside * side.sign() * size / distance
+        columns = {X: distance * away.cos(), Y: distance * away.sin(), Z: level, COLOUR: white, GLOW: -1.0}
+        _set(lump, present, columns | _ellipsoid(size * share, size * share * 0.42, -0.25))
+    return torch.cat((large, small), 1)
 
 
 def _sun(draw: _Draws, palette: Tensor) -> Tensor:
@@ -600,14 +600,14 @@ def _sun(draw: _Draws, palette: Tensor) -> Tensor:
 
 
 def _tints(palette: Tensor) -> Tensor:
-    """Zenith, horizon, sun, sunlight, ambient light, two ground tones, patch, path and the near ridge; far ridge last."""
+    """Zenith, horizon, sun, sunlight, ambient light, two ground tones, patch, path, far and near ridge."""
     return _palette_tensor(_palette_tints)[palette]
 
 
 def _palette_tints(palette: Palette) -> list[list[float]]:
     sun, ambient = palette.light
     zenith, horizon, disc = _rgb(palette.zenith), _rgb(palette.horizon), _rgb(palette.sun)
-    sky_light = [ambient * (0.55 + 0.25 * z + 0.2 * h) for z, h in zip(zenith, horizon, strict=True)]
+    sky_light = [ambient * (0.70 + 0.36 * c / max(zenith)) for c in zenith]  # cool shadows
     sunlight = [sun * c for c in disc]
     return [zenith, horizon, disc, sunlight, sky_light, *map(_rgb, palette.ground), *map(_rgb, palette.ridges)]
 
@@ -615,11 +615,11 @@ def _palette_tints(palette: Palette) -> list[list[float]]:
 def _ground(draw: _Draws) -> Tensor:
     """The marks on the floor.
 
-    Tile or stripe pitch (2: along, across), their yaw's cos and sin, three waves of the patches (x, y, phase), the patches'
-    level, the path's cos, sin, offset, half width, bend and the radius of a ring road.
+    Tile or stripe rate (along, across), their yaw's cos and sin, three waves of the patches (x, y, phase), the level
+    above which they make a patch, the path's cos, sin, offset, half width and bend, the radius of a ring road.
     """
     stripes = draw(1) < 0.35
-    pitch = draw(1, low=1.5, high=2.2)
+    pitch = draw(1, low=1.2, high=1.9)
     yaw, path_yaw = draw(1, high=math.pi), draw(1, high=math.pi)
     across = torch.where(stripes, 0.0, math.pi / pitch)
     azimuth, rate = draw(3, high=2 * math.pi), draw(3, low=0.45, high=0.95)
@@ -657,7 +657,7 @@ _PLURALS = {"arch": "arches", "house": "houses"}
 
 
 def captions(worlds: Worlds) -> list[str]:
-    """One plain sentence a world, at most 60 bytes of ASCII, such as 'sunset, sandy plain, a red tower and white domes'."""
+    """One plain phrase a world, at most 60 bytes of ASCII: 'sunset, sandy plain, a red tower and cream domes'."""
     return [_caption(int(p), marks) for p, marks in zip(worlds.palette, worlds.landmarks.tolist(), strict=True)]
 
 
@@ -690,7 +690,7 @@ def _noun(colour: str, kind: str, count: int) -> str:
     return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {kind}"
 
 
-# ------------------------------------------------------------------------------------------------------------------ motion
+# --- motion
 
 
 def clearance(worlds: Worlds, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -770,7 +770,7 @@ def _stay_in_disc(place: Tensor) -> Tensor:
 
 
 def spawn(worlds: Worlds, seed: int = 0) -> Tensor:
-    """A free start pose (W, 4) for every world, level, with room ahead and landmarks in sight; decided by world and seed."""
+    """A free, level start pose (W, 4) a world, with room ahead and landmarks in sight; decided by world and seed."""
     tries, device = 48, worlds.sun.device
     rows = [
         torch.rand(tries, 3, generator=torch.Generator().manual_seed(int(s) * 1009 + seed))
@@ -800,7 +800,7 @@ def _sights(worlds: Worlds, places: Tensor, yaw: Tensor) -> Tensor:
     return (size.clamp(max=0.45) * (1 - (aside / 0.7) ** 2).clamp(min=0) * (kind >= 0)).sum(-1)
 
 
-# --------------------------------------------------------------------------------------------------------------- rendering
+# --- rendering
 
 _FAR = 1e4
 _TINY = 1e-7
@@ -953,8 +953,8 @@ def _columns(solids: Tensor) -> tuple[Tensor, ...]:
 def _trace(scene, light: Tensor, world: Tensor, pose: Tensor, rays: Tensor, near) -> Tensor:
     """Linear light along every ray.
 
-    Args: scene: solids, sun, tints, ground, ridge, haze of each frame's world, (F, ...). light, world: ground light maps
-    and which one each frame uses. pose: (F, 4). rays: (R, 2). near: indices of `_visible_solids`, or None for all solids.
+    Args: scene: solids, sun, tints, ground, ridge, haze of each frame's world, (F, ...). light, world: ground light
+    maps and which one each frame uses. pose: (F, 4). rays: (R, 2). near: from `_visible_solids`, or None for all.
     Returns: (F, 3, R).
     """
     solids, sun, tints, ground, ridge, haze = scene
@@ -1006,9 +1006,9 @@ def _sky(ray, facing: Tensor, tint: Sequence[Tensor], ridge: Tensor, sunward) ->
     """Colour of the sky with its sun and mountains, and the colour of the haze in that direction, (F, 3, R)."""
     zenith, horizon, disc = tint[0], tint[1], tint[2]
     slope = ray[2] * torch.rsqrt((1 - ray[2] * ray[2]).clamp(min=_TINY))
-    high = (ray[2].clamp(min=0) * 1.15).clamp(max=1)
-    toward = facing.clamp(min=0)
-    glow = (toward**10 * 0.30 + toward**90 * 0.35)[:, None]
+    high = (ray[2].clamp(min=0) * 1.5).clamp(max=1)
+    toward = facing.clamp(min=0.5)  # no denormal powers: they are slow
+    glow = (toward**14 * 0.28 + toward**90 * 0.35)[:, None]
     fog = horizon + (disc - horizon) * (glow * 0.8)
     sky = horizon + (zenith - horizon) * (high * (2 - high))[:, None]
     sky = sky + (disc - sky) * glow
@@ -1017,7 +1017,7 @@ def _sky(ray, facing: Tensor, tint: Sequence[Tensor], ridge: Tensor, sunward) ->
     left = place.long().clamp(max=RIDGE_SAMPLES - 1)
     part, right = place - left, (left + 1) % RIDGE_SAMPLES
     turn = ray[0] * sunward[1] - ray[1] * sunward[0]
-    for layer, colour in ((0, tint[10]), (1, tint[9])):
+    for layer, colour in ((0, tint[9]), (1, tint[10])):
         low, next_low = ridge[:, layer].gather(1, left), ridge[:, layer].gather(1, right)
         crest = low + (next_low - low) * part
         sunlit = ((next_low - low) * RIDGE_SAMPLES * turn).clamp(-1, 1)
@@ -1027,10 +1027,10 @@ def _sky(ray, facing: Tensor, tint: Sequence[Tensor], ridge: Tensor, sunward) ->
     return sky, fog
 
 
-def _lit(albedo: Tensor, normal, sunward, tint: Sequence[Tensor]) -> Tensor:
+def _lit(albedo: Tensor, normal, shaded: Tensor, sunward, tint: Sequence[Tensor]) -> Tensor:
     """Soft Lambert light from the sun, sky light from above and some of the ground's colour from below."""
     lambert = sum(n * s for n, s in zip(normal, sunward, strict=True))
-    lambert = ((lambert + 0.15) / 1.15).clamp(min=0)
+    lambert = torch.where(shaded, 0.0, ((lambert + 0.15) / 1.15).clamp(min=0))
     up = 0.5 + 0.5 * normal[2]
     ambient = tint[4] * (0.45 + 0.55 * up)[:, None] + 0.10 * tint[5] * (1 - up)[:, None]
     return albedo * (tint[3] * lambert[:, None] + ambient)
@@ -1053,7 +1053,7 @@ def _shade_solid(solids: Tensor, index: Tensor, origin, ray, distance: Tensor, s
     marked = (share > solid[LOW]) & (share < solid[HIGH]) & (across < solid[HALF])
     albedo = torch.where(marked[:, None], table[:, MARK : MARK + 3], table[:, COLOUR : COLOUR + 3])
     grounded = 0.72 + 0.28 * (z * 1.6).clamp(0, 1)
-    lit = _lit(albedo, normal, sunward, tint) * grounded[:, None]
+    lit = _lit(albedo, normal, inward, sunward, tint) * grounded[:, None]
     shine = torch.where(marked, solid[GLOW], 0.0).clamp(min=0)[:, None]
     lit = lit + (albedo - lit) * shine
     is_cloud = solid[GLOW] < 0
@@ -1093,9 +1093,9 @@ def _shade_ground(
 
     along, across = g[2] * x + g[3] * y, g[2] * y - g[3] * x
     tile = torch.sin(along * g[0]) * torch.cos(across * g[1])
-    colour = tint[5] + (tint[6] - tint[5]) * edge(tile, blur * 1.7)[:, None]
     waves = sum(torch.sin(g[4 + 3 * i] * x + g[5 + 3 * i] * y + g[6 + 3 * i]) for i in range(3))
-    colour = colour + (tint[7] - colour) * edge(waves - g[13], blur * 1.2)[:, None]
+    colour = tint[5] + (tint[7] - tint[5]) * edge(waves - g[13], blur * 1.2)[:, None]
+    colour = colour * (1 + (tint[6] / tint[5] - 1) * edge(tile, blur * 1.7)[:, None])  # seen on the patches too
     forward, aside = g[14] * x + g[15] * y, g[14] * y - g[15] * x
     road = g[17] - (aside - g[16] - g[18] * torch.sin(0.6 * forward)).abs()
     ring = g[17] - (torch.hypot(x, y) - g[19]).abs()
@@ -1105,7 +1105,7 @@ def _shade_ground(
 
 
 def _read_light(light: Tensor, world: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Sunlight (Lambert and shadow) and openness to the sky at points of the ground, bilinear in the (W, 2, M, M) maps."""
+    """Sunlight (Lambert and shadow) and openness to the sky at points of the ground, bilinear in (W, 2, M, M) maps."""
     scale, last = MAP_SIZE / (2 * MAP_EXTENT), MAP_SIZE - 1
     column = ((x + MAP_EXTENT) * scale - 0.5).clamp(0, last - 1e-3)
     row = ((y + MAP_EXTENT) * scale - 0.5).clamp(0, last - 1e-3)
