@@ -1,8 +1,8 @@
 """Procedural first-person worlds: what a small model is trained on, and the truth it is measured against.
 
-A world is a set of tensors drawn from an integer seed; `walk` turns actions into camera poses, `render` turns poses into
-frames. Everything is batched over worlds and frames. Units: one unit is about 2.5 m; angles are in radians unless a name
-says degrees. Axes: x and y on the ground, z up; yaw 0 looks along +x and grows to the left; pitch grows upwards.
+A world is a set of tensors drawn from an integer seed; `walk` turns actions into camera poses, `render` turns poses
+into frames. Everything is batched over worlds and frames. Units: one unit is about 2.5 m; angles are in radians unless
+a name says degrees. Axes: x and y on the ground, z up; yaw 0 looks along +x and grows to the left, pitch upwards.
 
 Seeds: training worlds are 0, 1, 2, ...; evaluation worlds are those of `EVAL_SEEDS`, which training never draws.
 """
@@ -834,10 +834,11 @@ def render(
         index = torch.arange(start, start + size, device=poses.device).clamp(max=len(flat) - 1)
         index = index if compile else index.unique()  # compiled code wants one shape: its last chunk repeats a frame
         some, pose = world[index], flat[index]
-        scene = tuple(getattr(worlds, name)[some] for name in ("solids", "sun", "tints", "ground", "ridge", "haze"))
+        scene = (worlds.solids, worlds.sun, worlds.tints, worlds.ground, worlds.ridge, worlds.haze, light)
+        scene = tuple(part[some] for part in scene)
         for strip in rays:  # eager rendering meets only the solids in sight of a strip of the picture
             near = None if compile else _visible_solids(scene[0], pose, strip)
-            colour = trace(scene, light, some, pose, strip, near)
+            colour = trace(scene, pose, strip, near)
             pictures.append(_to_picture(colour, height, width // strips, supersample)[: len(flat) - start])
     picture = torch.cat([torch.cat(pictures[i : i + strips], 2) for i in range(0, len(pictures), strips)])
     return picture.reshape(count, frames, height, width, 3)
@@ -950,14 +951,14 @@ def _columns(solids: Tensor) -> tuple[Tensor, ...]:
     return solids[..., None, : Q2 + 1].unbind(-1)
 
 
-def _trace(scene, light: Tensor, world: Tensor, pose: Tensor, rays: Tensor, near) -> Tensor:
+def _trace(scene: tuple[Tensor, ...], pose: Tensor, rays: Tensor, near) -> Tensor:
     """Linear light along every ray.
 
-    Args: scene: solids, sun, tints, ground, ridge, haze of each frame's world, (F, ...). light, world: ground light
-    maps and which one each frame uses. pose: (F, 4). rays: (R, 2). near: from `_visible_solids`, or None for all.
+    Args: scene: solids, sun, tints, ground, ridge, haze and light map of each frame's world, (F, ...). pose: (F, 4).
+    rays: (R, 2). near: indices from `_visible_solids`, or None for all solids.
     Returns: (F, 3, R).
     """
-    solids, sun, tints, ground, ridge, haze = scene
+    solids, sun, tints, ground, ridge, haze, light = scene
     origin, ray = _camera(pose, rays)
     if near is None:
         index = torch.arange(solids.shape[1], dtype=torch.int32, device=solids.device)[:, None]
@@ -981,7 +982,7 @@ def _trace(scene, light: Tensor, world: Tensor, pose: Tensor, rays: Tensor, near
     facing = sum(s * r for s, r in zip(sunward, ray, strict=True))
     sky, fog = _sky(ray, facing, tint, ridge, sunward)
     solid, is_cloud = _shade_solid(solids, index, origin, ray, distance, sunward, tint)
-    floor = _shade_ground(ground, light, world, origin, ray, down, tint)
+    floor = _shade_ground(ground, light, origin, ray, down, tint)
     hit = torch.minimum(distance, down)
     surface = torch.where((distance < down)[:, None], solid, floor)
     depth = torch.where(is_cloud & (distance < down), 0.5, hit / haze[:, None])
@@ -1079,9 +1080,7 @@ def _normal(solid, is_box: Tensor, away_x, away_y, local_x, local_y, low) -> tup
     return tuple(n * scale for n in normal), across
 
 
-def _shade_ground(
-    ground: Tensor, light: Tensor, world: Tensor, origin, ray, down: Tensor, tint: Sequence[Tensor]
-) -> Tensor:
+def _shade_ground(ground: Tensor, light: Tensor, origin, ray, down: Tensor, tint: Sequence[Tensor]) -> Tensor:
     """Floor colours under sun, shadow and sky; edges soften, then fade, with distance."""
     g = ground[:, :, None].unbind(1)
     distance = down.clamp(max=60.0)
@@ -1100,25 +1099,26 @@ def _shade_ground(
     road = g[17] - (aside - g[16] - g[18] * torch.sin(0.6 * forward)).abs()
     ring = g[17] - (torch.hypot(x, y) - g[19]).abs()
     colour = colour + (tint[8] - colour) * edge(torch.maximum(road, ring), blur)[:, None]
-    sunlight, shade = _read_light(light, world, x, y)
+    sunlight, shade = _read_light(light, x, y)
     return colour * (tint[3] * sunlight[:, None] + tint[4] * shade[:, None])
 
 
-def _read_light(light: Tensor, world: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Sunlight (Lambert and shadow) and openness to the sky at points of the ground, bilinear in (W, 2, M, M) maps."""
+def _read_light(light: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Sunlight (Lambert and shadow) and openness to the sky at points of the ground, bilinear in (F, 2, M, M) maps."""
     scale, last = MAP_SIZE / (2 * MAP_EXTENT), MAP_SIZE - 1
     column = ((x + MAP_EXTENT) * scale - 0.5).clamp(0, last - 1e-3)
     row = ((y + MAP_EXTENT) * scale - 0.5).clamp(0, last - 1e-3)
     left, top = column.long(), row.long()
     right, below = column - left, row - top
-    corner = (world[:, None] * MAP_SIZE + top) * MAP_SIZE + left
+    corner = top * MAP_SIZE + left
 
-    def read(texels: Tensor) -> Tensor:
-        upper = texels[corner] + (texels[corner + 1] - texels[corner]) * right
-        under, next_under = texels[corner + MAP_SIZE], texels[corner + MAP_SIZE + 1]
+    def read(texels: Tensor) -> Tensor:  # (F, M * M)
+        upper, next_upper = texels.gather(1, corner), texels.gather(1, corner + 1)
+        under, next_under = texels.gather(1, corner + MAP_SIZE), texels.gather(1, corner + MAP_SIZE + 1)
+        upper = upper + (next_upper - upper) * right
         return upper + (under + (next_under - under) * right - upper) * below
 
-    return read(light[:, 0].reshape(-1)), read(light[:, 1].reshape(-1))
+    return read(light[:, 0].flatten(1)), read(light[:, 1].flatten(1))
 
 
 def _ground_light(worlds: Worlds) -> Tensor:
