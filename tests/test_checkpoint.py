@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from infworld.checkpoint import RELEASED_EXTRAS, load_strict, read_metadata, read_tensors, save_tensors
-from infworld.config import TextConfig, TransformerConfig, VAEConfig
+from infworld.config import TextConfig, TransformerConfig
 from infworld.dit import InfiniteWorldTransformer
 from infworld.text import build_umt5, umt5_names
 from infworld.vae import VideoVAE
@@ -169,7 +169,7 @@ def test_metadata_is_only_in_safetensors(tmp_path):
     ("file", "build", "rename"),
     [
         ("infinite_world_model.ckpt", lambda: InfiniteWorldTransformer(TransformerConfig()), dict),
-        ("models/Wan2.1_VAE.pth", lambda: VideoVAE(VAEConfig()), dict),
+        ("models/Wan2.1_VAE.pth", lambda: VideoVAE(), dict),
         ("models/models_t5_umt5-xxl-enc-bf16.pth", lambda: build_umt5(TextConfig()), umt5_names),
     ],
 )
