@@ -693,29 +693,32 @@ def _noun(colour: str, kind: str, count: int) -> str:
 # --- motion
 
 
-def clearance(worlds: Worlds, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance to the nearest landmark's footprint and the direction away from it.
+def clearance(worlds: Worlds, places: Tensor) -> Tensor:
+    """Distance in units from places (W, P, 2) to the nearest landmark's footprint, (W, P); negative inside."""
+    return _measure(worlds.footprints, places)[0].amin(-1)
 
-    Args: places: (W, P, 2) units. Returns: (W, P) units, negative inside; (W, P, 2) unit vectors.
-    """
-    x, y, cos, sin, half_x, half_y, radius = worlds.footprints[:, None].unbind(-1)  # (W, 1, footprints)
+
+def _measure(footprints: Tensor, places: Tensor) -> tuple[Tensor, ...]:
+    """Signed distances (W, P, footprints), local x and y and how far those lie beyond the half sizes."""
+    x, y, cos, sin, half_x, half_y, radius = footprints[:, None].unbind(-1)
     away_x, away_y = places[..., 0, None] - x, places[..., 1, None] - y
     local_x, local_y = cos * away_x + sin * away_y, cos * away_y - sin * away_x
     over_x, over_y = local_x.abs() - half_x, local_y.abs() - half_y
     outside = torch.hypot(over_x.clamp(min=0), over_y.clamp(min=0))
-    inside = torch.maximum(over_x, over_y).clamp(max=0)
-    nearest, index = (outside + inside - radius).min(-1)
+    return outside + torch.maximum(over_x, over_y).clamp(max=0) - radius, local_x, local_y, over_x, over_y
 
-    def pick(value: Tensor) -> Tensor:
-        return value.expand_as(local_x).gather(-1, index[..., None])[..., 0]
 
-    over_x, over_y = pick(over_x), pick(over_y)
-    corner = torch.maximum(over_x, over_y) > 0
-    normal_x = torch.where(corner, over_x.clamp(min=0), (over_x >= over_y).float()) * pick(local_x).sign()
-    normal_y = torch.where(corner, over_y.clamp(min=0), (over_x < over_y).float()) * pick(local_y).sign()
-    length = torch.hypot(normal_x, normal_y).clamp(min=1e-6)
-    normal_x, normal_y, cos, sin = normal_x / length, normal_y / length, pick(cos), pick(sin)
-    return nearest, torch.stack((cos * normal_x - sin * normal_y, sin * normal_x + cos * normal_y), -1)
+def _push_out(footprints: Tensor, place: Tensor) -> Tensor:
+    """Places (W, 2) moved straight away from the nearest footprint until the body fits."""
+    distances, *local = _measure(footprints, place[:, None])
+    distance, index = distances[:, 0].min(-1, keepdim=True)
+    local_x, local_y, over_x, over_y = (value[:, 0].gather(1, index) for value in local)
+    cos, sin = footprints[..., 2].gather(1, index), footprints[..., 3].gather(1, index)
+    outside = torch.maximum(over_x, over_y) > 0
+    normal_x = torch.where(outside, over_x.clamp(min=0), (over_x >= over_y).float()) * local_x.sign()
+    normal_y = torch.where(outside, over_y.clamp(min=0), (over_x < over_y).float()) * local_y.sign()
+    push = (BODY_RADIUS - distance).clamp(min=0) / torch.hypot(normal_x, normal_y).clamp(min=1e-6)
+    return place + push * torch.cat((cos * normal_x - sin * normal_y, sin * normal_x + cos * normal_y), 1)
 
 
 def step(worlds: Worlds, pose: Tensor, move: Tensor, view: Tensor) -> Tensor:
@@ -750,19 +753,16 @@ def walk(worlds: Worlds, start: Tensor, move: Tensor, view: Tensor) -> Tensor:
 
 def _step(worlds: Worlds, pose: Tensor, move: Tensor, turn: Tensor) -> Tensor:
     """`step` with the action as (forward, left) units and (yaw, pitch) radians, (W, 2) each."""
-    x, y, yaw, pitch = pose.unbind(-1)
-    heading = yaw + 0.5 * turn[:, 0]
+    place, yaw, pitch = pose[:, :2], pose[:, 2:3], pose[:, 3:]
+    heading = yaw + 0.5 * turn[:, :1]
     cos, sin = heading.cos(), heading.sin()
-    wish = torch.stack((x + cos * move[:, 0] - sin * move[:, 1], y + sin * move[:, 0] + cos * move[:, 1]), -1)
-    wish = _stay_in_disc(wish)
-    for _ in range(2):  # out of the nearest footprint, then out of the one this may have pushed into
-        distance, normal = clearance(worlds, wish[:, None])
-        wish = wish + (BODY_RADIUS - distance).clamp(min=0) * normal[:, 0]
-    wish = _stay_in_disc(wish)
-    distance, _ = clearance(worlds, wish[:, None])
-    place = torch.where(distance >= BODY_RADIUS - 1e-3, wish, pose[:, :2])
-    pitch = (pitch + turn[:, 1]).clamp(-PITCH_LIMIT, PITCH_LIMIT)
-    return torch.cat((place, (yaw + turn[:, 0])[:, None], pitch[:, None]), -1)
+    ahead, aside = move[:, :1], move[:, 1:]
+    wish = place + torch.cat((cos * ahead - sin * aside, sin * ahead + cos * aside), 1)
+    # Landmarks stand more than two body radii apart, so one push is enough, except against the edge of the disc.
+    wish = _stay_in_disc(_push_out(worlds.footprints, wish))
+    fits = clearance(worlds, wish[:, None]) >= BODY_RADIUS - 1e-3
+    pitch = (pitch + turn[:, 1:]).clamp(-PITCH_LIMIT, PITCH_LIMIT)
+    return torch.cat((torch.where(fits, wish, place), yaw + turn[:, :1], pitch), 1)
 
 
 def _stay_in_disc(place: Tensor) -> Tensor:
@@ -779,10 +779,10 @@ def spawn(worlds: Worlds, seed: int = 0) -> Tensor:
     draws = torch.stack(rows).to(device)
     distance, azimuth, yaw = 6.5 * draws[..., 0].sqrt(), draws[..., 1] * (2 * math.pi), draws[..., 2] * (2 * math.pi)
     places = torch.stack((distance * azimuth.cos(), distance * azimuth.sin()), -1)
-    room = clearance(worlds, places)[0]
+    room = clearance(worlds, places)
     for ahead in (0.7, 1.4, 2.1):
         front = places + ahead * torch.stack((yaw.cos(), yaw.sin()), -1)
-        room = torch.minimum(room, clearance(worlds, front)[0])
+        room = torch.minimum(room, clearance(worlds, front))
     score = _sights(worlds, places, yaw) - 8 * (0.75 - room).clamp(min=0)
     best = score.argmax(1)
     rows = torch.arange(len(worlds), device=device)
@@ -1144,7 +1144,7 @@ def _light_of(worlds: Worlds, places: Tensor) -> Tensor:
     boxes = _hit_boxes(origin, sun, _columns(worlds.solids[:, :N_BOXES])).amin(1)
     rounds = _hit_rounds(origin, sun, _columns(worlds.solids[:, N_BOXES:SHADED])).amin(1)
     shadow = torch.minimum(boxes, rounds) < 0.5 * _FAR
-    distance, _ = clearance(worlds, places[None].expand(len(worlds), -1, -1))
+    distance = clearance(worlds, places[None].expand(len(worlds), -1, -1))
     openness = 0.55 + 0.45 * (distance / 0.55).clamp(0, 1).sqrt()
     sunlight = torch.where(shadow, 0.0, ((worlds.sun[:, 2:] + 0.35) / 1.35).expand_as(distance))
     return torch.stack((sunlight, openness), 1)
