@@ -1,0 +1,263 @@
+"""The evaluation: its films are the engine's, its measures know the truth, its numbers do not depend on chance."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from infworld.config import RolloutConfig
+from infworld.rollout import World
+from infworld.text import load_text_encoder
+from training import evaluate
+from training.evaluate import (
+    Figure,
+    Film,
+    make_bench,
+    next_chunk,
+    own_film,
+    same_script,
+    summarize,
+    to_frames,
+    to_video,
+)
+from training.worlds import EVAL_SEEDS, TURN, render, spawn, walk
+
+CHUNK = 8  # frames, so that a test takes seconds
+SEEDS = list(EVAL_SEEDS[:3])
+
+
+@pytest.fixture(scope="module")
+def text_encoder(world):
+    return load_text_encoder(world.config, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def model(world, text_encoder) -> World:
+    """The small model with chunks of 8 frames."""
+    config = dataclasses.replace(world.config, validation_data=RolloutConfig(num_frames=CHUNK + 1))
+    return World(config, world.transformer, world.vae, text_encoder)
+
+
+@pytest.fixture(scope="module")
+def bench(model, text_encoder) -> evaluate.Bench:
+    return make_bench(model, text_encoder, SEEDS)
+
+
+@pytest.fixture(scope="module")
+def film(bench) -> Film:
+    """A true visit of one chunk."""
+    return evaluate.true_film(bench, evaluate.true_walk(bench, same_script(bench, f"right {CHUNK}")))
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def test_the_films_are_the_engines(bench, model, text_encoder):
+    """Picture by picture what World films, given the same noise and words."""
+    script = same_script(bench, f"right {CHUNK}, forward {CHUNK}")
+    start = evaluate.true_film(bench, bench.render(spawn(bench.worlds)[:, None]))
+    films = own_film(bench, start, script, 2)
+    config = dataclasses.replace(model.config, buckets=model.config.buckets[:1])
+    engine = World(config, model.transformer, model.vae, text_encoder)
+    caption = evaluate.captions(bench.worlds)[1]
+    session = engine.start(start.frames[1, 0].numpy(), f"right {CHUNK}, forward {CHUNK}", caption)
+    frames = []
+    for so_far in (start, own_film(bench, start, script, 1)):
+        chunk = engine.next_chunk(session, noise=evaluate.draw_noise(bench, so_far)[1:2])
+        session = chunk.session
+        frames.append(torch.from_numpy(chunk.frames))
+    assert torch.allclose(session.history, films.history[1:2], atol=1e-4)
+    assert (torch.cat(frames).int() - films.frames[1].int()).abs().max() <= 1
+
+
+def test_another_worlds_memory_changes_the_chunk(bench, film):
+    script = same_script(bench, f"right {CHUNK}, left {CHUNK}")
+    right, wrong = (next_chunk(bench, film, script, wrong_memory=wrong) for wrong in (False, True))
+    assert (right - wrong).abs().max() > 1e-4
+
+
+def test_ones_own_memory_is_no_wrong_memory(bench, film):
+    """If all worlds have seen the same, swapping memories changes nothing: the last latent stays where it is."""
+    same = dataclasses.replace(film, history=film.history[:1].repeat(3, 1, 1, 1, 1))
+    script = same_script(bench, f"right {CHUNK}, left {CHUNK}")
+    right, wrong = (next_chunk(bench, same, script, wrong_memory=wrong) for wrong in (False, True))
+    assert torch.equal(right, wrong)
+
+
+def test_the_beginning_of_a_chunk_is_decoded_alone(bench, film):
+    script = same_script(bench, f"right {CHUNK}")
+    whole, beginning = next_chunk(bench, film, script), next_chunk(bench, film, script, frames=4)
+    assert beginning.shape[2] == 5
+    assert torch.allclose(beginning, whole[:, :, :5], atol=1e-5)
+
+
+def test_noise_depends_on_world_chunk_and_seed_only(bench, film, model, text_encoder):
+    noise = evaluate.draw_noise(bench, film)
+    other = make_bench(model, text_encoder, SEEDS[1:])
+    part = Film(film.frames[1:], film.history[1:], {})
+    assert torch.equal(evaluate.draw_noise(other, part), noise[1:])
+    assert not torch.equal(noise[0], noise[1])
+    assert not torch.equal(evaluate.draw_noise(dataclasses.replace(bench, seed=1), film), noise)
+    longer = dataclasses.replace(film, frames=film.frames.repeat(1, 2, 1, 1, 1))
+    assert not torch.equal(evaluate.draw_noise(bench, longer), noise)
+
+
+def test_frames_survive_the_way_to_video_and_back():
+    frames = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16, 1).expand(2, 3, -1, -1, 3)
+    assert torch.equal(to_frames(to_video(frames)), frames)
+
+
+def test_psnr_of_known_errors():
+    frames = torch.full((2, 3, 8, 8, 3), 100, dtype=torch.uint8)
+    assert torch.equal(evaluate.psnr(frames, frames), torch.full((2, 3), evaluate.MAX_PSNR))
+    assert evaluate.psnr(frames + 10, frames) == pytest.approx(28.13, abs=0.01)
+
+
+def test_blur_lowers_sharpness_and_grey_lowers_saturation():
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(256, (2, 3, 16, 16, 3), generator=generator, dtype=torch.uint8)
+    pale = (frames.float() * 0.5 + 64).to(torch.uint8)
+    assert torch.allclose(evaluate.sharpness(pale), evaluate.sharpness(frames) / 2, rtol=0.02)
+    assert torch.allclose(evaluate.contrast(pale), evaluate.contrast(frames) / 2, rtol=0.02)
+    assert (evaluate.saturation(pale) < evaluate.saturation(frames)).all()
+    assert (evaluate.saturation(frames[..., :1].expand(-1, -1, -1, -1, 3)) == 0).all()
+
+
+def test_the_truth_recalls_itself(bench, film, monkeypatch):
+    """A model that shows the truth with the right memory and the neighbour's truth with the wrong one."""
+    script = same_script(bench, f"right {CHUNK}, left {CHUNK}")
+    truth = evaluate.true_walk(bench, script)[:, CHUNK:]
+
+    def perfect(bench, film, script, wrong_memory=False):
+        return to_video(truth.roll(1, dims=0) if wrong_memory else truth)
+
+    monkeypatch.setattr(evaluate, "next_chunk", perfect)
+    found = evaluate._recall(bench, film, script, truth).measures
+    assert (found["value"] == evaluate.MAX_PSNR).all()
+    assert (found["wrong"] < 30).all()
+    assert torch.allclose(found["gain"], found["value"] - found["wrong"])
+    assert summarize(found["sharpness"]).mean == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["view", "move"])
+def test_true_frames_obey_every_action_and_still_ones_only_the_first(bench, monkeypatch, kind):
+    """The true renders, late by one frame in eight, are all judged right; a still picture is right for no-op alone."""
+    longer = dataclasses.replace(bench.model.config, validation_data=RolloutConfig(num_frames=81))
+    bench = dataclasses.replace(bench, model=World(longer, bench.model.transformer, bench.model.vae, None))
+
+    def obedient(bench, film, script, frames):
+        poses = walk(bench.worlds, starts(bench), *script.unbind(1))
+        index = (torch.arange(frames + 1) * 7) // 8
+        return to_video(render(bench.worlds, poses[:, index], *film.frames.shape[2:4]))
+
+    def starts(bench):
+        scripts = torch.zeros(9, 2, 24, dtype=torch.int64)
+        scripts[:, ("move", "view").index(kind)] = torch.arange(9)[:, None]
+        return evaluate.free_starts(bench, scripts.expand(len(SEEDS), -1, -1, -1))
+
+    monkeypatch.setattr(evaluate, "next_chunk", obedient)
+    figures, _ = evaluate.run_test(kind, [bench])
+    assert figures["value"].mean == 100 and figures["value"].worlds >= 2
+
+    still = lambda bench, film, script, frames: to_video(film.frames.expand(-1, frames + 1, -1, -1, -1))  # noqa: E731
+    monkeypatch.setattr(evaluate, "next_chunk", still)
+    figures, _ = evaluate.run_test(kind, [bench])
+    assert figures["no-op"].mean == 100
+    assert figures["value"].mean == pytest.approx(100 / 9)
+
+
+def test_scripts_that_come_back(bench):
+    """What the recall tests rely on: the last chunk ends where the first began, and far never looks there between."""
+    starts = spawn(bench.worlds)
+    for text in (evaluate.far_script(80), "right 320", "right 80, left 80"):
+        script = same_script(bench, text)
+        poses = walk(bench.worlds, starts, *script.unbind(1))
+        away = (poses[:, -1, 2] - starts[:, 2]).remainder(2 * torch.pi)
+        assert torch.minimum(away, 2 * torch.pi - away).max() < 1e-3
+        assert (poses[:, 80:-80, 2] - starts[:, None, 2] <= -80 * TURN + 1e-3).all()
+    assert script.shape == (3, 2, 160)
+    assert same_script(bench, evaluate.far_script(80)).shape[2] == 80 * 10
+
+
+def test_free_starts_have_room(bench):
+    script = same_script(bench, "forward 40")
+    poses = walk(bench.worlds, evaluate.free_starts(bench, script[:, None]), *script.unbind(1))
+    first = walk(bench.worlds, spawn(bench.worlds), *script.unbind(1))
+    gone, gone_first = ((p[:, -1, :2] - p[:, 0, :2]).norm(dim=-1) for p in (poses, first))
+    assert (gone >= gone_first - 1e-5).all()
+
+
+def test_the_interval_holds_the_mean_and_leaves_out_worlds_that_do_not_count():
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    figure = summarize(values)
+    assert figure.low < figure.mean < figure.high and figure.worlds == 50
+    assert figure.mean == pytest.approx(values.mean().item(), abs=1e-6)
+    assert figure.high - figure.low == pytest.approx(4 * values.std().item() / 50**0.5, rel=0.2)
+    assert summarize(torch.cat([values, torch.tensor([torch.nan])])) == figure
+    assert summarize(torch.tensor([torch.nan])).worlds == 0
+    assert summarize(torch.tensor([[1.0, 2.0], [3.0, 2.0]])).mean == 1  # a ratio of means, not a mean of ratios
+
+
+def test_the_table_says_what_is_reached():
+    def figures(value, gain):
+        return {"value": Figure(value, value - 1, value + 1, 64), "gain": Figure(gain, gain - 1, gain + 1, 64)}
+
+    for value, gain, word in ((26, 11, "aim"), (21, 7, "yes"), (26, 6.9, "no"), (20.9, 11, "no")):
+        line = evaluate.table({"turn": figures(value, gain)}).splitlines()[2]
+        assert line.endswith(f"| 21; +7 | 25; +10 | {word} |")
+
+
+def arguments(folder, *more):
+    return evaluate.parse_args(["--out", str(folder), "--worlds", "3", "--drift-worlds", "2", *more])
+
+
+def test_every_test_runs_and_repeats(tmp_path, model, text_encoder):
+    """The whole command, twice: same figures, a sheet for every test that has pictures."""
+    reports = []
+    for run in ("a", "b"):
+        assert evaluate.evaluate(arguments(tmp_path / run, "--tests", "all", "--batch", "3"), model, text_encoder)
+        reports.append(json.loads((tmp_path / run / "evaluation.json").read_text())["tests"])
+    assert reports[0] == reports[1]
+    assert set(reports[0]) == set(evaluate.TESTS)
+    assert len(reports[0]["drift"]) == 3 * evaluate.DRIFT_CHUNKS
+    sheets = {path.stem: Image.open(path).size for path in (tmp_path / "a").glob("*.png")}
+    assert set(sheets) == set(evaluate.TESTS) - {"view", "move"}
+    assert sheets["turn"] == (9 * 48, 9 * (32 + evaluate.LABEL_HEIGHT))  # 3 worlds in rows of threes
+    assert sheets["rollouts"] == (17 * 48, 3 * (32 + evaluate.LABEL_HEIGHT))
+    lines = (tmp_path / "a" / "evaluation.md").read_text().splitlines()
+    assert sum(row.what in line for row in evaluate.ROWS for line in lines) >= len(evaluate.ROWS)
+
+
+def test_batches_change_no_figure_but_the_wrong_memory(model, text_encoder):
+    whole, halves = (evaluate.make_benches(model, text_encoder, 4, batch, 0, None) for batch in (4, 2))
+    assert [len(bench.worlds) for bench in halves] == [2, 2]
+    figures = [evaluate.run_test("turn", benches)[0] for benches in (whole, halves)]
+    for name in ("value", "still", "whole chunk"):
+        assert figures[0][name].mean == pytest.approx(figures[1][name].mean, abs=1e-2)
+
+
+def test_a_failing_test_costs_only_itself(tmp_path, model, text_encoder, monkeypatch, capsys):
+    def fail(bench):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setitem(evaluate.TESTS, "start", fail)
+    assert not evaluate.evaluate(arguments(tmp_path, "--tests", "start,vae"), model, text_encoder)
+    assert set(json.loads((tmp_path / "evaluation.json").read_text())["tests"]) == {"vae"}
+    assert "out of luck" in capsys.readouterr().err
+
+
+def test_wrong_input_is_named(model, text_encoder):
+    with pytest.raises(ValueError, match="nonsense"):
+        evaluate.chosen_tests("turn,nonsense")
+    with pytest.raises(ValueError, match="at least 2"):
+        make_bench(model, text_encoder, SEEDS[:1])
+    guided = dataclasses.replace(model.config.val_scheduler_cfg, text_cfg_scale=5.0)
+    config = dataclasses.replace(model.config, val_scheduler_cfg=guided)
+    with pytest.raises(ValueError, match="guidance"):
+        make_bench(World(config, model.transformer, model.vae, text_encoder), text_encoder, SEEDS)
+    assert "drift" not in evaluate.chosen_tests("") and "drift" in evaluate.chosen_tests("all")
