@@ -1,0 +1,372 @@
+"""Causal video VAE: between video (B 3 T H W in [-1, 1]) and latents (B 16 T' H/8 W/8), spec section 4.
+
+The first frame makes the first latent, every four further frames one more. All time padding is on the left, so a clip
+can be continued: each pass hands on the last frames that the temporal layers saw, as an explicit `state`.
+Inside this file frames lie as B T H W C, the memory order in which convolutions, norms and attention are fastest.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infworld.config import FRAMES_PER_LATENT, RELEASED_LATENTS_MEAN, RELEASED_LATENTS_STD
+
+PIXELS_PER_LATENT = 8  # along height and width
+
+# Numbers in one full-resolution activation of one pass; some ten such activations are alive at once.
+# A CPU is fastest near its caches; a GPU wants large passes, but the transformer shares its memory.
+PASS_SIZE_CPU = 2**21
+PASS_SIZE_GPU = 2**28
+
+
+class VideoVAE(nn.Module):
+    """Encoder and decoder with the released tensor names.
+
+    `latents_mean` and `latents_std`, one number per latent channel, normalise the latents. They are plain numbers and
+    not buffers, so that neither a build on the meta device nor a cast of the weights touches them.
+    """
+
+    def __init__(
+        self,
+        dim: int = 96,
+        z_dim: int = 16,
+        dim_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        latents_mean: Sequence[float] = RELEASED_LATENTS_MEAN,
+        latents_std: Sequence[float] = RELEASED_LATENTS_STD,
+    ):
+        super().__init__()
+        if not len(latents_mean) == len(latents_std) == z_dim:
+            raise ValueError(
+                f"latents_mean and latents_std have {len(latents_mean)} and {len(latents_std)} numbers; "
+                f"z_dim is {z_dim}, so {z_dim} of each are needed"
+            )
+        self.dim, self.z_dim = dim, z_dim
+        self.latents_mean, self.latents_std = tuple(latents_mean), tuple(latents_std)
+        widths = [dim * mult for mult in dim_mult]
+        self.encoder = Encoder(widths, 2 * z_dim, num_res_blocks)
+        self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
+        self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
+        self.decoder = Decoder(widths, z_dim, num_res_blocks + 1)
+
+    def encode(
+        self, video: Tensor, state: dict[str, Tensor] | None = None, slab: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Encodes a clip, or further frames of the clip whose `state` an earlier call returned.
+
+        video: B 3 T H W in [-1, 1], H and W multiples of 8; T = 1 + 4n without `state`, 4n with it.
+        slab: latents per pass, which never changes the result; by default bounded by memory.
+        Returns the normalised mean latents, B z_dim T' H/8 W/8 with T' = 1 + n or n, in the dtype of `video`, and the
+        state to continue with: named tensors in the dtype of the weights, detached.
+        Raises ValueError for any other shape and for a state of another batch or picture size.
+        """
+        _check_video(video, state)
+        x = video.movedim(1, -1).to(self.conv1.weight.dtype)
+        slab = slab or self._default_slab(x.device, x[0, 0, ..., 0].numel() * len(x))
+        means = []
+        for part in _split(x, first=0 if state else 1, size=slab * FRAMES_PER_LATENT):
+            tails = Tails(state)
+            mean, _ = _pointwise(self.encoder(part, tails), self.conv1).chunk(2, dim=-1)
+            means.append(mean)
+            state = tails.state
+        mean = torch.cat(means, dim=1).to(video.dtype)
+        mean = (mean - mean.new_tensor(self.latents_mean)) / mean.new_tensor(self.latents_std)
+        return mean.movedim(-1, 1).contiguous(), state
+
+    def decode(self, latents: Tensor, slab: int | None = None) -> Tensor:
+        """Decodes a whole clip of normalised latents, B z_dim T' h w.
+
+        slab: latents per pass, which never changes the result; by default bounded by memory.
+        Returns video, B 3 T 8h 8w with T = 1 + 4(T' - 1), in [-1, 1] and in the dtype of `latents`.
+        Raises ValueError for another number of dimensions or channels and for no latents.
+        """
+        _check_latents(latents, self.z_dim)
+        z = latents.movedim(1, -1)
+        z = z * z.new_tensor(self.latents_std) + z.new_tensor(self.latents_mean)
+        z = _pointwise(z.to(self.conv2.weight.dtype), self.conv2)
+        slab = slab or self._default_slab(z.device, z[0, 0, ..., 0].numel() * len(z) * PIXELS_PER_LATENT**2)
+        state, video = None, []
+        for part in _split(z, first=1, size=slab):
+            tails = Tails(state)
+            video.append(self.decoder(part, tails).clamp(-1, 1))
+            state = tails.state
+        return torch.cat(video, dim=1).to(latents.dtype).movedim(-1, 1).contiguous()
+
+    def encode_distribution(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the raw, not normalised latents of a whole clip, in one pass; for training.
+
+        video and errors as in `encode` without state. Returns two tensors B z_dim T' H/8 W/8.
+        """
+        _check_video(video, None)
+        x = self.encoder(video.movedim(1, -1), Tails(keep=False))
+        mean, logvar = _pointwise(x, self.conv1).movedim(-1, 1).chunk(2, dim=1)
+        return mean, logvar
+
+    def decode_raw(self, z: Tensor) -> Tensor:
+        """Video, not clamped, of a whole clip of raw, not normalised latents, in one pass; for training.
+
+        Shapes and errors as in `decode`.
+        """
+        _check_latents(z, self.z_dim)
+        return self.decoder(_pointwise(z.movedim(1, -1), self.conv2), Tails(keep=False)).movedim(-1, 1)
+
+    def _default_slab(self, device: torch.device, pixels: int) -> int:
+        pass_size = PASS_SIZE_CPU if device.type == "cpu" else PASS_SIZE_GPU
+        return max(1, pass_size // (self.dim * pixels * FRAMES_PER_LATENT))
+
+
+class Encoder(nn.Module):
+    """B T H W 3 -> B T' h w out_dim. Space shrinks after each level but the last, time after the second and third."""
+
+    def __init__(self, widths: Sequence[int], out_dim: int, blocks: int):
+        super().__init__()
+        self.conv1 = CausalConv3d(3, widths[0], 3)
+        self.downsamples = nn.ModuleList()
+        last = len(widths) - 1
+        width = widths[0]
+        for level, level_width in enumerate(widths):
+            for _ in range(blocks):
+                self.downsamples.append(ResidualBlock(width, level_width))
+                width = level_width
+            if level < last:
+                self.downsamples.append(Downsample(width, temporal=level > 0))
+        self.middle = nn.ModuleList([ResidualBlock(width, width), Attention(width), ResidualBlock(width, width)])
+        self.head = nn.Sequential(Norm(width), nn.SiLU(), CausalConv3d(width, out_dim, 3))
+
+    def forward(self, x: Tensor, tails: "Tails") -> Tensor:
+        x = self.conv1(x, tails)
+        for layer in (*self.downsamples, *self.middle):
+            x = layer(x, tails)
+        norm, silu, conv = self.head
+        return conv(silu(norm(x)), tails)
+
+
+class Decoder(nn.Module):
+    """B T' h w in_dim -> B T H W 3. Space grows after each level but the last, time after the first and second."""
+
+    def __init__(self, widths: Sequence[int], in_dim: int, blocks: int):
+        super().__init__()
+        width = widths[-1]
+        self.conv1 = CausalConv3d(in_dim, width, 3)
+        self.middle = nn.ModuleList([ResidualBlock(width, width), Attention(width), ResidualBlock(width, width)])
+        self.upsamples = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            for _ in range(blocks):
+                self.upsamples.append(ResidualBlock(width, widths[level]))
+                width = widths[level]
+            if level > 0:
+                self.upsamples.append(Upsample(width, temporal=level > 1))
+                width //= 2
+        self.head = nn.Sequential(Norm(width), nn.SiLU(), CausalConv3d(width, 3, 3))
+
+    def forward(self, x: Tensor, tails: "Tails") -> Tensor:
+        x = self.conv1(x, tails)
+        for layer in (*self.middle, *self.upsamples):
+            x = layer(x, tails)
+        norm, silu, conv = self.head
+        return conv(silu(norm(x)), tails)
+
+
+class Tails:
+    """What the temporal layers carry from one pass to the next: their last input frames, in the order of the layers.
+
+    `state`: the last pass's `Tails.state`, or None at the start of a clip. keep: whether another pass will follow.
+    """
+
+    def __init__(self, state: dict[str, Tensor] | None = None, keep: bool = True):
+        self.at_start = not state
+        self.state: dict[str, Tensor] = {}
+        self._past = state or {}
+        self._keep = keep
+        self._layer = 0
+
+    def swap(self, x: Tensor, frames: int) -> Tensor | None:
+        """Puts the last `frames` frames of this pass's x (B T H W C) in place of those of the last pass.
+
+        Returns the latter, None at the start of a clip, where zeros stand in if x is too short.
+        """
+        name = _tail_name(self._layer)
+        self._layer += 1
+        past = self._past.get(name)
+        if self._keep:
+            missing = frames - x.shape[1]
+            if missing > 0:
+                x = torch.cat([_zeros(x, frames) if past is None else past, x], dim=1)
+            self.state[name] = x[:, -frames:].detach().clone()
+        return past
+
+
+class CausalConv3d(nn.Conv3d):
+    """Convolution over B T H W C that sees the two frames before each frame; zeros before the first one."""
+
+    def forward(self, x: Tensor, tails: Tails) -> Tensor:
+        past = tails.swap(x, 2)
+        return _convolve(torch.cat([_zeros(x, 2) if past is None else past, x], dim=1), self)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.residual = nn.Sequential(
+            Norm(in_dim),
+            nn.SiLU(),
+            CausalConv3d(in_dim, out_dim, 3),
+            Norm(out_dim),
+            nn.SiLU(),
+            nn.Identity(),  # dropout in the released model's training; it keeps the names in step
+            CausalConv3d(out_dim, out_dim, 3),
+        )
+        self.shortcut = nn.Conv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
+
+    def forward(self, x: Tensor, tails: Tails) -> Tensor:
+        norm1, silu, conv1, norm2, _, _, conv2 = self.residual
+        y = conv1(silu(norm1(x)), tails)
+        y = conv2(silu(norm2(y)), tails)
+        return y + (x if self.shortcut is None else _pointwise(x, self.shortcut))
+
+
+class Attention(nn.Module):
+    """Single-head attention within each frame. Nothing crosses time, so `tails` stays as it is."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = Norm(dim, spatial=True)
+        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, tails: Tails) -> Tensor:
+        tokens = self.norm(x).flatten(0, 1).flatten(1, 2)  # (B T) (H W) C
+        q, k, v = _pointwise(tokens, self.to_qkv).unsqueeze(1).chunk(3, dim=-1)
+        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return x + _pointwise(y, self.proj).view(x.shape)
+
+
+class Downsample(nn.Module):
+    """Halves height and width, then, if `temporal`, the frames after the first one of the clip."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, tails: Tails) -> Tensor:
+        x = _by_frame(self.resample, x)
+        return x if self.time_conv is None else self._halve_time(x, tails)
+
+    def _halve_time(self, x: Tensor, tails: Tails) -> Tensor:
+        past = tails.swap(x, 1)
+        if past is not None:
+            return _convolve(torch.cat([past, x], dim=1), self.time_conv)
+        first = x[:, :1]
+        return torch.cat([first, _convolve(x, self.time_conv)], dim=1) if x.shape[1] > 1 else first
+
+
+class Upsample(nn.Module):
+    """Doubles, if `temporal`, the frames after the first one of the clip, then height and width; halves the width."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim // 2, 3, padding=1))
+        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, tails: Tails) -> Tensor:
+        x = x if self.time_conv is None else self._double_time(x, tails)
+        return _by_frame(self.resample, x)
+
+    def _double_time(self, x: Tensor, tails: Tails) -> Tensor:
+        if not tails.at_start:
+            return self._pairs(x, tails)
+        first, rest = x[:, :1], x[:, 1:]
+        if rest.shape[1]:
+            return torch.cat([first, self._pairs(rest, tails)], dim=1)
+        tails.swap(rest, 2)  # the first latent leaves no trace: the second one sees zeros
+        return first
+
+    def _pairs(self, x: Tensor, tails: Tails) -> Tensor:
+        earlier, later = self.time_conv(x, tails).chunk(2, dim=-1)
+        return torch.stack([earlier, later], dim=2).flatten(1, 2)
+
+
+class Norm(nn.Module):
+    """Channel-wise L2 norm of x (..., C), statistics in float32 or better, times sqrt(C) and gamma."""
+
+    def __init__(self, dim: int, spatial: bool = False):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, 1, 1) if spatial else torch.ones(dim, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
+        scale = x.shape[-1] ** 0.5 / length.clamp_min(1e-12)
+        return x * scale.to(x.dtype) * self.gamma.flatten().to(x.dtype)
+
+
+def _convolve(x: Tensor, conv: nn.Conv3d) -> Tensor:
+    """x (B T H W C) through the convolution, without padding in time and with zeros around the picture."""
+    stride, _, _ = conv.stride
+    pad = conv.kernel_size[-1] // 2
+    if x.device.type != "cpu":
+        y = F.conv3d(x.movedim(-1, 1), conv.weight, conv.bias, stride=conv.stride, padding=(0, pad, pad))
+        return y.movedim(1, -1)
+    # On a CPU the 2-D convolutions of torch are several times faster than its 3-D one for the few frames of a pass.
+    frames = (x.shape[1] - conv.kernel_size[0]) // stride + 1
+    total = None
+    for k, weight in enumerate(conv.weight.unbind(2)):
+        seen = x[:, k : k + stride * (frames - 1) + 1 : stride]
+        bias = conv.bias if total is None else None
+        y = _by_frame(lambda frame, w=weight, b=bias: F.conv2d(frame, w, b, padding=pad), seen)
+        total = y if total is None else total.add_(y)
+    return total
+
+
+def _by_frame(layer, x: Tensor) -> Tensor:
+    """x (B T H W C) through a 2-D layer that takes (B T) C H W."""
+    y = layer(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1)
+    return y.unflatten(0, x.shape[:2])
+
+
+def _pointwise(x: Tensor, conv: nn.Conv2d | nn.Conv3d) -> Tensor:
+    """x (..., C) through a convolution of kernel 1."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def _tail_name(layer: int) -> str:
+    return f"tail{layer:02}"
+
+
+def _zeros(x: Tensor, frames: int) -> Tensor:
+    batch, _, *rest = x.shape
+    return x.new_zeros(batch, frames, *rest)
+
+
+def _split(x: Tensor, first: int, size: int) -> Iterator[Tensor]:
+    """x (B T ...) in pieces of `size` frames; the first piece has `first` frames more."""
+    start, end = 0, first + size
+    while start < x.shape[1]:
+        yield x[:, start:end]
+        start, end = end, end + size
+
+
+def _check_video(video: Tensor, state: dict[str, Tensor] | None) -> None:
+    if video.dim() != 5 or video.shape[1] != 3:
+        raise ValueError(f"video must be B 3 T H W, got {tuple(video.shape)}")
+    batch, _, frames, height, width = video.shape
+    if height % PIXELS_PER_LATENT or width % PIXELS_PER_LATENT or not height * width:
+        raise ValueError(f"video of {height}x{width}: crop height and width to multiples of {PIXELS_PER_LATENT}")
+    if state is None:
+        if frames % FRAMES_PER_LATENT != 1:
+            raise ValueError(f"a clip has 1 + {FRAMES_PER_LATENT}n frames, got {frames}")
+        return
+    if frames % FRAMES_PER_LATENT or not frames:
+        raise ValueError(f"a clip is continued by {FRAMES_PER_LATENT}n frames, got {frames}")
+    first = state.get(_tail_name(0))
+    if first is None or first.shape != (batch, 2, height, width, 3):
+        seen = "nothing" if first is None else tuple(first.shape)
+        raise ValueError(f"state is of {seen}, not of a clip of batch {batch} and size {height}x{width}")
+
+
+def _check_latents(latents: Tensor, z_dim: int) -> None:
+    if latents.dim() != 5 or latents.shape[1] != z_dim or not latents.shape[2]:
+        raise ValueError(f"latents must be B {z_dim} T h w with T > 0, got {tuple(latents.shape)}")
