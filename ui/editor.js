@@ -43,7 +43,10 @@ function segmentWords({ move, view }) {
 // ---------------------------------------------------------------- the script
 
 const total = (segments) => sum(segments.map((s) => s.frames));
-const starts = (segments) => segments.map((_, i) => total(segments.slice(0, i)));
+const starts = (segments) => {
+  let at = 0;
+  return segments.map(({ frames }) => (at += frames) - frames);
+};
 const toText = (segments) => segments.map((s) => `${segmentWords(s)} ${s.frames}`).join(", ");
 const toValue = (segments) => ({ segments: segments.map((s) => [s.move, s.view, s.frames]) });
 const fromValue = (value) => (value?.segments ?? []).map(([move, view, frames]) => ({ move, view, frames }));
@@ -136,19 +139,19 @@ const LEFT_DEGREES = 60; // after turning this far the view has been left
 
 // Frames at which the camera is back at an earlier place (`places`), and of these the ones that also look the same
 // way as then (`views`). To be back, one must have left: by walking three reaches, or for the view by turning.
+// Of every square and view the first visit is kept, so that the work grows with the path, not with its square.
 function revisits(poses) {
   const reach = REACH_FRAMES * setting("step_units");
-  const cells = new Map();
+  const firsts = new Map(); // square -> view -> first visit
   const found = { places: new Set(), views: new Set() };
-  let walked = 0;
-  let turned = 0;
+  let [walked, turned] = [0, 0];
   poses.forEach((pose, frame) => {
-    const last = poses[frame - 1] ?? pose;
+    const last = poses[Math.max(frame - 1, 0)];
     walked += Math.hypot(pose.x - last.x, pose.y - last.y);
     turned += Math.abs(pose.heading - last.heading);
     const here = { ...pose, frame, walked, turned };
-    for (const earlier of near(cells, pose, reach)) compare(found, earlier, here, reach);
-    if (frame % 4 === 0) cellOf(cells, pose.x, pose.y, reach).push(here);
+    for (const earlier of near(firsts, here, reach)) compare(found, earlier, here, reach);
+    remember(firsts, here, reach);
   });
   return found;
 }
@@ -157,26 +160,32 @@ function compare(found, earlier, here, reach) {
   const walkedAway = here.walked - earlier.walked > 3 * reach;
   const turnedAway = here.turned - earlier.turned > LEFT_DEGREES;
   if (walkedAway) found.places.add(here.frame);
-  const apart = Math.abs(((((here.heading - earlier.heading) % 360) + 540) % 360) - 180);
+  const apart = Math.abs(around360(here.heading - earlier.heading + 180) - 180);
   if (apart < VIEW_DEGREES && (walkedAway || turnedAway)) found.views.add(here.frame);
 }
 
-function cellOf(cells, x, y, reach) {
-  const key = `${Math.floor(x / reach)},${Math.floor(y / reach)}`;
-  if (!cells.has(key)) cells.set(key, []);
-  return cells.get(key);
+const around360 = (degrees) => ((degrees % 360) + 360) % 360;
+const square = (x, y, reach) => `${Math.floor(x / reach)},${Math.floor(y / reach)}`;
+
+function remember(firsts, here, reach) {
+  const key = square(here.x, here.y, reach);
+  const view = Math.floor(around360(here.heading) / VIEW_DEGREES);
+  if (!firsts.has(key)) firsts.set(key, new Map());
+  if (!firsts.get(key).has(view)) firsts.get(key).set(view, here);
 }
 
-function near(cells, { x, y }, reach) {
-  const around = [-reach, 0, reach].flatMap((dx) => [-reach, 0, reach].map((dy) => cellOf(cells, x + dx, y + dy, reach)));
-  return around.flat().filter((p) => Math.hypot(p.x - x, p.y - y) < reach);
+function near(firsts, { x, y }, reach) {
+  const steps = [-reach, 0, reach];
+  const squares = steps.flatMap((dx) => steps.map((dy) => firsts.get(square(x + dx, y + dy, reach))));
+  const visits = squares.flatMap((views) => (views ? [...views.values()] : []));
+  return visits.filter((visit) => Math.hypot(visit.x - x, visit.y - y) < reach);
 }
 
 // Whole numbers in order -> runs [first, last].
 function runs(numbers) {
   const found = [];
   for (const n of numbers) {
-    if (found.length && n === found.at(-1)[1] + 1) found.at(-1)[1] = n;
+    if (n === found.at(-1)?.[1] + 1) found.at(-1)[1] = n;
     else found.push([n, n]);
   }
   return found;
@@ -191,6 +200,7 @@ let zoom = 1;
 let poses = [];
 const past = [];
 const future = [];
+const [TEXT_STEP, FRAMES_STEP] = ["text", "frames"];
 let lastStep = null; // edits of one step (a drag, typing) are undone together
 
 function change(next, { select = selected, step = null } = {}) {
@@ -233,7 +243,7 @@ function publish() {
 function adopt() {
   const next = fromValue(props.value);
   if (equal(next, segments)) return;
-  if (recorder.on) stopRecording();
+  if (recorder.on) dropRecording();
   past.push({ segments, selected });
   future.length = 0;
   lastStep = null;
@@ -280,7 +290,7 @@ function resize(index, frames, step) {
 // ---------------------------------------------------------------- drawing: timeline
 
 const filmActions = () => (setting("num_frames") ? setting("num_frames") - 1 : 0);
-const seconds = (frames) => (frames / setting("fps")).toFixed(1);
+const seconds = (frames) => (frames / setting("fps")).toFixed(1).replace(/\.0$/, "");
 const count = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
 
 let span = 1; // frames that the strip is wide; held still during a drag
@@ -309,10 +319,12 @@ function drawTimeline() {
 
 function drawSegments() {
   const list = part("segments");
+  const focused = list.contains(document.activeElement);
   while (list.children.length > segments.length) list.lastElementChild.remove();
   while (list.children.length < segments.length) list.append(newSegment());
   const from = starts(segments);
   segments.forEach((segment, i) => drawSegment(list.children[i], segment, i, from[i]));
+  if (focused && !list.contains(document.activeElement)) (list.lastElementChild ?? list).focus(); // its segment is gone
 }
 
 function newSegment() {
@@ -374,11 +386,11 @@ function drawRuler(chunk) {
   part("ruler").innerHTML = labels.join("");
 }
 
-const rulerLabel = (at) => `<span style="left:${percent(at)}"><b>${seconds(at)} s</b> ${at}</span>`;
+const rulerLabel = (at) => `<span style="left:${percent(at)}"><b>${seconds(at)} s</b> · ${at}</span>`;
 
 function drawZones() {
   const [have, film] = [total(segments), filmActions()];
-  place("waiting", have, film);
+  place("waiting", have, have ? film : 0);
   place("unused", film || span, span);
   place("beyond", (setting("horizon_frames") ?? Infinity) - 1, span);
   part("film").hidden = !film;
@@ -392,7 +404,7 @@ function place(name, from, to) {
 }
 
 function drawPlayhead() {
-  part("playhead").style.left = percent(frame);
+  part("playhead").style.left = percent(Math.min(frame, span));
 }
 
 // ---------------------------------------------------------------- drawing: words
@@ -423,13 +435,12 @@ function notes(have, film, horizon) {
 
 function drawInspector() {
   const segment = segments[selected];
-  part("inspector").disabled = !segment;
   part("inspector").classList.toggle("idle", !segment);
   for (const control of part("inspector").querySelectorAll("button, select, input")) control.disabled = !segment;
   if (segment) {
     part("move").value = segment.move;
     part("view").value = segment.view;
-    if (document.activeElement !== part("frames")) part("frames").value = segment.frames;
+    if (lastStep !== FRAMES_STEP) part("frames").value = segment.frames;
   }
   root.querySelector('[data-do="undo"]').disabled = !past.length;
   root.querySelector('[data-do="redo"]').disabled = !future.length;
@@ -438,7 +449,7 @@ function drawInspector() {
 }
 
 function drawText() {
-  if (document.activeElement === part("text")) return; // never rewrite what is being written
+  if (lastStep === TEXT_STEP) return; // never rewrite what is being written
   part("text").value = toText(segments);
   showError("");
 }
@@ -467,7 +478,7 @@ function drawMap() {
     ...runs(found.views).map(([a, b]) => circle("same", poses[Math.floor((a + b) / 2)], 7)),
     ...every(chunk).map((pose) => circle("border", pose, 3)),
     circle("start", poses[0], 5),
-    `<g class="now" data-part="now"><path class="cone" d="M0 0-13-26A29 29 0 0 1 13-26Z"/><circle r="4.5"/></g>`,
+    `<g class="now" data-part="now"><path class="cone" d="M0 0-13-26A29 29 0 0 1 13-26Z"/><circle r="4"/></g>`,
   ].join("");
   svg.setAttribute("aria-label", mapTitle(found));
   drawNow();
@@ -502,10 +513,10 @@ function tick(pose) {
 function mapTitle(found) {
   const end = poses.at(-1);
   const away = Math.hypot(end.x, end.y);
-  const turned = Math.round(((end.heading % 360) + 360) % 360);
+  const turned = Math.round(around360(end.heading));
   return (
-    `Map of the path from above. It ends ${away.toFixed(1)} units from the start, turned ${turned} degrees clockwise; ` +
-    `${count(found.places.size, "frame")} at places visited before, ${found.views.size} with a view seen before.`
+    `Map of the path from above. It ends ${away.toFixed(1)} units from the start, turned ${turned} degrees ` +
+    `clockwise; ${count(found.places.size, "frame")} at places visited before, ${found.views.size} with a view seen before.`
   );
 }
 
@@ -614,6 +625,7 @@ const SEGMENT_KEYS = {
   ArrowDown: (shift) => longer(shift ? -1 : -10),
   Home: () => choose(0),
   End: () => choose(segments.length - 1),
+  Escape: () => choose(-1),
   Delete: remove,
   Backspace: remove,
   s: split,
@@ -638,19 +650,19 @@ function onUndoKey(event) {
   else travel(past, future);
 }
 
-const isTyping = (node) => Boolean(node?.closest?.("input, textarea, select, [contenteditable]:not([contenteditable=false])"));
+const TYPING = "input:not([type=checkbox], [type=radio], [type=button]), textarea, select, [contenteditable=true]";
+const isTyping = (node) => Boolean(node?.closest?.(TYPING));
 
 // ---------------------------------------------------------------- recording keys in real time
 
 const SHORTEST = 3; // frames; fingers are not quicker on purpose
-const recorder = { on: false, held: new Map(), base: [], taken: [], since: null, done: 0, published: 0 };
+const recorder = { on: false, held: new Map(), before: [], base: [], taken: [], since: null, done: 0, published: 0 };
 
 function startRecording() {
   const base = part("replace").checked ? [] : segments;
-  past.push({ segments, selected });
-  future.length = 0;
+  const clock = { since: null, done: 0, published: total(base) };
+  Object.assign(recorder, { on: true, before: segments, base, taken: [], ...clock });
   lastStep = null;
-  Object.assign(recorder, { on: true, base, taken: [], since: null, done: 0, published: total(base) });
   recorder.held.clear();
   listenToKeys(true);
   show(base, -1);
@@ -666,10 +678,8 @@ function stopRecording() {
   drawRecorder();
   const taken = tidy(recorder.taken);
   while (taken.length && isWait(taken.at(-1))) taken.pop();
-  show([...recorder.base, ...taken], -1);
-  if (equal(segments, past.at(-1).segments)) past.pop();
-  publish();
-  drawInspector();
+  segments = recorder.before; // one recording is one step to undo
+  change(taken.length ? [...recorder.base, ...taken] : recorder.before, { select: -1 });
 }
 
 function listenToKeys(on) {
@@ -682,10 +692,11 @@ function listenToKeys(on) {
 
 function onRecordKey(event) {
   if (event.key === "Escape" && event.type === "keydown") return stopRecording();
-  const word = initial.keys[event.code];
-  if (!word || (event.type === "keydown" && (isTyping(event.target) || event.ctrlKey || event.metaKey || event.altKey))) return;
-  if (!isTyping(event.target)) event.preventDefault();
-  if (!event.repeat) hold(event.code, event.type === "keydown" ? word : null, event.timeStamp);
+  const [word, pressed] = [initial.keys[event.code], event.type === "keydown"];
+  const elsewhere = isTyping(event.target) || event.ctrlKey || event.metaKey || event.altKey;
+  if (!word || (pressed && elsewhere)) return; // a release always counts
+  if (!elsewhere) event.preventDefault();
+  if (!event.repeat) hold(event.code, pressed ? word : null, event.timeStamp);
 }
 
 // `source` (a key or a pointer) holds `word` from `time` on, or nothing.
@@ -721,8 +732,8 @@ function sample(time) {
 function heldAction() {
   const words = new Set(recorder.held.values());
   const direction = (kind) => {
-    const held = Object.keys(WORDS[kind]).filter((word) => words.has(word)).map((word) => WORDS[kind][word]);
-    return [sum(held.map(([a]) => a)), sum(held.map(([, b]) => b))]; // opposite keys cancel
+    const held = Object.entries(WORDS[kind]).filter(([word]) => words.has(word));
+    return [0, 1].map((axis) => sum(held.map(([, d]) => d[axis]))); // opposite keys cancel
   };
   return { move: indexOf("move", direction("move")), view: indexOf("view", direction("view")) };
 }
@@ -742,16 +753,22 @@ function tidy(taken) {
 }
 
 const isWait = (s) => s.move === 0 && s.view === 0;
-const within = (a, b) =>
-  ["move", "view"].every((kind) => DIRECTIONS[kind][a[kind]].every((d, i) => d === 0 || d === DIRECTIONS[kind][b[kind]][i]));
+const axes = (s) => [...DIRECTIONS.move[s.move], ...DIRECTIONS.view[s.view]];
+const within = (a, b) => axes(a).every((d, i) => d === 0 || d === axes(b)[i]);
 
 function whileRecording(time) {
   if (!recorder.on) return;
-  if (!root.isConnected) return listenToKeys(false);
+  if (!root.isConnected) return dropRecording();
   const before = Math.floor(recorder.done / SHORTEST);
   sample(time);
   if (Math.floor(recorder.done / SHORTEST) > before) showRecording();
   requestAnimationFrame(whileRecording);
+}
+
+function dropRecording() {
+  recorder.on = false;
+  listenToKeys(false);
+  drawRecorder();
 }
 
 // Gradio hears of a recording at each chunk border, not thirty times a second.
@@ -769,12 +786,15 @@ function drawRecorder() {
   root.classList.toggle("recording", recorder.on);
   part("record").setAttribute("aria-pressed", recorder.on);
   part("record-label").textContent = recorder.on ? "Stop" : "Record keys";
-  for (const key of part("pads").querySelectorAll("[data-word]")) key.classList.toggle("held", held.has(key.dataset.word));
-  part("keys-status").textContent = recorder.on ? recordingStatus(held) : `An arrow adds ${setting("chunk_frames")} frames after the selected segment.`;
+  for (const key of part("pads").querySelectorAll("button")) key.classList.toggle("held", held.has(key.dataset.word));
+  part("keys-status").textContent = recorder.on ? recordingStatus(held) : restingStatus();
 }
 
+const restingStatus = () =>
+  `An arrow adds ${count(setting("chunk_frames"), "frame")} after the selected segment, or at the end.`;
+
 function recordingStatus(held) {
-  if (recorder.since === null) return "Hold W A S D to walk and the arrow keys to look. Time starts with the first key.";
+  if (recorder.since === null) return "Hold W A S D to walk, arrow keys to look. Time starts with the first key.";
   return `${seconds(recorder.done)} s · ${[...held].join(" + ") || initial.wait_word}`;
 }
 
@@ -783,21 +803,27 @@ function recordingStatus(held) {
 const CAPS = { ArrowUp: "↑", ArrowDown: "↓", ArrowLeft: "←", ArrowRight: "→" };
 
 function buildPads() {
-  const pad = (kind) => `<div class="pad" role="group" aria-label="${sentence(kind)}"><span>${sentence(kind)}</span>
-    ${Object.entries(initial.keys).filter(([, word]) => word in WORDS[kind]).map(([code, word]) => padKey(kind, code, word)).join("")}</div>`;
-  part("pads").innerHTML = pad("move") + pad("view") + waitKey();
+  const keys = Object.entries(initial.keys);
+  const pad = (kind, more = "") => {
+    const own = keys.filter(([, word]) => word in WORDS[kind]).map(([code, word]) => padKey(kind, code, word));
+    const name = sentence(kind);
+    return `<div class="pad" role="group" aria-label="${name}"><span>${name}</span>${own.join("")}${more}</div>`;
+  };
+  part("pads").innerHTML = pad("move") + pad("view", waitKey());
 }
 
 function padKey(kind, code, word) {
-  const index = indexOf(kind, WORDS[kind][word]);
   const [along, across] = WORDS[kind][word];
-  const spot = `grid-area:${2 - Math.max(along, 0)}/${2 + across}`;
+  const angle = angleOf(kind, indexOf(kind, [along, across]));
   const cap = CAPS[code] ?? code.at(-1);
-  return `<button type="button" data-word="${word}" data-kind="${kind}" style="--angle:${angleOf(kind, index)};${spot}"
-    aria-label="${sentence(word)}" title="${sentence(word)} (${cap})">${symbol(kind, index)}<kbd>${cap}</kbd></button>`;
+  const name = sentence(word);
+  return `<button type="button" data-word="${word}" data-kind="${kind}" aria-label="${name}" title="${name} (${cap})"
+    style="--angle:${angle};grid-area:${along > 0 ? 1 : 2}/${2 + across}"
+    >${symbol(kind, indexOf(kind, [along, across]))}<kbd>${cap}</kbd></button>`;
 }
 
-const waitKey = () => `<button type="button" class="wait" data-word="${initial.wait_word}">${sentence(initial.wait_word)}</button>`;
+const waitKey = () =>
+  `<button type="button" class="wait" data-word="${initial.wait_word}">${sentence(initial.wait_word)}</button>`;
 
 function onPad(event) {
   const key = event.target.closest("[data-word]");
@@ -840,7 +866,7 @@ function onText() {
   try {
     const next = parseText(part("text").value);
     showError("");
-    change(next, { select: -1, step: "text" });
+    change(next, { select: -1, step: TEXT_STEP });
   } catch (error) {
     showError(error.message);
   }
@@ -887,8 +913,11 @@ const DO = {
 };
 
 function zoomTo(next) {
+  const scroller = part("scroller");
+  const middle = (scroller.scrollLeft + scroller.clientWidth / 2) / scroller.scrollWidth;
   zoom = clamp(next, 1, 40);
   drawTimeline();
+  scroller.scrollLeft = middle * scroller.scrollWidth - scroller.clientWidth / 2;
 }
 
 function onButton(event) {
@@ -899,9 +928,8 @@ function onButton(event) {
 }
 
 function buildPresets() {
-  part("presets").innerHTML = initial.presets
-    .map(([name], i) => `<button type="button" data-preset="${i}">${name}</button>`)
-    .join("");
+  const chips = initial.presets.map(([name], i) => `<button type="button" data-preset="${i}">${name}</button>`);
+  part("presets").innerHTML = `<span class="hint">Start from</span>${chips.join("")}`;
 }
 
 function onPreset(event) {
@@ -921,7 +949,12 @@ function buildSelects() {
 
 function onFrames() {
   const frames = Math.floor(Number(part("frames").value));
-  if (frames >= 1) edit({ frames }, `frames ${selected}`);
+  if (frames >= 1) edit({ frames }, FRAMES_STEP);
+}
+
+function leaveFrames() {
+  lastStep = null;
+  drawInspector();
 }
 
 function exposeFrames() {
@@ -930,6 +963,14 @@ function exposeFrames() {
     const editor = document.getElementById(id)?.querySelector(".action-editor");
     editor?.dispatchEvent(new CustomEvent("infworld-frame", { detail: next }));
   };
+}
+
+let width = 0; // of the page when it was last drawn; drawing changes heights only
+
+function onWidth() {
+  if (width === root.clientWidth) return;
+  width = root.clientWidth;
+  draw();
 }
 
 function listen() {
@@ -946,9 +987,9 @@ function listen() {
   part("text").addEventListener("input", onText);
   part("text").addEventListener("blur", leaveText);
   part("frames").addEventListener("input", onFrames);
-  part("frames").addEventListener("blur", drawInspector);
+  part("frames").addEventListener("blur", leaveFrames);
   document.addEventListener("timeupdate", onVideo, true);
-  new ResizeObserver(draw).observe(root);
+  new ResizeObserver(onWidth).observe(root);
   watch("value", adopt);
   watch(["num_frames", "horizon_frames", "chunk_frames", "turn_degrees", "step_units"], draw);
   watch("frame", () => setFrame(setting("frame")));

@@ -17,7 +17,7 @@ from ui.presets import presets
 
 # What a browser may send; far above the longest film, far below what hurts the server.
 MAX_SEGMENTS = 2_000
-MAX_FRAMES = 100_000
+MAX_FRAMES = 20_000
 
 # KeyboardEvent.code -> word of the text form. Codes name places on the keyboard, so W A S D is a cross on any layout.
 KEYS = {
