@@ -40,7 +40,11 @@ from training.optim import EMA, Muon
 from training.walks import MIXED, VIEW_ONLY
 from training.worlds import EVAL_SEEDS
 
-MIXTURES = {"view": VIEW_ONLY, "mixed": MIXED}
+MIXTURES = {
+    "view": VIEW_ONLY,
+    "half": {kind: VIEW_ONLY.get(kind, 0) / 2 + MIXED.get(kind, 0) / 2 for kind in {**VIEW_ONLY, **MIXED}},
+    "mixed": MIXED,
+}
 PURE_NOISE = 0.4  # share of samples at timestep 1000
 NO_PROMPT = 0.3  # share of samples without their caption
 FIRST_CHUNK = 0.125  # share of steps whose history is the picture alone
@@ -90,8 +94,8 @@ def main() -> None:
     done = resume(args.resume, model, optimizers, ema) if args.resume else {"step": 0, "samples": 0}
     if args.compile:
         for block in model.transformer.blocks:
-            block.memory_step = torch.compile(block.memory_step)
-            block.noisy_step = torch.compile(block.noisy_step)
+            block.memory_step = torch.compile(block.memory_step, dynamic=True)
+            block.noisy_step = torch.compile(block.noisy_step, dynamic=True)
     trained = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
 
     # The data.
