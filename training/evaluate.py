@@ -619,7 +619,7 @@ def run_test(name: str, benches: Sequence[Bench]) -> tuple[dict[str, Figure], li
 
 
 def make_benches(model: World, text_encoder, worlds: int, batch: int, seed: int, steps: int | None) -> list[Bench]:
-    """The first evaluation worlds in batches of nearly equal size, none above `batch` unless one world would be left."""
+    """The first evaluation worlds in batches of nearly equal size, at most `batch` each unless one would be alone."""
     count = max(1, min(-(-worlds // batch), worlds // 2))
     parts = np.array_split(np.array(EVAL_SEEDS[:worlds]), count)
     return [make_bench(model, text_encoder, part.tolist(), seed, steps) for part in parts]
