@@ -516,7 +516,7 @@ function mapTitle(found) {
   const turned = Math.round(around360(end.heading));
   return (
     `Map of the path from above. It ends ${away.toFixed(1)} units from the start, turned ${turned} degrees ` +
-    `clockwise; ${count(found.places.size, "frame")} at places visited before, ${found.views.size} with a view seen before.`
+    `clockwise. Visited before: ${count(found.places.size, "frame")}; seen before: ${found.views.size}.`
   );
 }
 
