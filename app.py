@@ -1,0 +1,387 @@
+"""The page: choose a picture, plan a walk, watch the film while it is made. Start it with `python app.py`.
+
+Layout and handlers; what they do is in `ui/studio.py`. What a person makes lives in a folder of its own, of which the
+page keeps only the path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import logging
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import spaces  # noqa: F401  (patches torch on a ZeroGPU Space, so before anything touches CUDA)
+from PIL import Image
+
+import infworld
+from infworld.actions import ActionScript
+from infworld.config import ModelConfig
+from infworld.rollout import Chunk, World
+from infworld.video import crop_image
+from ui import status
+from ui.editor import ActionEditor, script_of
+from ui.films import Film, FilmStore
+from ui.picture import Picture
+from ui.player import FilmPlayer, film_value, still_value
+from ui.studio import MAX_PROMPT, MAX_STEPS, Job, Studio, Wishes
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent
+EXAMPLES = ROOT / "examples"
+FILMS = Path(tempfile.gettempdir()) / "infinite-world-films"
+LIFETIME = 2 * 3600  # seconds that a film is kept after the last change to it
+MAX_UPLOAD = "200mb"
+MAX_QUEUE = 64
+RANDOM_SEEDS = 2**31  # short enough to write down
+
+Update = dict[Any, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A scene to begin with, from the files `NAME.png`, `NAME.json` and, for a prompt, `NAME.txt`."""
+
+    picture: Path
+    actions: ActionScript
+    prompt: str
+
+
+def plainly(handler: Callable) -> Callable:
+    """A handler whose ValueErrors and file errors are shown to the person as they are worded."""
+
+    @functools.wraps(handler)
+    def wrapped(*args: Any) -> Any:
+        try:
+            return handler(*args)
+        except (ValueError, OSError) as error:
+            raise gr.Error(_sentence(error), print_exception=False) from error
+
+    return wrapped
+
+
+class Page:
+    """The page's parts and handlers. A handler takes the values of parts and returns updates by part."""
+
+    def __init__(self, studio: Studio):
+        self.studio = studio
+        self.config = studio.config
+        self.examples = example_scenes()
+
+    def blocks(self) -> gr.Blocks:
+        """The whole page, ready to launch."""
+        with gr.Blocks(title="Infinite-World", fill_width=True, delete_cache=(3600, LIFETIME)) as blocks:
+            self.film = gr.State(None)  # a Film
+            self.job = gr.State(None)  # a Job: what the run that is on has to do
+            self.outcome = gr.State("")  # of the last run: "done", "stopped", or what went wrong
+            gr.HTML(_read("header.html"), elem_id="header", apply_default_css=False)
+            with gr.Row(elem_id="stage"):
+                with gr.Column(scale=4, min_width=300):
+                    self._scene()
+                with gr.Column(scale=7, min_width=300):
+                    self._screen()
+            self._plan()
+            self._wire()
+        return blocks
+
+    # ------------------------------------------------------------------------------------------------------ layout
+
+    def _scene(self) -> None:
+        sampler, step = self.config.val_scheduler_cfg, self.config.chunk_frames
+        guided = sampler.text_cfg_scale != 1
+        with gr.Row():
+            sources = ["upload", "clipboard", "webcam"]
+            self.image = Picture(label="Picture", sources=sources, height=220, buttons=[], elem_id="picture")
+            self.preview = gr.Image(
+                label="What the model sees", interactive=False, height=220, buttons=[], visible=False, elem_id="preview"
+            )
+        self.gallery = gr.Dataset(
+            label="Examples",
+            components=[gr.Image(render=False)],
+            samples=[[str(example.picture)] for example in self.examples],
+            type="index",
+            visible=bool(self.examples),
+            elem_id="examples",
+        )
+        self.prompt = gr.Textbox(
+            label="What the world looks like", placeholder="optional", max_length=MAX_PROMPT, elem_id="prompt"
+        )
+        self.negative_prompt = gr.Textbox(
+            self.config.negative_prompt, label="What to avoid", max_length=MAX_PROMPT, visible=guided
+        )
+        self.frames = gr.Slider(
+            1 + step, longest(self.config), 1 + 2 * step, step=step, label="Length in frames", elem_id="frames"
+        )
+        with gr.Accordion("Seed and quality", open=False):
+            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, info="The same seed makes the same film.")
+            self.randomise = gr.Checkbox(True, label="A new seed every time")
+            self.steps = gr.Slider(
+                1, MAX_STEPS, sampler.num_sampling_steps, step=1, label="Steps", info="More are slower and finer."
+            )
+            self.guidance = gr.Slider(1, 10, sampler.text_cfg_scale, step=0.5, label="Guidance", visible=guided)
+        self.session_file = gr.UploadButton(
+            "Resume a film from its session file", file_types=[".safetensors"], size="sm", elem_id="resume"
+        )
+
+    def _screen(self) -> None:
+        self.player = FilmPlayer(elem_id="film")
+        self.status = gr.HTML(status.message("Ready", f"The model is {self.config.name}."), elem_id="status")
+        with gr.Row(elem_id="make"):
+            self.generate = gr.Button("Generate", variant="primary", scale=3, min_width=140, elem_id="generate")
+            self.stop = gr.Button("Stop", variant="stop", interactive=False, scale=1, min_width=90, elem_id="stop")
+        with gr.Row(elem_id="go-on", equal_height=True):
+            self.extra = gr.Slider(
+                1, 16, 2, step=1, label="Chunks to add", interactive=False, scale=2, min_width=180, elem_id="extra"
+            )
+            self.more = gr.Button("Continue", interactive=False, min_width=110, elem_id="more")
+            self.redo = gr.Button("Redo last chunk", interactive=False, min_width=150, elem_id="redo")
+        self.downloads = gr.HTML("", apply_default_css=False, elem_id="downloads")
+
+    def _plan(self) -> None:
+        rollout, step = self.config.validation_data, self.config.chunk_frames
+        self.editor = ActionEditor(
+            ActionScript.parse(f"forward {step}, right {step}"),
+            num_frames=1 + 2 * step,
+            horizon_frames=1 + rollout.trained_chunks * step,
+            chunk_frames=step,
+            fps=rollout.fps,
+            follow="#film video",
+            elem_id="actions",
+        )
+
+    def _wire(self) -> None:
+        wishes = [self.editor, self.prompt, self.negative_prompt, self.seed, self.randomise, self.steps, self.guidance]
+        self.buttons = [self.generate, self.stop, self.more, self.redo, self.extra, self.session_file]
+        begun = [self.film, self.job, self.outcome, self.seed, self.status, self.player, self.downloads, *self.buttons]
+        settled = [self.status, self.player, self.downloads, self.editor, *self.buttons]
+        resumed = [self.editor, self.prompt, self.negative_prompt, self.randomise, self.steps, self.guidance]
+        # Through the queue like all, but never waiting: errors of events outside the queue are errors in the console.
+        at_once = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+
+        self.image.change(self.choose, [self.image, self.film], [self.preview, self.player], **at_once)
+        self.gallery.click(
+            self.take_example, self.gallery, [self.image, self.prompt, self.editor, self.frames], **at_once
+        )
+        self.frames.change(self.plan_length, self.frames, self.editor, **at_once)
+        starts = [
+            self.generate.click(self.begin, [self.image, self.frames, *wishes], begun, **at_once),
+            self.more.click(self.go_on, [self.film, self.extra, *wishes], [*begun, self.editor], **at_once),
+            self.redo.click(self.make_again, [self.film, *wishes], begun, **at_once),
+            self.session_file.upload(self.resume, self.session_file, [*begun, *resumed], **at_once),
+        ]
+        on_gpu = {"concurrency_limit": 1, "concurrency_id": "gpu", "api_visibility": "private"}
+        runs = []
+        for start in starts:
+            run = start.success(
+                self.run, [self.film, self.job], [self.status, self.player, self.outcome],
+                show_progress_on=self.status, **on_gpu,
+            )  # fmt: skip
+            run.then(self.settle, [self.film, self.outcome], settled, **at_once)  # after Stop and errors too
+            runs.append(run)
+        self.stop.click(self.stopping, None, [self.status, self.stop], cancels=runs, **at_once)
+
+    # ---------------------------------------------------------------------------------------------------- handlers
+
+    @plainly
+    def choose(self, image: str | None, film: Film | None) -> Update:
+        """Shows a picture as the model will see it."""
+        if image is None:
+            return {self.preview: gr.update(value=None, visible=False)}
+        cut = crop_image(image, self.config.buckets)
+        update = {self.preview: gr.update(value=cut, visible=True)}
+        return update if film else update | {self.player: still_value(cut)}
+
+    @plainly
+    def take_example(self, index: int) -> Update:
+        """Picture, prompt and actions of an example, and the length that its actions need."""
+        example = self.examples[index]
+        step = self.config.chunk_frames
+        frames = min(longest(self.config), 1 + step * max(1, -(-len(example.actions) // step)))
+        return {
+            self.image: str(example.picture),
+            self.prompt: example.prompt,
+            self.editor: example.actions,
+            self.frames: frames,
+        }
+
+    def plan_length(self, frames: int) -> Update:
+        return {self.editor: gr.update(num_frames=int(frames))}
+
+    @plainly
+    def begin(self, image: str | None, frames: int, *wishes: Any) -> Update:
+        """A new film of the picture."""
+        if image is None:
+            raise ValueError("Choose a picture first: upload one, or take an example.")
+        wishes = self._wishes(*wishes)
+        film, job = self.studio.begin(image, int(frames), wishes)
+        still = still_value(Image.fromarray(job.picture))
+        return self._begun(job, wishes.seed) | {self.film: film, self.player: still, self.downloads: ""}
+
+    @plainly
+    def go_on(self, film: Film | None, chunks: int, *wishes: Any) -> Update:
+        """More chunks for the film that is there."""
+        wishes = self._wishes(*wishes)
+        job = self.studio.go_on(_there(film), int(chunks), wishes)
+        frames = film.num_frames + int(chunks) * self.config.chunk_frames
+        return self._begun(job, film.session().seed) | {self.editor: gr.update(num_frames=frames)}
+
+    @plainly
+    def make_again(self, film: Film | None, *wishes: Any) -> Update:
+        """The film's last chunk with another seed."""
+        wishes = self._wishes(*wishes)
+        if wishes.seed == _there(film).session().seed:
+            wishes = dataclasses.replace(wishes, seed=random.randrange(RANDOM_SEEDS))
+        return self._begun(self.studio.redo(film, wishes), wishes.seed)
+
+    @plainly
+    def resume(self, path: str) -> Update:
+        """The film of an uploaded session file."""
+        film, session = self.studio.resume(path)
+        fields = {
+            self.editor: gr.update(value=session.actions, num_frames=session.num_frames),
+            self.prompt: session.prompt,
+            self.negative_prompt: session.negative_prompt,
+            self.steps: session.steps,
+            self.guidance: session.guidance,
+        }
+        return self._begun(Job(0), session.seed) | fields | {self.film: film}
+
+    def _wishes(
+        self, actions: Any, prompt: str, negative: str, seed: int | None, randomise: bool, steps: int, guidance: float
+    ) -> Wishes:
+        seed = random.randrange(RANDOM_SEEDS) if randomise or seed is None else seed
+        return Wishes(script_of(actions), prompt, negative, seed, steps, float(guidance))
+
+    def _begun(self, job: Job, seed: int) -> Update:
+        """A run is about to begin, or to wait for its turn."""
+        busy = {part: gr.update(interactive=part is self.stop) for part in self.buttons}
+        waiting = status.message("Waiting", "The film is made as soon as it is its turn.")
+        return {self.job: job, self.outcome: "stopped", self.seed: seed, self.status: waiting} | busy
+
+    def run(self, film: Film, job: Job) -> Iterator[Update]:
+        """Does the job, showing each step and each new piece of the film."""
+        try:
+            for news in self.studio.run(film, job):
+                if isinstance(news, Chunk):
+                    yield {self.player: film_value(film)}
+                else:
+                    yield {self.status: status.making(news)}
+        except Exception as error:
+            log.exception("a run ended early")
+            yield {self.outcome: _sentence(error)}
+        else:
+            yield {self.outcome: "done"}
+
+    def stopping(self) -> Update:
+        return {
+            self.status: status.message("Stopping", "What has been made stays."),
+            self.stop: gr.update(interactive=False),
+        }
+
+    @plainly
+    def settle(self, film: Film, outcome: str) -> Update:
+        """After a run, however it ended: the whole film, its files, and what can be done next."""
+        frames, can_go_on = film.num_frames, film.session_path.is_file()
+        update = {
+            self.status: status.ended(outcome, frames),
+            self.generate: gr.update(interactive=True),
+            self.stop: gr.update(interactive=False),
+            self.more: gr.update(interactive=can_go_on),
+            self.redo: gr.update(interactive=film.can_redo),
+            self.extra: gr.update(interactive=can_go_on),
+            self.session_file: gr.update(interactive=True),
+        }
+        if frames:
+            files = film.finish()
+            update[self.player] = film_value(film, files["film"])
+            update[self.downloads] = status.downloads(files)
+            update[self.editor] = gr.update(num_frames=frames)
+        return update
+
+
+def _there(film: Film | None) -> Film:
+    if film is None:
+        raise ValueError("There is no film yet: press Generate first.")
+    return film
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, as a sentence."""
+    words = str(getattr(error, "message", error)) or type(error).__name__
+    return words[0].upper() + words[1:]
+
+
+def longest(config: ModelConfig) -> int:
+    """The most frames that the page offers: the trained horizon."""
+    rollout = config.validation_data
+    return 1 + config.chunk_frames * min(rollout.trained_chunks, rollout.max_chunks)
+
+
+def example_scenes(folder: Path = EXAMPLES) -> list[Example]:
+    """The examples in a folder, by name."""
+    scenes = []
+    for picture in sorted(folder.glob("*.png")):
+        actions, prompt = picture.with_suffix(".json"), picture.with_suffix(".txt")
+        if actions.is_file():
+            words = prompt.read_text(encoding="utf-8").strip() if prompt.is_file() else ""
+            scenes.append(Example(picture, ActionScript.read(actions), words))
+    return scenes
+
+
+def _read(name: str) -> str:
+    return (ROOT / "ui" / name).read_text(encoding="utf-8")
+
+
+def serve(world: World, films: Path = FILMS, **launching: Any) -> gr.Blocks:
+    """Builds and launches the page for a model; films go below `films`. Returns the running page."""
+    store = FilmStore(films, LIFETIME)
+    store.keep_sweeping()
+    blocks = Page(Studio(world, store)).blocks()
+    blocks.queue(max_size=MAX_QUEUE)
+    blocks.launch(
+        theme=theme(),
+        css=_read("page.css"),
+        allowed_paths=[str(store.root)],
+        max_file_size=MAX_UPLOAD,
+        mcp_server=importlib.util.find_spec("mcp") is not None,
+        ssr_mode=False,
+        footer_links=["api", "settings"],
+        **launching,
+    )
+    return blocks
+
+
+def theme() -> gr.Theme:
+    """Fonts of the system, so that the page needs nothing from elsewhere."""
+    return gr.themes.Base(
+        primary_hue="teal",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The page on which a picture becomes a walk.")
+    model = os.environ.get("INFWORLD_MODEL", "tiny")
+    parser.add_argument("--model", default=model, help="tiny, infinite-world, or the path of a YAML file")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--host", help="address to listen on: 0.0.0.0 for all (default: only this machine)")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    serve(infworld.load(args.model, args.device), server_name=args.host, server_port=args.port)
+
+
+if __name__ == "__main__":
+    main()
