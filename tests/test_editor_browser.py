@@ -50,9 +50,10 @@ def address():
         editor.change(lambda value: (value, script_of(value).text()), editor, [received, text], show_progress="hidden")
         example.click(lambda: EXAMPLE, None, editor, show_progress="hidden")
         longer.click(lambda: gr.update(num_frames=481), None, editor, show_progress="hidden")
-    _, address, _ = page.launch(
-        server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True, ssr_mode=False
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_RUN_HISTORY", "False")  # keeping a hundred runs makes a browser slow
+        options = {"server_name": "127.0.0.1", "quiet": True, "ssr_mode": False}
+        _, address, _ = page.launch(server_port=free_port(), prevent_thread_lock=True, **options)
     yield address
     page.close()
 
