@@ -17,7 +17,7 @@ from infworld.config import ModelConfig
 from infworld.text import ByteTextEncoder
 from infworld.vae import VideoVAE
 from training.walks import sample_actions
-from training.worlds import captions, make_worlds, render, spawn, walk
+from training.worlds import Worlds, captions, make_worlds, render, spawn, walk
 
 RENDERED_AT_ONCE = 16  # walks
 
@@ -69,22 +69,24 @@ class WalkPool:
     def renew(self, count: int) -> float:
         """Replaces the `count` oldest walks by new ones; returns the seconds it took."""
         began = time.monotonic()
+        worlds = make_worlds(range(self.next_seed, self.next_seed + count))
+        frames = self.chunks * self.config.chunk_frames + 1
+        actions = torch.stack(sample_actions(self.mixture, count, frames, self.generator), 1)
+        # On the CPU, where the many small steps of a walk start faster.
+        poses = walk(worlds, spawn(worlds), actions[:, 0, :-1], actions[:, 1, :-1])
+        slots = torch.arange(self.oldest, self.oldest + count) % self.size
+        self.next_seed, self.oldest = self.next_seed + count, int(slots[-1] + 1) % self.size
+        tokens = torch.stack(self.text.tokenize(captions(worlds)), 1)
+        self.actions[slots], self.tokens[slots] = actions.to(self.device), tokens.to(self.device)
         for first in range(0, count, RENDERED_AT_ONCE):
-            slots = torch.arange(self.oldest, self.oldest + min(RENDERED_AT_ONCE, count - first)) % self.size
-            self._fill(slots.to(self.device))
-            self.oldest = int(slots[-1] + 1) % self.size
+            part = slice(first, first + RENDERED_AT_ONCE)
+            self._encode(slots[part], worlds[part].to(self.device), poses[part].to(self.device))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.monotonic() - began
 
-    def _fill(self, slots: Tensor) -> None:
-        frames = self.chunks * self.config.chunk_frames + 1
-        worlds = make_worlds(range(self.next_seed, self.next_seed + len(slots)))
-        self.next_seed += len(slots)
-        ids, mask = self.text.tokenize(captions(worlds))
-        worlds = worlds.to(self.device)
-        actions = torch.stack(sample_actions(self.mixture, len(slots), frames, self.generator), 1).to(self.device)
-        poses = walk(worlds, spawn(worlds), actions[:, 0, :-1], actions[:, 1, :-1])
+    def _encode(self, slots: Tensor, worlds: Worlds, poses: Tensor) -> None:
+        """Renders walks and keeps their latents: continued ones as history, fresh ones of every chunk as targets."""
         height, width = self.config.buckets[0]
         video = to_video(render(worlds, poses, height, width, compile=self.compile), self.vae.conv1.weight.dtype)
         latents, _ = self.vae.encode(video)
@@ -93,8 +95,6 @@ class WalkPool:
         for chunk in range(self.chunks):
             latents, _ = self.vae.encode(video[:, :, chunk * step : (chunk + 1) * step + 1])
             self.targets[slots, chunk] = rearrange(latents, "b c t h w -> b t c h w").to(self.targets)
-        self.actions[slots] = actions
-        self.tokens[slots] = torch.stack((ids, mask), 1).to(self.device)
 
     def batch(self, chunk: int, count: int) -> Batch:
         """`count` random samples of the chunk with that index: its history is the `chunk` chunks before it."""

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from infworld import dit, layers
 from infworld.checkpoint import load_strict, read_tensors, save_tensors
 from infworld.config import ModelConfig, load_config
 from infworld.dit import InfiniteWorldTransformer
@@ -51,6 +52,7 @@ FIRST_CHUNK = 0.125  # share of steps whose history is the picture alone
 HIERARCHICAL = 0.2  # share of steps with more than 80 latents of history, where walks are long enough
 COMPRESSOR_LR = 0.1  # times the learning rate
 WARMUP = 100  # steps
+RENEWED_AT_ONCE = 64  # walks
 SEEDS_PER_RUN = 1_000_000
 
 
@@ -72,7 +74,8 @@ def parse_args() -> argparse.Namespace:
     add("--unfreeze", type=float, default=0.55, help="share of the run after which the compressor learns")
     add("--ema", type=float, default=0.999)
     add("--report-every", type=float, default=30, help="seconds")
-    add("--compile", action="store_true")
+    add("--compile", action="store_true", help="fuse the transformer's layers")
+    add("--compile-render", action="store_true", help="compile the renderer: worth its 45 s in long runs")
     add("--seed", type=int, default=0, help="which training worlds are met: another one for every run of a series")
     return parser.parse_args()
 
@@ -93,14 +96,12 @@ def main() -> None:
     ema = EMA(model, args.ema)
     done = resume(args.resume, model, optimizers, ema) if args.resume else {"step": 0, "samples": 0}
     if args.compile:
-        for block in model.transformer.blocks:
-            block.memory_step = torch.compile(block.memory_step, dynamic=True)
-            block.noisy_step = torch.compile(block.noisy_step, dynamic=True)
+        compile_layers()
     trained = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
 
     # The data.
     first_seed = SEEDS_PER_RUN * args.seed + SEEDS_PER_RUN // ranks * rank
-    pool_args = {"vae": vae, "text": model.text, "config": config, "device": device, "compile": args.compile}
+    pool_args = {"vae": vae, "text": model.text, "config": config, "device": device, "compile": args.compile_render}
     pool = WalkPool(
         **pool_args, size=args.walks, chunks=args.chunks, mixture=MIXTURES[args.mixture], first_seed=first_seed
     )
@@ -139,7 +140,7 @@ def main() -> None:
         step, samples = step + 1, samples + args.batch * ranks
         now = time.monotonic()
         if renewing < args.renew * (now - started):
-            renewing += pool.renew(min(pool.size, 16))
+            renewing += pool.renew(min(pool.size, RENEWED_AT_ONCE))
         if rank == 0 and now - last_report > args.report_every:
             last_report = now
             report(log, model, ema, unseen, args.out, began, step, samples, losses)
@@ -184,6 +185,12 @@ class Trainee(nn.Module):
         stream = self.transformer.encode_memory(memory, context)
         actions = self.transformer.action_encoder(batch.move, batch.view)
         return self.transformer.denoise(noisy, timestep, stream, actions, context)
+
+
+def compile_layers() -> None:
+    """Fuses what lies between the matrix products, which moves most of the bytes; whole blocks compile for minutes."""
+    for module, name in ((dit, "modulate"), (dit, "gated_add"), (layers, "rotate"), (layers.RMSNorm, "forward")):
+        setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
 
 
 def flow_loss(model: nn.Module, batch: Batch, shift: float, frozen: bool) -> Tensor:
