@@ -48,7 +48,7 @@ def address():
         longer = gr.Button("Longer film")
         gr.HTML(f'<video src="{silent_film()}" muted></video>', elem_id="film")
         editor.change(lambda value: (value, script_of(value).text()), editor, [received, text], show_progress="hidden")
-        example.click(lambda: EXAMPLE, None, editor, show_progress="hidden")
+        example.click(lambda: gr.update(value=EXAMPLE, frame=12), None, editor, show_progress="hidden")
         longer.click(lambda: gr.update(num_frames=481), None, editor, show_progress="hidden")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_RUN_HISTORY", "False")  # keeping a hundred runs makes a browser slow
@@ -253,12 +253,13 @@ def test_lengths_are_compared_with_the_film_and_the_horizon(fresh):
     expect_text(fresh, "right 320")
 
 
-def test_python_shows_a_script_and_it_can_be_undone(page):
-    write(page, "forward 80")
-    page.get_by_role("button", name="Example").click()
-    expect_text(page, EXAMPLE.text())
-    button(page, "Undo").click()
-    expect_text(page, "forward 80")
+def test_python_shows_a_script_and_a_moment_and_the_script_can_be_undone(fresh):
+    write(fresh, "forward 80")
+    fresh.get_by_role("button", name="Example").click()
+    expect_text(fresh, EXAMPLE.text())
+    assert part(fresh, "playhead").evaluate("n => parseFloat(n.style.left)") == 100 * 12 / 240  # 3 chunks in sight
+    button(fresh, "Undo").click()
+    expect_text(fresh, "forward 80")
 
 
 # ---------------------------------------------------------------- text and files
@@ -313,6 +314,7 @@ def test_too_long_a_script_is_refused(page):
     write(page, "back 11")
     part(page, "text").fill("forward 999999")
     sync_api.expect(part(page, "error")).to_contain_text("At most")
+    sync_api.expect(part(page, "text")).to_have_value("forward 999999")
     assert page.locator("#received-text textarea").input_value() == "back 11"
 
 
@@ -531,6 +533,7 @@ def test_the_map_knows_where_a_walk_ends(page):
 
 def test_the_current_moment_is_set_by_script(page):
     write(page, "forward 80, right 80")
+    page.evaluate("infworldSetFrame('editor', 0)")
     before = part(page, "now").get_attribute("transform")
     page.evaluate("infworldSetFrame('editor', 160)")
     after = part(page, "now").get_attribute("transform")

@@ -204,7 +204,7 @@ const [TEXT_STEP, FRAMES_STEP] = ["text", "frames"];
 let lastStep = null; // edits of one step (a drag, typing) are undone together
 
 function change(next, { select = selected, step = null } = {}) {
-  if (!fits(next)) return;
+  if (next.length > initial.max_segments || total(next) > initial.max_frames) return refuse(step);
   if (!equal(next, segments)) {
     if (step === null || step !== lastStep) past.push({ segments, selected });
     future.length = 0;
@@ -214,10 +214,10 @@ function change(next, { select = selected, step = null } = {}) {
   publish();
 }
 
-function fits(next) {
-  const fine = next.length <= initial.max_segments && total(next) <= initial.max_frames;
-  if (!fine) showError(`at most ${initial.max_segments} segments and ${initial.max_frames} frames`);
-  return fine;
+function refuse(step) {
+  lastStep = step;
+  draw();
+  showError(`at most ${initial.max_segments} segments and ${initial.max_frames} frames`);
 }
 
 function travel(from, to) {
@@ -504,10 +504,12 @@ const circle = (name, pose, radius) => {
   return `<circle class="${name}" cx="${x.toFixed(1)}" cy="${y.toFixed(1)}" r="${radius}"/>`;
 };
 
+const TICK_PIXELS = 15;
+
 function tick(pose) {
   const [x, y] = project(pose);
   const angle = (pose.heading * Math.PI) / 180;
-  return `M${digits([x, y])}L${digits([x + 10 * Math.sin(angle), y - 10 * Math.cos(angle)])}`;
+  return `M${digits([x, y])}L${digits([x + TICK_PIXELS * Math.sin(angle), y - TICK_PIXELS * Math.cos(angle)])}`;
 }
 
 function mapTitle(found) {
@@ -787,6 +789,7 @@ function drawRecorder() {
   part("record").setAttribute("aria-pressed", recorder.on);
   part("record-label").textContent = recorder.on ? "Stop" : "Record keys";
   for (const key of part("pads").querySelectorAll("button")) key.classList.toggle("held", held.has(key.dataset.word));
+  part("keys-status").ariaLive = recorder.since === null ? "polite" : "off"; // a running clock is not read out
   part("keys-status").textContent = recorder.on ? recordingStatus(held) : restingStatus();
 }
 
@@ -965,12 +968,12 @@ function exposeFrames() {
   };
 }
 
-let width = 0; // of the page when it was last drawn; drawing changes heights only
+let width = 0; // of the timeline when it was last drawn; drawing may change its height
 
-function onWidth() {
-  if (width === root.clientWidth) return;
-  width = root.clientWidth;
-  draw();
+function onTimelineSize() {
+  if (width === part("scroller").clientWidth) return;
+  width = part("scroller").clientWidth;
+  drawTimeline();
 }
 
 function listen() {
@@ -989,7 +992,8 @@ function listen() {
   part("frames").addEventListener("input", onFrames);
   part("frames").addEventListener("blur", leaveFrames);
   document.addEventListener("timeupdate", onVideo, true);
-  new ResizeObserver(onWidth).observe(root);
+  new ResizeObserver(onTimelineSize).observe(part("scroller"));
+  new ResizeObserver(drawMap).observe(part("map"));
   watch("value", adopt);
   watch(["num_frames", "horizon_frames", "chunk_frames", "turn_degrees", "step_units"], draw);
   watch("frame", () => setFrame(setting("frame")));
