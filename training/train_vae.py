@@ -78,7 +78,9 @@ def main(args: argparse.Namespace) -> None:
     # The data.
     first_seed = SEEDS_PER_RUN * args.seed + SEEDS_PER_RUN // ranks * rank
     pool = FramePool(args.walks, args.size, first_seed, device, args.compile_render)
-    while pool.filled < args.walks and time.monotonic() - began < FILL * 60 * args.minutes:
+    pool.renew()  # compiles, if it is to
+    filled_by = time.monotonic() + FILL * 60 * args.minutes
+    while pool.filled < args.walks and time.monotonic() < filled_by:
         pool.renew()
     if log:
         unseen = FramePool(args.unseen, args.size, EVAL_SEEDS[0], device, args.compile_render)
@@ -199,6 +201,7 @@ class FramePool:
     @torch.no_grad()
     def renew(self) -> float:
         """Adds some walks, in place of the oldest once the pool is full; returns the seconds it took."""
+        finish(self.device)
         began = time.monotonic()
         count = min(AT_ONCE, self.size)
         worlds = make_worlds(range(self.next_seed, self.next_seed + count)).to(self.device)
@@ -209,8 +212,7 @@ class FramePool:
         self.next_seed += count
         self.filled = min(self.size, max(self.filled, self.oldest + count))
         self.oldest = (self.oldest + count) % self.size
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        finish(self.device)
         return time.monotonic() - began
 
     def clips(self, count: int, frames: int) -> Tensor:
@@ -355,6 +357,12 @@ def from_rank_0(value: float, ranks: int, device: torch.device) -> float:
     shared = torch.tensor(value, device=device, dtype=torch.float32)
     dist.broadcast(shared, 0)
     return shared.item()
+
+
+def finish(device: torch.device) -> None:
+    """Waits for what the GPU still has to do, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def peak_gib(device: torch.device) -> float:
