@@ -133,14 +133,14 @@ class Encoder(nn.Module):
             if level < last:
                 self.downsamples.append(Downsample(width, temporal=level > 0))
         self.middle = nn.ModuleList([ResidualBlock(width, width), Attention(width), ResidualBlock(width, width)])
-        self.head = nn.Sequential(Norm(width), nn.SiLU(), CausalConv3d(width, out_dim, 3))
+        self.head = nn.ModuleDict({"0": Norm(width), "2": CausalConv3d(width, out_dim, 3)})
 
     def forward(self, x: Tensor, tails: "Tails") -> Tensor:
         x = self.conv1(x, tails)
         for layer in (*self.downsamples, *self.middle):
             x = layer(x, tails)
-        norm, silu, conv = self.head
-        return conv(silu(norm(x)), tails)
+        norm, conv = self.head.values()
+        return conv(norm(x), tails)
 
 
 class Decoder(nn.Module):
@@ -159,14 +159,14 @@ class Decoder(nn.Module):
             if level > 0:
                 self.upsamples.append(Upsample(width, temporal=level > 1))
                 width //= 2
-        self.head = nn.Sequential(Norm(width), nn.SiLU(), CausalConv3d(width, 3, 3))
+        self.head = nn.ModuleDict({"0": Norm(width), "2": CausalConv3d(width, 3, 3)})
 
     def forward(self, x: Tensor, tails: "Tails") -> Tensor:
         x = self.conv1(x, tails)
         for layer in (*self.middle, *self.upsamples):
             x = layer(x, tails)
-        norm, silu, conv = self.head
-        return conv(silu(norm(x)), tails)
+        norm, conv = self.head.values()
+        return conv(norm(x), tails)
 
 
 class Tails:
@@ -209,21 +209,21 @@ class CausalConv3d(nn.Conv3d):
 class ResidualBlock(nn.Module):
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
-        self.residual = nn.Sequential(
-            Norm(in_dim),
-            nn.SiLU(),
-            CausalConv3d(in_dim, out_dim, 3),
-            Norm(out_dim),
-            nn.SiLU(),
-            nn.Identity(),  # dropout in the released model's training; it keeps the names in step
-            CausalConv3d(out_dim, out_dim, 3),
+        # In the released model's list the places 1, 4 and 5 are SiLU, SiLU and dropout, which have no weights.
+        self.residual = nn.ModuleDict(
+            {
+                "0": Norm(in_dim),
+                "2": CausalConv3d(in_dim, out_dim, 3),
+                "3": Norm(out_dim),
+                "6": CausalConv3d(out_dim, out_dim, 3),
+            }
         )
         self.shortcut = nn.Conv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
 
     def forward(self, x: Tensor, tails: Tails) -> Tensor:
-        norm1, silu, conv1, norm2, _, _, conv2 = self.residual
-        y = conv1(silu(norm1(x)), tails)
-        y = conv2(silu(norm2(y)), tails)
+        norm1, conv1, norm2, conv2 = self.residual.values()
+        y = conv1(norm1(x), tails)
+        y = conv2(norm2(y), tails)
         return y + (x if self.shortcut is None else _pointwise(x, self.shortcut))
 
 
@@ -232,7 +232,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = Norm(dim, spatial=True)
+        self.norm = Norm(dim, silu=False, spatial=True)
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
@@ -290,17 +290,24 @@ class Upsample(nn.Module):
 
 
 class Norm(nn.Module):
-    """Channel-wise L2 norm of x (..., C), statistics in float32 or better, times sqrt(C) and gamma."""
+    """Channel-wise L2 norm times sqrt(C) and gamma, and SiLU after it if `silu`."""
 
-    def __init__(self, dim: int, spatial: bool = False):
+    def __init__(self, dim: int, silu: bool = True, spatial: bool = False):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, 1, 1) if spatial else torch.ones(dim, 1, 1, 1))
+        self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
-        scale = x.shape[-1] ** 0.5 / length.clamp_min(1e-12)
-        return x * scale.to(x.dtype) * self.gamma.flatten().to(x.dtype)
+        return normalize(x, self.gamma, self.silu)
+
+
+def normalize(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
+    """`Norm` of x (..., C), with statistics in float32 or better. Training may compile it: it moves many bytes."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
+    scale = x.shape[-1] ** 0.5 / length.clamp_min(1e-12)
+    y = x * scale.to(x.dtype) * gamma.flatten().to(x.dtype)
+    return F.silu(y) if silu else y
 
 
 def _convolve(x: Tensor, conv: nn.Conv3d) -> Tensor:

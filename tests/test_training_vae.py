@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on(run, tmp_path):
     save_tensors(stopped, read_tensors(run / "resume.safetensors"), {"step": "1000", "progress": "0.9"})
     main(parse_args(["--out", str(tmp_path), "--minutes", "0.05", "--resume", str(stopped), *SMALL]))
     assert entries(tmp_path, "done")[-1]["step"] > 1000
-    assert all(report["lr"] <= 0.1 * 2e-3 and report["frames"] == 81 for report in entries(tmp_path, "report"))
+    assert all(report["lr"] <= 0.1 * 3e-3 and report["frames"] == 81 for report in entries(tmp_path, "report"))
 
 
 def test_a_finished_run_starts_a_new_schedule(run):

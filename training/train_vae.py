@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import infworld.vae
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.vae import ResidualBlock, VideoVAE
 from training.optim import EMA, Muon, lr_at
@@ -33,7 +34,8 @@ from training.worlds import EVAL_SEEDS, make_worlds, render, spawn, walk
 
 WALK_FRAMES = 81
 CLIP_FRAMES = {0.0: 5, 0.4: 17, 0.8: WALK_FRAMES}  # share of the schedule from which on -> frames of a clip
-AT_ONCE = 16  # walks rendered, encoded or decoded together
+RENEWED = 64  # walks rendered together
+AT_ONCE = 16  # walks encoded or decoded together
 FILL = 0.15  # share of the run after which training starts, however few walks are there
 GRADIENT, SQUARE, KL = 1.0, 10.0, 2e-4  # weights of the losses beside the absolute error
 SEEDS_PER_RUN = 1_000_000
@@ -47,15 +49,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", type=Path, help="resume.safetensors of a stopped run; a finished one starts a new schedule")
     add("--size", type=int, nargs=2, default=(96, 128), metavar=("HEIGHT", "WIDTH"))
     add("--dim", type=int, default=16)
-    add("--frames", type=int, default=320, help="frames per step and GPU, in clips of 5, then 17, then 81")
+    add("--frames", type=int, default=162, help="frames per step and GPU, in clips of 5, then 17, then 81")
     add("--walks", type=int, default=1024, help="kept on each GPU, 81 frames each")
     add("--renew", type=float, default=0.15, help="share of the time spent on new walks")
     add("--unseen", type=int, default=64, help="walks of the final test; reports test the first 16")
-    add("--lr", type=float, default=2e-3)
+    add("--lr", type=float, default=3e-3)
     add("--ema", type=float, default=0.999)
     add("--report-every", type=float, default=30, help="seconds")
-    add("--compile", action="store_true", help="the VAE, through torch.compile")
-    add("--compile-render", action="store_true", help="the renderer, through torch.compile")
+    add("--compile", action="store_true", help="fuse the norms, which move most of the bytes")
+    add("--compile-render", action="store_true", help="compile the renderer: worth its start-up in long runs")
     add("--seed", type=int, default=0, help="which training worlds are met: another one for every run of a series")
     return parser.parse_args(argv)
 
@@ -72,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
     ema = EMA(model.vae, args.ema)
     optimizers = make_optimizers(model.vae, args.lr)
     if args.compile:
-        model.compile(dynamic=False)
+        compile_norms()
     trained = DistributedDataParallel(model) if ranks > 1 else model
 
     # The data.
@@ -149,7 +151,7 @@ class Autoencoder(nn.Module):
         self.vae = identity_vae(dim)
         for block in self.vae.modules():
             if isinstance(block, ResidualBlock):
-                block.residual[6].weight.data *= 0.1
+                block.residual["6"].weight.data *= 0.1
 
     def forward(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, logvar = self.vae.encode_distribution(video)
@@ -175,6 +177,12 @@ def vae_losses(decoded: Tensor, video: Tensor, mean: Tensor, logvar: Tensor) -> 
     }
     total = parts["absolute"] + SQUARE * parts["square"] + GRADIENT * parts["gradient"] + KL * parts["kl"]
     return {"loss": total, **parts}
+
+
+def compile_norms() -> None:
+    """Fuses the norms, which move most of the bytes; whole models compile for minutes."""
+    torch._dynamo.config.recompile_limit = 64  # one variant for every width and layout
+    infworld.vae.normalize = torch.compile(infworld.vae.normalize, dynamic=True)
 
 
 def make_optimizers(vae: VideoVAE, lr: float) -> list[torch.optim.Optimizer]:
@@ -203,10 +211,11 @@ class FramePool:
         """Adds some walks, in place of the oldest once the pool is full; returns the seconds it took."""
         finish(self.device)
         began = time.monotonic()
-        count = min(AT_ONCE, self.size)
-        worlds = make_worlds(range(self.next_seed, self.next_seed + count)).to(self.device)
-        actions = torch.stack(sample_actions(MIXED, count, WALK_FRAMES - 1, self.generator)).to(self.device)
-        frames = render(worlds, walk(worlds, spawn(worlds), *actions), *self.picture, compile=self.compile)
+        count = min(RENEWED, self.size)
+        worlds = make_worlds(range(self.next_seed, self.next_seed + count))
+        # Poses are made on the CPU, where their many small steps start faster.
+        poses = walk(worlds, spawn(worlds), *sample_actions(MIXED, count, WALK_FRAMES - 1, self.generator))
+        frames = render(worlds.to(self.device), poses.to(self.device), *self.picture, compile=self.compile)
         slots = torch.arange(self.oldest, self.oldest + count) % self.size
         self.storage[slots.to(self.device)] = frames
         self.next_seed += count
@@ -228,6 +237,7 @@ def to_video(frames: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def export(vae: VideoVAE, ema: EMA, pool: FramePool, unseen: Tensor, out: Path) -> dict[str, float]:
     """Writes the averaged weights, normalised and in float16, and pictures of what the file makes of unseen walks.
 
