@@ -123,8 +123,8 @@ class Page:
             1 + step, longest(self.config), 1 + 2 * step, step=step, label="Length in frames", elem_id="frames"
         )
         with gr.Accordion("Seed and quality", open=False):
-            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, info="The same seed makes the same film.")
-            self.randomise = gr.Checkbox(True, label="A new seed every time")
+            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+            self.randomise = gr.Checkbox(True, label="A new seed every time", elem_id="randomise")
             self.steps = gr.Slider(
                 1, MAX_STEPS, sampler.num_sampling_steps, step=1, label="Steps", info="More are slower and finer."
             )
@@ -225,7 +225,7 @@ class Page:
         wishes = self._wishes(*wishes)
         film, job = self.studio.begin(image, int(frames), wishes)
         still = still_value(Image.fromarray(job.picture))
-        return self._begun(job, wishes.seed) | {self.film: film, self.player: still, self.downloads: ""}
+        return self._begun(job, wishes.seed) | {self.film: film, self.player: still}
 
     @plainly
     def go_on(self, film: Film | None, chunks: int, *wishes: Any) -> Update:
@@ -266,7 +266,8 @@ class Page:
         """A run is about to begin, or to wait for its turn."""
         busy = {part: gr.update(interactive=part is self.stop) for part in self.buttons}
         waiting = status.message("Waiting", "The film is made as soon as it is its turn.")
-        return {self.job: job, self.outcome: "stopped", self.seed: seed, self.status: waiting} | busy
+        empty = {self.downloads: ""}
+        return {self.job: job, self.outcome: "stopped", self.seed: seed, self.status: waiting} | empty | busy
 
     def run(self, film: Film, job: Job) -> Iterator[Update]:
         """Does the job, showing each step and each new piece of the film."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +87,33 @@ def picture(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("picture") / "picture.png"
     Image.fromarray(pixels).save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of a Chromium or Chrome; tests that need one are skipped where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next((found for found in map(shutil.which, names) if found), None)
+    if path is None:
+        pytest.skip("no Chromium on PATH")
+    return path
+
+
+@pytest.fixture(scope="session")
+def serve(world):
+    """Starts the page for the small model in this process: serve(films folder) -> its address, with a slash."""
+    import app
+
+    pages = []
+
+    def start(films: Path) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        page = app.serve(world, films, server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)
+        pages.append(page)
+        return page.local_url
+
+    yield start
+    for page in pages:
+        page.close()

@@ -1,0 +1,404 @@
+"""The page's working parts without a browser: films, jobs, the border to a GPU process, and what a server lets out."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+import app
+from infworld.actions import ActionScript
+from infworld.rollout import Chunk, Progress, Session
+from infworld.video import read_mp4
+from ui import compute, status
+from ui.compute import Replay, Report, gpu_seconds
+from ui.films import Film, FilmStore
+from ui.studio import MAX_PROMPT, MAX_STEPS, Job, Studio, Wishes
+
+WISHES = Wishes(ActionScript.parse("forward 80, right 80"), "a hill", "", seed=3, steps=2, guidance=1.0)
+
+
+@pytest.fixture
+def studio(world, tmp_path) -> Studio:
+    return Studio(world, FilmStore(tmp_path / "films", lifetime=60))
+
+
+def make(studio: Studio, film: Film, job: Job) -> list:
+    return list(studio.run(film, job))
+
+
+def new_film(studio: Studio, picture, frames: int = 161, wishes: Wishes = WISHES) -> Film:
+    film, job = studio.begin(picture, frames, wishes)
+    make(studio, film, job)
+    return film
+
+
+# --------------------------------------------------------------------------------------------------------------- jobs
+
+
+def test_a_run_makes_what_the_world_makes(studio, picture, world):
+    film = new_film(studio, picture)
+    expected = list(world.rollout(picture, WISHES.actions, WISHES.prompt, num_frames=161, seed=3))
+    assert film.num_frames == 161
+    assert np.array_equal(film.session().history, expected[-1].session.history)
+    joined = read_mp4(film.finish()["film"])
+    assert len(joined) == 161
+    frames = np.concatenate([chunk.frames for chunk in expected])
+    assert np.corrcoef(joined[..., 1].ravel(), frames[..., 1].ravel())[0, 1] > 0.9
+
+
+def test_a_run_tells_each_step_and_each_piece(studio, picture):
+    film, job = studio.begin(picture, 161, WISHES)
+    news = make(studio, film, job)
+    chunks = [item for item in news if isinstance(item, Chunk)]
+    making = [item for item in news if not isinstance(item, Chunk)]
+    assert [chunk.index for chunk in chunks] == [0, 1]
+    steps = [(item.chunk, item.report.progress.step) for item in making if item.report.progress.stage == "sample"]
+    assert steps == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert all(item.report.memory > 2**20 and item.report.device == "CPU" for item in making)
+    assert [item.frames for item in making if item.chunk == 2][0] == 80
+
+
+def test_going_on_is_the_same_as_a_longer_film(studio, picture):
+    script = ActionScript.parse("forward 80, right 80, up 40, back 40")
+    wishes = dataclasses.replace(WISHES, actions=script)
+    long = new_film(studio, picture, 241, wishes)
+    short = new_film(studio, picture, 81, wishes)
+    make(studio, short, studio.go_on(short, 2, wishes))
+    assert short.num_frames == long.num_frames == 241
+    assert np.array_equal(short.session().history, long.session().history)
+
+
+def test_going_on_takes_new_wishes_but_keeps_what_was_done(studio, picture):
+    film = new_film(studio, picture, 81)
+    wishes = dataclasses.replace(WISHES, actions=ActionScript.parse("left 100, down 60"), prompt="night", steps=1)
+    make(studio, film, studio.go_on(film, 1, wishes))
+    session = film.session()
+    assert session.actions.text() == "forward 80, left 20, down 60"
+    assert (session.prompt, session.steps, session.seed) == ("night", 1, 3)
+
+
+def test_redo_changes_the_last_chunk_only(studio, picture):
+    film = new_film(studio, picture, 161)
+    before, pieces = film.session(), film.pieces()
+    make(studio, film, studio.redo(film, dataclasses.replace(WISHES, seed=99)))
+    after = film.session()
+    assert film.num_frames == before.num_frames == after.num_frames == 161
+    assert film.pieces()[0] == pieces[0] and film.pieces()[1] != pieces[1]
+    assert np.array_equal(before.history[:, :, :21], after.history[:, :, :21])
+    assert not np.array_equal(before.history[:, :, 21:], after.history[:, :, 21:])
+    make(studio, film, studio.redo(film, WISHES))  # any number of times
+    make(studio, film, studio.go_on(film, 1, WISHES))
+    assert film.num_frames == 241
+
+
+def test_a_stopped_run_keeps_its_chunks_and_goes_on(studio, picture):
+    film, job = studio.begin(picture, 401, WISHES)
+    run = studio.run(film, job)
+    while not (isinstance(item := next(run), Chunk) and item.index == 1):
+        pass
+    next(run)  # in the middle of the third chunk
+    threads = threading.active_count()
+    run.close()
+    assert threading.active_count() < threads  # nothing goes on computing
+    assert film.num_frames == film.session().num_frames == 161
+    make(studio, film, studio.go_on(film, 3, WISHES))
+    assert np.array_equal(film.session().history, new_film(studio, picture, 401).session().history)
+
+
+def test_a_film_stopped_in_its_first_chunk_can_go_on(studio, picture):
+    film, job = studio.begin(picture, 81, WISHES)
+    run = studio.run(film, job)
+    next(run)
+    run.close()
+    assert film.num_frames == 0
+    make(studio, film, studio.go_on(film, 1, WISHES))
+    assert film.num_frames == 81
+
+
+def test_an_error_in_the_middle_keeps_the_film(studio, picture, monkeypatch):
+    film, job = studio.begin(picture, 241, WISHES)
+    run, next_chunk, calls = studio.run(film, job), studio.world.next_chunk, []
+
+    def breaks(session, callback):
+        calls.append(session)
+        if len(calls) == 3:
+            raise RuntimeError("GPU task aborted")
+        return next_chunk(session, callback)
+
+    monkeypatch.setattr(studio.world, "next_chunk", breaks)
+    with pytest.raises(RuntimeError, match="aborted"):
+        list(run)
+    assert film.num_frames == film.session().num_frames == 161
+
+
+def test_a_session_file_brings_the_film_back(studio, picture, tmp_path):
+    film = new_film(studio, picture, 161)
+    copy = tmp_path / "download.safetensors"
+    copy.write_bytes(film.finish()["session"].read_bytes())
+    film.remove()
+    again, session = studio.resume(copy)
+    make(studio, again, Job(0))
+    assert again.num_frames == session.num_frames == 161 and not again.can_redo
+    make(studio, again, studio.go_on(again, 1, Wishes.of(session)))
+    assert np.array_equal(again.session().history, new_film(studio, picture, 241).session().history)
+
+
+def test_a_resumed_film_that_was_stopped_is_shown_in_full_when_it_goes_on(studio, picture):
+    again, session = studio.resume(new_film(studio, picture, 241).session_path)
+    run = studio.run(again, Job(0))
+    next(run)
+    run.close()
+    assert again.num_frames == 81
+    make(studio, again, studio.go_on(again, 1, Wishes.of(session)))
+    assert [piece.index for piece in again.pieces()] == [0, 1, 2, 3]
+
+
+# --------------------------------------------------------------------------------------------------------- bad wishes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": -1}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"steps": 0}, "steps"),
+        ({"steps": MAX_STEPS + 1}, "steps"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"prompt": "x" * (MAX_PROMPT + 1)}, "characters"),
+    ],
+)
+def test_wishes_that_no_page_sends_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(WISHES, **change)
+
+
+def test_bad_beginnings_leave_no_folder(studio, picture, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    for image, frames in ((tmp_path / "text.png", 81), (picture, 0), (picture, 100), (picture, 10**9)):
+        with pytest.raises(ValueError):
+            studio.begin(image, frames, WISHES)
+    assert os.listdir(studio.store.root) == []
+
+
+def test_bad_session_files_leave_no_folder(studio, picture, tmp_path):
+    session = new_film(studio, picture, 81).session()
+    (tmp_path / "text.safetensors").write_text("no session")
+    dataclasses.replace(session, model="other").save(tmp_path / "other.safetensors")
+    dataclasses.replace(session, steps=10**6).save(tmp_path / "steps.safetensors")
+    dataclasses.replace(session, num_frames=10**6 + 1).save(tmp_path / "frames.safetensors")
+    films = os.listdir(studio.store.root)
+    for name, message in (("text", "text"), ("other", "other"), ("steps", "steps"), ("frames", "damaged")):
+        with pytest.raises(ValueError, match=message):
+            studio.resume(tmp_path / f"{name}.safetensors")
+    assert os.listdir(studio.store.root) == films
+
+
+def test_what_is_gone_is_said(studio, picture):
+    film, _ = studio.begin(picture, 81, WISHES)
+    with pytest.raises(ValueError, match="no last chunk"):
+        studio.redo(film, WISHES)
+    film.remove()
+    with pytest.raises(ValueError, match="no longer here"):
+        studio.go_on(film, 1, WISHES)
+    with pytest.raises(ValueError, match="at most"):
+        studio.go_on(new_film(studio, picture, 81), 1000, WISHES)
+
+
+# -------------------------------------------------------------------------------------------------------------- films
+
+
+def test_films_go_when_their_time_is_over(tmp_path):
+    store = FilmStore(tmp_path / "films", lifetime=60)
+    old, new = store.new(), store.new()
+    (old.folder / "actions.json").write_text("[]")
+    (store.root / "something else").mkdir()
+    for path in (old.folder, old.folder / "actions.json"):
+        os.utime(path, (time.time() - 61,) * 2)
+    assert store.sweep() == 1
+    assert not old.folder.exists() and new.folder.exists() and (store.root / "something else").exists()
+
+
+def test_the_sweeper_sweeps_by_itself(tmp_path):
+    store = FilmStore(tmp_path / "films", lifetime=0.5)
+    film = store.new()
+    store.keep_sweeping()
+    deadline = time.monotonic() + 10
+    while film.folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not film.folder.exists()
+
+
+def test_films_have_names_that_cannot_be_guessed(tmp_path):
+    store = FilmStore(tmp_path, lifetime=60)
+    names = {store.new().folder.name for _ in range(20)}
+    assert len(names) == 20 and all(len(name) >= 29 for name in names)
+
+
+def test_single_frames_are_those_of_the_film(studio, picture):
+    film = new_film(studio, picture, 161)
+    whole = read_mp4(film.finish()["film"])
+    frames = film.frames([0, 80, 81, 160])
+    assert sorted(frames) == [0, 80, 81, 160]
+    assert all(np.array_equal(frame, whole[index]) for index, frame in frames.items())
+
+
+# ---------------------------------------------------------------------------------------------- the border to the GPU
+
+
+def other_process(task_function):
+    """`spaces.GPU` as on ZeroGPU: arguments and results are pickled, the forked worker is thrown away."""
+
+    def call(task):
+        results = multiprocessing.get_context("fork").SimpleQueue()
+        arguments = pickle.dumps(task)
+
+        def work():
+            torch.set_num_threads(1)  # the parent's threads are not there after a fork
+            try:
+                for result in task_function(pickle.loads(arguments)):
+                    results.put(pickle.dumps(result))
+                results.put(None)
+            except BaseException as error:
+                results.put(pickle.dumps(RuntimeError(type(error).__name__)))
+
+        worker = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+        worker.start()
+        try:
+            while (data := results.get()) is not None:
+                result = pickle.loads(data)
+                if isinstance(result, RuntimeError):
+                    raise result
+                yield result
+        finally:
+            worker.kill()
+            worker.join()
+
+    return call
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="ZeroGPU forks")
+def test_a_film_is_the_same_across_a_process_border(world, picture, tmp_path, monkeypatch, studio):
+    asked = []
+
+    def gpu(duration):
+        def decorate(function):
+            call = other_process(function)
+
+            def wrapped(task):
+                asked.append(duration(task))
+                return call(task)
+
+            return wrapped
+
+        return decorate
+
+    monkeypatch.setattr(compute.spaces, "GPU", gpu)
+    apart = Studio(world, FilmStore(tmp_path / "apart", lifetime=60))
+    film = new_film(apart, picture, 161)
+    assert np.array_equal(film.session().history, new_film(studio, picture, 161).session().history)
+    again, _ = apart.resume(film.session_path)
+    make(apart, again, Job(0))
+    assert again.num_frames == 161
+    assert len(asked) == 3 and all(isinstance(seconds, int) and seconds > 0 for seconds in asked)  # one call a chunk
+
+
+def test_tasks_and_results_can_be_pickled(world, picture):
+    task = WISHES.begin(np.zeros((32, 48, 3), np.uint8))
+    run = compute.on_gpu(world)(task)
+    for result in run:
+        assert isinstance(pickle.loads(pickle.dumps(result)), (Session, Report, Chunk))
+
+
+def test_gpu_time_grows_with_steps_guidance_and_chunks(world, picture, monkeypatch):
+    session = world.start(picture)
+    monkeypatch.setattr(compute, "MIN_SECONDS", 0)
+    monkeypatch.setattr(compute, "MAX_SECONDS", 1e12)
+    monkeypatch.setattr(compute, "STEP_SECONDS", 1e9)  # so that a small model's seconds are not all rounded up to 1
+    monkeypatch.setattr(compute, "FRAMES_SECONDS", 1e9)
+    few, many = (gpu_seconds(dataclasses.replace(session, steps=steps), world) for steps in (2, 20))
+    guided = gpu_seconds(dataclasses.replace(session, steps=20, guidance=5.0), world)
+    assert 0 < few < many < guided
+    longer = dataclasses.replace(session, chunk_latents=(None,) * 8)
+    assert gpu_seconds(Replay(session), world) < gpu_seconds(Replay(longer), world)
+    assert gpu_seconds(WISHES.begin(session.picture[0]), world) == few
+
+
+# ------------------------------------------------------------------------------------------------------ words, examples
+
+
+def progress(step, remaining=None, seconds=0.0):
+    return Progress(1, 1, "sample", step, 8, 1, 81, seconds, remaining)
+
+
+def test_time_left_counts_the_chunks_to_come():
+    first = status.Making(1, 4, 0, 6.0, 0, Report(progress(4, remaining=4.0, seconds=6.0), "CPU", 2**30))
+    assert first.remaining == pytest.approx(4 + 3 * 10)
+    third = status.Making(3, 4, 160, 22.0, 0, Report(progress(1, remaining=8.0, seconds=2.0), "CPU", 2**30))
+    assert third.remaining == pytest.approx(8 + 10)
+    assert status.Making(1, 4, 0, 1.0, 0, Report(progress(0), "CPU", 0)).remaining is None
+    assert 0 < first.share < 0.25 < third.share < 0.75
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (59.4, "59 s"), (60, "1 min 0 s"), (3599, "59 min 59 s"), (7260, "2 h 1 min")]
+)
+def test_durations_in_words(seconds, words):
+    assert status.duration(seconds) == words
+
+
+def test_what_a_person_wrote_is_not_read_as_html():
+    assert "<b>" not in status.message("<b>", "<b>") + status.ended("<b>", 3)
+
+
+def test_examples_are_pictures_with_actions(tmp_path, picture):
+    for name in ("one", "two", "three"):
+        (tmp_path / f"{name}.png").write_bytes(picture.read_bytes())
+    (tmp_path / "one.json").write_text(ActionScript.parse("forward 3").to_json())
+    (tmp_path / "two.json").write_text(ActionScript.parse("right 5").to_json())
+    (tmp_path / "two.txt").write_text("a lake\n")
+    one, two = app.example_scenes(tmp_path)
+    assert (one.picture.name, one.actions.text(), one.prompt) == ("one.png", "forward 3", "")
+    assert (two.actions.text(), two.prompt) == ("right 5", "a lake")
+
+
+# ---------------------------------------------------------------------------------------------------------- the server
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    return tmp_path_factory.mktemp("films")
+
+
+@pytest.fixture(scope="module")
+def address(serve, films):
+    return serve(films)
+
+
+def test_the_page_loads_quickly(address):
+    began = time.monotonic()
+    assert "Infinite-World" in httpx.get(address).text
+    assert time.monotonic() - began < 3
+
+
+def test_only_films_can_be_read(address, films, tmp_path):
+    (films / "film-x").mkdir()
+    (films / "film-x" / "a.txt").write_text("film")
+    (tmp_path / "secret.txt").write_text("secret")
+
+    def get(path):
+        return httpx.get(f"{address}gradio_api/file={path}")
+
+    assert get(films / "film-x" / "a.txt").text == "film"
+    for path in ("/etc/passwd", tmp_path / "secret.txt", app.__file__, films / ".." / tmp_path.name / "secret.txt"):
+        assert get(path).status_code in (403, 404), path
+    assert get(films).status_code in (403, 404)  # no listing
