@@ -92,6 +92,7 @@ class Page:
                     self._screen()
             self._plan()
             self._wire()
+            self._doors()
         return blocks
 
     # ------------------------------------------------------------------------------------------------------ layout
@@ -189,6 +190,25 @@ class Page:
             run.then(self.settle, [self.film, self.outcome], settled, **at_once)  # after Stop and errors too
             runs.append(run)
         self.stop.click(self.stopping, None, [self.status, self.stop], cancels=runs, **at_once)
+
+    def _doors(self) -> None:
+        """The one endpoint for programs, which is also the MCP tool. Its parts are seen by nobody."""
+        with gr.Row(visible=False):
+            inputs = [
+                Picture(label="image"),
+                gr.Textbox("", label="actions"),
+                gr.Number(1 + self.config.chunk_frames, label="frames", precision=0),
+                gr.Number(0, label="seed", precision=0),
+                gr.Textbox("", label="prompt", max_length=MAX_PROMPT),
+            ]
+            gr.Button().click(
+                self.make_film,
+                inputs,
+                gr.File(label="film"),
+                api_name="film",
+                concurrency_limit=1,
+                concurrency_id="gpu",
+            )
 
     # ---------------------------------------------------------------------------------------------------- handlers
 
@@ -308,6 +328,47 @@ class Page:
             update[self.downloads] = status.downloads(files)
             update[self.editor] = gr.update(num_frames=frames)
         return update
+
+    @plainly
+    def make_film(
+        self,
+        image: str,
+        actions: str = "",
+        frames: int = 81,
+        seed: int = 0,
+        prompt: str = "",
+        progress=gr.Progress(),  # noqa: B008  (how Gradio hands one over)
+    ) -> str:
+        """
+        Films a walk that begins with a picture, and returns an mp4 file of 30 frames a second.
+
+        The actions are text such as "forward 80, right 40, forward+left 60": what to do and for how many frames. They
+        are forward, back, strafe left, strafe right, up, down, left, right and wait, also joined by a plus sign.
+        Turning right for 80 frames is a quarter circle. A JSON list with one {"move": ..., "view": ...} per frame is
+        understood too. After the last action nothing is done.
+
+        Args:
+            image: The picture to begin with.
+            actions: What to do, for example "forward 80, right 80"
+            frames: Length of the film in frames: 81, 161, 241 and so on.
+            seed: Another number makes another film of the same walk.
+            prompt: What the world looks like; may be empty.
+        """
+        if image is None:
+            raise ValueError("there is no picture")
+        sampler = self.config.val_scheduler_cfg
+        quality = sampler.num_sampling_steps, sampler.text_cfg_scale
+        wishes = Wishes(_script(actions), prompt, self.config.negative_prompt, seed, *quality)
+        film, job = self.studio.begin(image, frames, wishes)
+        for news in self.studio.run(film, job):
+            if not isinstance(news, Chunk):
+                progress(news.share, f"chunk {news.chunk} of {news.chunks}")
+        return str(film.finish()["film"])
+
+
+def _script(text: str) -> ActionScript:
+    """From JSON or the text form. Not from a path: that would be one on the server."""
+    return ActionScript.from_json(text) if text.lstrip().startswith(("[", "{")) else ActionScript.parse(text)
 
 
 def _there(film: Film | None) -> Film:

@@ -402,3 +402,97 @@ def test_only_films_can_be_read(address, films, tmp_path):
     for path in ("/etc/passwd", tmp_path / "secret.txt", app.__file__, films / ".." / tmp_path.name / "secret.txt"):
         assert get(path).status_code in (403, 404), path
     assert get(films).status_code in (403, 404)  # no listing
+
+
+# ------------------------------------------------------------------------------------------------- doors for programs
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    from gradio_client import Client
+
+    return Client(address, verbose=False)
+
+
+def test_a_program_gets_a_film(client, picture, world):
+    from gradio_client import handle_file
+
+    job = client.submit(handle_file(picture), "forward 80, right 80", 161, 5, "a hill", api_name="/film")
+    film = read_mp4(job.result())
+    expected = world.rollout(picture, "forward 80, right 80", "a hill", num_frames=161, seed=5)
+    frames = np.concatenate([chunk.frames for chunk in expected])
+    assert film.shape == frames.shape
+    assert np.corrcoef(film[..., 1].ravel(), frames[..., 1].ravel())[0, 1] > 0.9
+
+
+def test_actions_from_a_program_may_be_json(client, picture):
+    from gradio_client import handle_file
+
+    script = ActionScript.parse("left 12").to_json()
+    assert len(read_mp4(client.predict(handle_file(picture), script, 81, 0, "", api_name="/film"))) == 81
+
+
+@pytest.mark.parametrize(
+    ("actions", "frames", "seed", "message"),
+    [
+        ("fly 80", 81, 0, "unknown action 'fly'"),
+        ("actions.json", 81, 0, "cannot read 'actions.json'"),
+        ('{"move": 3}', 81, 0, "must be a list"),
+        ('[{"move": "fly", "view": "no-op"}]', 81, 0, "unknown move 'fly'"),
+        ("", 0, 0, "at least 81"),
+        ("", 100, 0, "81 or 161"),
+        ("", -81, 0, "at least 81"),
+        ("", 10**7, 0, "at most"),
+        ("", 81, -1, "seed"),
+    ],
+)
+def test_programs_are_told_what_is_wrong(client, picture, actions, frames, seed, message):
+    from gradio_client import handle_file
+    from gradio_client.exceptions import AppError
+
+    with pytest.raises(AppError, match=f"(?i){message}"):
+        client.predict(handle_file(picture), actions, frames, seed, "", api_name="/film")
+
+
+def test_a_wrong_picture_from_a_program_is_named(client, tmp_path):
+    from gradio_client import handle_file
+    from gradio_client.exceptions import AppError
+
+    (tmp_path / "notes.png").write_text("no picture")
+    with pytest.raises(AppError, match=r"notes\.png.*not a picture"):
+        client.predict(handle_file(tmp_path / "notes.png"), "", 81, 0, "", api_name="/film")
+
+
+def test_nothing_else_is_shown_to_programs(client):
+    endpoints = client.view_api(return_format="dict", print_info=False)
+    assert list(endpoints["named_endpoints"]) == ["/film"] and not endpoints["unnamed_endpoints"]
+
+
+def test_a_picture_on_the_server_cannot_be_named(address, picture):
+    file = {"path": str(picture), "meta": {"_type": "gradio.FileData"}}
+    asked = httpx.post(f"{address}gradio_api/call/film", json={"data": [file, "", 81, 0, ""]})
+    answer = httpx.get(f"{address}gradio_api/call/film/{asked.json()['event_id']}", timeout=60).text
+    assert "event: error" in answer and "event: complete" not in answer
+
+
+def test_the_same_door_is_an_mcp_tool(address, picture):
+    pytest.importorskip("mcp")
+    import asyncio
+
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def use():
+        async with (
+            streamablehttp_client(f"{address}gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            (tool,) = (await session.list_tools()).tools
+            uploaded = httpx.post(f"{address}gradio_api/upload", files={"files": picture.open("rb")}).json()[0]
+            arguments = {"image": f"{address}gradio_api/file={uploaded}", "actions": "right 80", "frames": 81}
+            return tool, await session.call_tool(tool.name, arguments)
+
+    tool, result = asyncio.run(use())
+    assert "Films a walk" in tool.description and set(tool.inputSchema["properties"]) >= {"image", "actions", "frames"}
+    assert not result.isError and ".mp4" in result.content[0].text
