@@ -348,7 +348,7 @@ class Page:
         understood too. After the last action nothing is done.
 
         Args:
-            image: The picture to begin with.
+            image: The picture to begin with (MCP: an http address or a data: address).
             actions: What to do, for example "forward 80, right 80"
             frames: Length of the film in frames: 81, 161, 241 and so on.
             seed: Another number makes another film of the same walk.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import multiprocessing
 import os
@@ -489,8 +490,8 @@ def test_the_same_door_is_an_mcp_tool(address, picture):
         ):
             await session.initialize()
             (tool,) = (await session.list_tools()).tools
-            uploaded = httpx.post(f"{address}gradio_api/upload", files={"files": picture.open("rb")}).json()[0]
-            arguments = {"image": f"{address}gradio_api/file={uploaded}", "actions": "right 80", "frames": 81}
+            data = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+            arguments = {"image": data, "actions": "right 80", "frames": 81}
             return tool, await session.call_tool(tool.name, arguments)
 
     tool, result = asyncio.run(use())
