@@ -29,11 +29,14 @@ from infworld.config import ModelConfig
 from infworld.rollout import Chunk, World
 from infworld.video import crop_image
 from ui import status
+from ui.drive import Drive, driven
 from ui.editor import ActionEditor, script_of
 from ui.films import Film, FilmStore
+from ui.memory_check import memory_check
 from ui.picture import Picture
 from ui.player import FilmPlayer, film_value, still_value
 from ui.studio import MAX_PROMPT, MAX_STEPS, Job, Studio, Wishes
+from ui.walk import STEP, TURN_DEGREES
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,11 @@ LIFETIME = 2 * 3600  # seconds that a film is kept after the last change to it
 MAX_UPLOAD = "200mb"
 MAX_QUEUE = 64
 RANDOM_SEEDS = 2**31  # short enough to write down
+
+MEMORY_HINT = (
+    '<div class="memory"><p>When the film comes back to a view, its first look and its return are shown here side by '
+    "side. Try the plan <em>Look around</em> or <em>Walk and return</em>.</p></div>"
+)
 
 Update = dict[Any, Any]
 
@@ -84,7 +92,7 @@ class Page:
             self.film = gr.State(None)  # a Film
             self.job = gr.State(None)  # a Job: what the run that is on has to do
             self.outcome = gr.State("")  # of the last run: "done", "stopped", or what went wrong
-            gr.HTML(_read("header.html"), elem_id="header", apply_default_css=False)
+            self._header()
             with gr.Row(elem_id="stage"):
                 with gr.Column(scale=4, min_width=300):
                     self._scene()
@@ -96,6 +104,11 @@ class Page:
         return blocks
 
     # ------------------------------------------------------------------------------------------------------ layout
+
+    def _header(self) -> None:
+        with gr.Row(elem_id="top"):
+            gr.HTML(_read("header.html"), js_on_load=_read("header.js"), apply_default_css=False, elem_id="header")
+            gr.DuplicateButton(visible="SPACE_ID" in os.environ, scale=0, min_width=160)
 
     def _scene(self) -> None:
         sampler, step = self.config.val_scheduler_cfg, self.config.chunk_frames
@@ -147,6 +160,11 @@ class Page:
             self.more = gr.Button("Continue", interactive=False, min_width=110, elem_id="more")
             self.redo = gr.Button("Redo last chunk", interactive=False, min_width=150, elem_id="redo")
         self.downloads = gr.HTML("", apply_default_css=False, elem_id="downloads")
+        with gr.Accordion("Drive: steer while the film plays", open=False, elem_id="drive-panel"):
+            rollout = self.config.validation_data
+            self.drive = Drive(
+                chunk_frames=self.config.chunk_frames, fps=rollout.fps, film="#film video", elem_id="drive"
+            )
 
     def _plan(self) -> None:
         rollout, step = self.config.validation_data, self.config.chunk_frames
@@ -156,15 +174,19 @@ class Page:
             horizon_frames=1 + rollout.trained_chunks * step,
             chunk_frames=step,
             fps=rollout.fps,
+            turn_degrees=TURN_DEGREES,
+            step_units=STEP,
             follow="#film video",
             elem_id="actions",
         )
+        with gr.Accordion("Memory check", open=True, elem_id="memory-panel"):
+            self.memory = gr.HTML(MEMORY_HINT, apply_default_css=False, elem_id="memory")
 
     def _wire(self) -> None:
         wishes = [self.editor, self.prompt, self.negative_prompt, self.seed, self.randomise, self.steps, self.guidance]
         self.buttons = [self.generate, self.stop, self.more, self.redo, self.extra, self.session_file]
         begun = [self.film, self.job, self.outcome, self.seed, self.status, self.player, self.downloads, *self.buttons]
-        settled = [self.status, self.player, self.downloads, self.editor, *self.buttons]
+        settled = [self.status, self.player, self.downloads, self.editor, self.drive, *self.buttons]
         resumed = [self.editor, self.prompt, self.negative_prompt, self.randomise, self.steps, self.guidance]
         # Through the queue like all, but never waiting: errors of events outside the queue are errors in the console.
         at_once = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
@@ -179,6 +201,9 @@ class Page:
             self.more.click(self.go_on, [self.film, self.extra, *wishes], [*begun, self.editor], **at_once),
             self.redo.click(self.make_again, [self.film, *wishes], begun, **at_once),
             self.session_file.upload(self.resume, self.session_file, [*begun, *resumed], **at_once),
+            self.drive.drive(
+                self.drive_on, [self.film, self.drive, self.image, *wishes], [*begun, self.editor], **at_once
+            ),
         ]
         on_gpu = {"concurrency_limit": 1, "concurrency_id": "gpu", "api_visibility": "private"}
         runs = []
@@ -187,7 +212,8 @@ class Page:
                 self.run, [self.film, self.job], [self.status, self.player, self.outcome],
                 show_progress_on=self.status, **on_gpu,
             )  # fmt: skip
-            run.then(self.settle, [self.film, self.outcome], settled, **at_once)  # after Stop and errors too
+            settle = run.then(self.settle, [self.film, self.outcome], settled, **at_once)  # after Stop and errors too
+            settle.then(self.check_memory, self.film, self.memory, **at_once)
             runs.append(run)
         self.stop.click(self.stopping, None, [self.status, self.stop], cancels=runs, **at_once)
 
@@ -264,6 +290,19 @@ class Page:
         return self._begun(self.studio.redo(film, wishes), wishes.seed)
 
     @plainly
+    def drive_on(self, film: Film | None, value: Any, image: str | None, *wishes: Any) -> Update:
+        """One more chunk, of what was driven; the first one of a film is made by the plan."""
+        step = self.config.chunk_frames
+        if film is None or not film.num_frames:
+            return self.begin(image, 1 + step, *wishes)
+        wishes = self._wishes(*wishes)
+        session = film.session()
+        actions = session.with_actions(driven(value, step)).actions
+        job = self.studio.go_on(film, 1, dataclasses.replace(wishes, actions=actions))
+        plan = gr.update(value=actions, num_frames=session.num_frames + step)
+        return self._begun(job, session.seed) | {self.editor: plan}
+
+    @plainly
     def resume(self, path: str) -> Update:
         """The film of an uploaded session file."""
         film, session = self.studio.resume(path)
@@ -327,7 +366,13 @@ class Page:
             update[self.player] = film_value(film, files["film"])
             update[self.downloads] = status.downloads(files)
             update[self.editor] = gr.update(num_frames=frames)
+        if outcome != "done":
+            update[self.drive] = None  # whoever is driving has to stop
         return update
+
+    @plainly
+    def check_memory(self, film: Film) -> str:
+        return memory_check(film) if film.num_frames else MEMORY_HINT
 
     @plainly
     def make_film(
