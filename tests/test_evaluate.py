@@ -22,7 +22,8 @@ from training.evaluate import (
     to_frames,
     to_video,
 )
-from training.worlds import EVAL_SEEDS, TURN, captions, render, spawn, walk
+from training.render import render
+from training.worlds import EVAL_SEEDS, TURN, captions, spawn, walk
 
 CHUNK = 8  # frames, so that a test takes seconds
 HEIGHT, WIDTH = 16, 32

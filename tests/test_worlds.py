@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from training.render import render
 from training.walks import (
     CIRCLE,
     KINDS,
@@ -31,7 +32,6 @@ from training.worlds import (
     captions,
     clearance,
     make_worlds,
-    render,
     spawn,
     step,
     walk,
@@ -85,7 +85,7 @@ def test_solids_out_of_sight_may_be_left_out(worlds, starts, monkeypatch):
     poses = starts[:3, None].repeat(1, 3, 1)
     poses[:, 1, 3], poses[:, 2, 3] = PITCH_LIMIT, -PITCH_LIMIT
     culled = render(worlds[:3], poses, **SIZE)
-    monkeypatch.setattr("training.worlds._visible_solids", lambda *_: None)
+    monkeypatch.setattr("training.render._visible_solids", lambda *_: None)
     assert torch.equal(culled, render(worlds[:3], poses, **SIZE))
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from infworld.config import ModelConfig
 from infworld.text import ByteTextEncoder
 from infworld.vae import VideoVAE
+from training.render import render
 from training.walks import sample_actions
-from training.worlds import Worlds, captions, make_worlds, render, spawn, walk
+from training.worlds import Worlds, captions, make_worlds, spawn, walk
 
 RENDERED_AT_ONCE = 16  # walks
 

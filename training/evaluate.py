@@ -37,8 +37,9 @@ from infworld.dit import TextContext
 from infworld.rollout import World, load, pick_dtype
 from infworld.sampler import sample, schedule
 from infworld.text import load_text_encoder
+from training.render import render
 from training.walks import MIXED, sample_actions
-from training.worlds import EVAL_SEEDS, STEP, Worlds, captions, make_worlds, render, spawn, walk
+from training.worlds import EVAL_SEEDS, STEP, Worlds, captions, make_worlds, spawn, walk
 
 MAX_PSNR = 60.0  # dB, of equal pictures
 RESAMPLES = 2000  # of the bootstrap

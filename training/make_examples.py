@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from infworld.actions import ActionScript
-from training.worlds import EVAL_SEEDS, captions, make_worlds, render, spawn
+from training.render import render
+from training.worlds import EVAL_SEEDS, captions, make_worlds, spawn
 
 SIZE = 384, 512  # larger than the tiny model's pictures, as pictures that people bring are
 

@@ -29,8 +29,9 @@ import infworld.vae
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.vae import ResidualBlock, VideoVAE
 from training.optim import EMA, Muon, lr_at
+from training.render import render
 from training.walks import MIXED, sample_actions
-from training.worlds import EVAL_SEEDS, make_worlds, render, spawn, walk
+from training.worlds import EVAL_SEEDS, make_worlds, spawn, walk
 
 WALK_FRAMES = 81
 CLIP_FRAMES = {0.0: 5, 0.4: 17, 0.8: WALK_FRAMES}  # share of the schedule from which on -> frames of a clip
