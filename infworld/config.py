@@ -16,6 +16,7 @@ import yaml
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = PROJECT_ROOT / "configs"
 FRAMES_PER_LATENT = 4  # of the causal VAE; the first latent stands for one frame alone
+BUCKET_STEP = 16  # pixels per patch: 8 per latent, 2 latents per patch
 
 # Spec section 2: (height, width), widest first.
 RELEASED_BUCKETS = (
@@ -130,8 +131,15 @@ class ModelConfig:
                 f"text_encoder_cfg.dim ({self.text_encoder_cfg.dim}) and model_cfg.caption_channels "
                 f"({self.model_cfg.caption_channels}) must be equal"
             )
-        if self.validation_data.num_frames % FRAMES_PER_LATENT != 1:
-            raise ValueError(f"validation_data.num_frames must be 1 + 4n, not {self.validation_data.num_frames}")
+        frames = self.validation_data.num_frames
+        if frames <= 1 or frames % FRAMES_PER_LATENT != 1:
+            raise ValueError(f"validation_data.num_frames must be 1 + 4n, n at least 1, not {frames}")
+        wrong = [b for b in self.buckets if len(b) != 2 or any(side <= 0 or side % BUCKET_STEP for side in b)]
+        if wrong or not self.buckets:
+            raise ValueError(
+                f"buckets must be (height, width) pairs of positive multiples of {BUCKET_STEP}, "
+                f"not {wrong[0] if wrong else self.buckets}"
+            )
 
     @property
     def chunk_frames(self) -> int:
@@ -196,7 +204,7 @@ def from_dict(cls: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected a mapping of settings, found {type(data).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "source"}
-    if unknown := sorted(set(data) - set(fields)):
+    if unknown := [key for key in data if key not in fields]:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(fields))}")
     default = cls()
     return cls(**{key: _value(getattr(default, key), value, f"{where}: {key}") for key, value in data.items()})
