@@ -1,0 +1,152 @@
+"""A config file is the model's only source of sizes: what is in it is read, what does not belong there is named."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from infworld.config import ModelConfig, from_dict, load_config, to_dict
+
+# The keys that files of the released model have (spec section 1), and nothing else.
+RELEASED = """
+checkpoint_path: checkpoints/infinite_world_model.ckpt
+text_encoder_cfg:
+  checkpoint_path: checkpoints/models/models_t5_umt5-xxl-enc-bf16.pth
+  tokenizer_path: checkpoints/models/google/umt5-xxl
+  model_max_length: 512
+val_scheduler_cfg:
+  shift: 7
+  use_reversed_velocity: true
+  use_timestep_transform: true
+  num_sampling_steps: 30
+  text_cfg_scale: 5
+model_cfg: {model_type: t2v, dim: 1536, in_channels: 20, ffn_dim: 8960, freq_dim: 256, num_heads: 12, num_layers: 30}
+vae_cfg: {vae_pth: checkpoints/models/Wan2.1_VAE.pth}
+validation_data: {num_frames: 81}
+amp_dtype: bfloat16
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads the config of a YAML text."""
+
+    def load(text: str) -> ModelConfig:
+        (tmp_path / "model.yaml").write_text(text, encoding="utf-8")
+        return load_config(tmp_path / "model.yaml")
+
+    return load
+
+
+def test_a_file_of_the_released_model_loads_as_it_is(load):
+    ours = load_config("infinite-world")
+    assert dataclasses.replace(load(RELEASED), negative_prompt=ours.negative_prompt, source=ours.source) == ours
+    assert ours.negative_prompt.count(",") > 5  # guidance never runs against an empty prompt
+
+
+def test_an_empty_mapping_is_the_released_model(load):
+    assert dataclasses.replace(load("{}"), source=None) == ModelConfig()
+
+
+@pytest.mark.parametrize("name", ["tiny", "infinite-world"])
+def test_a_config_survives_yaml(name, load):
+    config = load_config(name)
+    again = load(yaml.safe_dump(to_dict(config)))
+    assert dataclasses.replace(again, source=config.source) == config
+    assert from_dict(ModelConfig, to_dict(config), "here") == dataclasses.replace(config, source=None)
+
+
+def test_whole_numbers_may_stand_for_fractions(load):
+    shift = load("val_scheduler_cfg: {shift: 3}").val_scheduler_cfg.shift
+    assert shift == 3 and isinstance(shift, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model_name: x", "model.yaml: unknown key 'model_name'; known are .*model_cfg, name"),
+        ("model_cfg: {dimm: 4}", "model.yaml: model_cfg: unknown key 'dimm'; known are .*dim, "),
+        ("{1: 2, x: 3}", "unknown key 1"),
+        ("source: /etc", "unknown key 'source'"),
+        ("model_cfg: 4", "model.yaml: model_cfg: expected a mapping of settings, found int"),
+        ("", "expected a mapping of settings, found NoneType"),
+        ("[1, 2]", "expected a mapping of settings, found list"),
+        ("model_cfg: {dim: big}", "model.yaml: model_cfg: dim: expected int, found 'big'"),
+        ("model_cfg: {dim: 4.5}", "expected int, found 4.5"),
+        ("model_cfg: {dim: true}", "expected int, found True"),
+        ("val_scheduler_cfg: {shift: true}", "expected float, found True"),
+        ("val_scheduler_cfg: {use_reversed_velocity: 1}", "expected bool, found 1"),
+        ("checkpoint_path:", "checkpoint_path: expected str, found None"),
+        ("vae_cfg: {dim_mult: 4}", "dim_mult: expected a list, found 4"),
+        ("vae_cfg: {latents_mean: [0, x]}", "latents_mean: expected float, found 'x'"),
+        ("amp_dtype: int8", "amp_dtype must be bfloat16, float16 or float32, not 'int8'"),
+        ("text_encoder_cfg: {type: clip}", "type must be umt5 or bytes, not 'clip'"),
+        ("text_encoder_cfg: {dim: 8}", r"text_encoder_cfg.dim \(8\) and model_cfg.caption_channels \(4096\)"),
+        ("validation_data: {num_frames: 80}", "num_frames must be 1 \\+ 4n, n at least 1, not 80"),
+        ("validation_data: {num_frames: 1}", "num_frames must be 1 \\+ 4n, n at least 1, not 1"),
+        ("validation_data: {num_frames: -3}", "num_frames must be 1 \\+ 4n, n at least 1, not -3"),
+        ("buckets: 96x128", "buckets: expected a list, found '96x128'"),
+        ("buckets: [96, 128]", "buckets: expected a list, found 96"),
+        ("buckets: []", r"buckets must be \(height, width\) pairs.*, not \(\)"),
+        ("buckets: [[96, 128], [96]]", r"multiples of 16, not \(96,\)"),
+        ("buckets: [[96, 128, 3]]", r"multiples of 16, not \(96, 128, 3\)"),
+        ("buckets: [[96, 120]]", r"multiples of 16, not \(96, 120\)"),
+        ("buckets: [[0, 128]]", r"multiples of 16, not \(0, 128\)"),
+        ("buckets: [[-96, 128]]", r"multiples of 16, not \(-96, 128\)"),
+        ("a: [", "is not a readable YAML file"),
+        ("a: !!python/object:os.system x", "is not a readable YAML file"),
+    ],
+)
+def test_what_does_not_belong_is_named(load, text, message):
+    with pytest.raises(ValueError, match=message):
+        load(text)
+
+
+def test_files_that_are_no_config_are_named(tmp_path):
+    (tmp_path / "picture.yaml").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(ValueError, match="picture.yaml is not a readable YAML file"):
+        load_config(tmp_path / "picture.yaml")
+    with pytest.raises(FileNotFoundError, match="no config file at .*gone.yaml"):
+        load_config(tmp_path / "gone.yaml")
+    with pytest.raises(ValueError, match="unknown model 'huge': use infinite-world, tiny or the path of a .yaml file"):
+        load_config("huge")
+
+
+def test_a_chunk_is_80_frames_and_21_latents():
+    config = ModelConfig()
+    assert (config.chunk_frames, config.chunk_latents) == (80, 21)
+
+
+@pytest.mark.parametrize(("frames", "chunks"), [(81, 1), (161, 2), (1041, 13), (1281, 16), (4001, 50)])
+def test_a_film_is_the_picture_and_whole_chunks(frames, chunks):
+    assert ModelConfig().chunks_for(frames) == chunks
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (0, "at least 81 frames \\(one chunk\\), not 0"),
+        (1, "at least 81 frames"),
+        (80, "at least 81 frames"),
+        (-79, "at least 81 frames .*, not -79"),
+        (4002, "at most 4001 frames \\(50 chunks\\), not 4002"),
+        (10**12, "at most 4001 frames"),
+        (82, "ask for 81 or 161 frames, not 82"),
+        (160, "ask for 81 or 161 frames, not 160"),
+        (True, "whole number, not True"),
+        (161.0, "whole number, not 161.0"),
+        ("161", "whole number, not '161'"),
+        (None, "whole number, not None"),
+    ],
+)
+def test_other_lengths_are_refused_with_the_way_out(frames, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig().chunks_for(frames)
+
+
+def test_weights_are_looked_up_beside_the_config(load, tmp_path):
+    config = load("{}")
+    (tmp_path / "world.safetensors").touch()
+    assert config.path("world.safetensors") == tmp_path / "world.safetensors"
+    assert config.path(str(tmp_path / "gone.ckpt")) == tmp_path / "gone.ckpt"
+    assert config.path("gone.ckpt").is_absolute()
