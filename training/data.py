@@ -17,10 +17,12 @@ from infworld.config import ModelConfig
 from infworld.text import ByteTextEncoder
 from infworld.vae import VideoVAE
 from training.render import render
+from training.run import finish
 from training.walks import sample_actions
-from training.worlds import Worlds, captions, make_worlds, spawn, walk
+from training.worlds import TRAIN_SEEDS, Worlds, captions, make_worlds, spawn, walk
 
 RENDERED_AT_ONCE = 16  # walks
+SEEDS_PER_RUN = 1_000_000
 
 
 @dataclass
@@ -82,8 +84,7 @@ class WalkPool:
         for first in range(0, count, RENDERED_AT_ONCE):
             part = slice(first, first + RENDERED_AT_ONCE)
             self._encode(slots[part], worlds[part].to(self.device), poses[part].to(self.device))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        finish(self.device)
         return time.monotonic() - began
 
     def _encode(self, slots: Tensor, worlds: Worlds, poses: Tensor) -> None:
@@ -119,3 +120,19 @@ class WalkPool:
 def to_video(frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rendered frames (B, T, H, W, 3) uint8 -> video (B, 3, T, H, W) in [-1, 1]."""
     return rearrange(frames, "b t h w c -> b c t h w").to(dtype) / 127.5 - 1
+
+
+def to_frames(video: Tensor) -> Tensor:
+    """Video (B, 3, T, H, W) in [-1, 1] -> frames (B, T, H, W, 3) uint8; clamps what lies outside."""
+    return rearrange((video.clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8), "b c t h w -> b t h w c")
+
+
+def first_seed(run: int, rank: int, ranks: int) -> int:
+    """The first world seed of a rank in run 0, 1, ... of a series: far enough from all others' that no two meet.
+
+    Raises: ValueError for a run that would leave the training seeds.
+    """
+    runs = len(TRAIN_SEEDS) // SEEDS_PER_RUN
+    if not 0 <= run < runs:
+        raise ValueError(f"--seed is {run}: expected 0 to {runs - 1}, as the worlds beyond are kept for measuring")
+    return SEEDS_PER_RUN * run + SEEDS_PER_RUN // ranks * rank

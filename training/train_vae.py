@@ -14,8 +14,6 @@ chunk, because an encoder that has only met clip starts, with zeros before them,
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from pathlib import Path
 
@@ -28,8 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 import infworld.vae
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.vae import ResidualBlock, VideoVAE
+from training.data import first_seed, to_frames, to_video
 from training.optim import EMA, Muon, lr_at
 from training.render import render
+from training.run import Log, autocast, finish, from_rank_0, set_up_devices
 from training.walks import MIXED, sample_actions
 from training.worlds import EVAL_SEEDS, make_worlds, spawn, walk
 
@@ -39,7 +39,6 @@ RENEWED = 64  # walks rendered together
 AT_ONCE = 16  # walks encoded or decoded together
 FILL = 0.15  # share of the run after which training starts, however few walks are there
 GRADIENT, SQUARE, KL = 1.0, 10.0, 2e-4  # weights of the losses beside the absolute error
-SEEDS_PER_RUN = 1_000_000
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -79,8 +78,8 @@ def main(args: argparse.Namespace) -> None:
     trained = DistributedDataParallel(model) if ranks > 1 else model
 
     # The data.
-    first_seed = SEEDS_PER_RUN * args.seed + SEEDS_PER_RUN // ranks * rank
-    pool = FramePool(args.walks, args.size, first_seed, device, args.compile_render)
+    seed = first_seed(args.seed, rank, ranks)
+    pool = FramePool(args.walks, args.size, seed, device, args.compile_render)
     pool.renew()  # compiles, if it is to
     filled_by = time.monotonic() + FILL * 60 * args.minutes
     while pool.filled < args.walks and time.monotonic() < filled_by:
@@ -96,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         video = pool.clips(max(1, args.frames // frames), frames)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device):
             decoded, mean, logvar = trained(video)
         losses = vae_losses(decoded.float(), video, mean.float(), logvar.float())
         losses["loss"].backward()
@@ -132,14 +131,14 @@ def main(args: argparse.Namespace) -> None:
             quality = export(model.vae, ema, pool, unseen.frames[:AT_ONCE], args.out)
             save_progress(model.vae, args.out, step, progress)
             log.add("report", step=step, frames=frames, lr=lr, frames_per_second=rate, **means(losses), **quality)
-            log.plot()
+            log.plot("minutes", ["psnr"], ["loss"])
             losses, last_report = [], time.monotonic()
 
     # What is kept.
     if log:
         quality = export(model.vae, ema, pool, unseen.frames, args.out)
         save_progress(model.vae, args.out, step, 1.0)
-        log.add("done", step=step, worlds=pool.next_seed - first_seed, **quality)
+        log.add("done", step=step, worlds=pool.next_seed - seed, **quality)
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -232,11 +231,6 @@ class FramePool:
         return to_video(self.storage[walks, first + torch.arange(frames, device=self.device)])
 
 
-def to_video(frames: Tensor) -> Tensor:
-    """Rendered frames (B, T, H, W, 3) uint8 -> video (B, 3, T, H, W) in [-1, 1]."""
-    return frames.movedim(-1, 1) / 127.5 - 1
-
-
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def export(vae: VideoVAE, ema: EMA, pool: FramePool, unseen: Tensor, out: Path) -> dict[str, float]:
@@ -279,7 +273,7 @@ def encode(vae: VideoVAE, frames: Tensor) -> Tensor:
 def reconstruct(vae: VideoVAE, frames: Tensor) -> tuple[Tensor, Tensor]:
     """Frames (B, 81, H, W, 3) uint8 through the VAE: such frames again, and the latents in between."""
     latents = torch.cat([encode(vae, part) for part in frames.split(AT_ONCE)])
-    decoded = [((vae.decode(part) + 1) * 127.5).round().byte().movedim(1, -1) for part in latents.split(AT_ONCE)]
+    decoded = [to_frames(vae.decode(part)) for part in latents.split(AT_ONCE)]
     return torch.cat(decoded), latents
 
 
@@ -318,62 +312,6 @@ def save_progress(vae: VideoVAE, out: Path, step: int, progress: float) -> None:
 
 def means(losses: list[dict[str, Tensor]]) -> dict[str, float]:
     return {name: torch.stack([loss[name] for loss in losses]).mean().item() for name in losses[0]}
-
-
-class Log:
-    """JSON lines to a file and the terminal, and their curves as a picture."""
-
-    def __init__(self, folder: Path, began: float):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.began, self.reports = folder, began, []
-
-    def add(self, event: str, **values) -> None:
-        entry = {"event": event, "minutes": (time.monotonic() - self.began) / 60, **values}
-        entry = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in entry.items()}
-        if event == "report":
-            self.reports.append(entry)
-        print(json.dumps(entry), flush=True)
-        with (self.folder / "train.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def plot(self) -> None:
-        """PSNR on unseen worlds and loss over the minutes: train.png."""
-        from matplotlib.figure import Figure  # only training needs it
-
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        for axes, name in zip(figure.subplots(1, 2), ("psnr", "loss"), strict=True):
-            axes.plot([e["minutes"] for e in self.reports], [e[name] for e in self.reports])
-            axes.set(xlabel="minutes", ylabel=name)
-        figure.savefig(self.folder / "train.png", dpi=120)
-
-
-def set_up_devices() -> tuple[int, int, torch.device]:
-    """This process's rank, the number of ranks, its device; joins the process group under torchrun."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, ranks, device
-
-
-def from_rank_0(value: float, ranks: int, device: torch.device) -> float:
-    """Rank 0's value on every rank."""
-    if ranks == 1:
-        return value
-    shared = torch.tensor(value, device=device, dtype=torch.float32)
-    dist.broadcast(shared, 0)
-    return shared.item()
-
-
-def finish(device: torch.device) -> None:
-    """Waits for what the GPU still has to do, so that a clock tells the truth."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def peak_gib(device: torch.device) -> float:

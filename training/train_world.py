@@ -15,8 +15,6 @@ its loss.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import time
 from contextlib import contextmanager
@@ -28,16 +26,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from infworld import dit, layers
 from infworld.checkpoint import load_strict, read_tensors, save_tensors
 from infworld.config import ModelConfig, load_config
 from infworld.dit import InfiniteWorldTransformer
 from infworld.memory import MAX_SINGLE_PASS, MemoryCompressor
-from infworld.rollout import build_vae, pick_device
+from infworld.rollout import build_vae
 from infworld.sampler import MAX_TIMESTEP
 from infworld.text import ByteTextEncoder
-from training.data import Batch, WalkPool
+from training.data import Batch, WalkPool, first_seed
 from training.optim import EMA, Muon
+from training.run import Log, autocast, compute_dtype, from_rank_0, set_up_devices
 from training.walks import MIXED, VIEW_ONLY
 from training.worlds import EVAL_SEEDS
 
@@ -53,10 +51,9 @@ HIERARCHICAL = 0.12  # share of steps with more than 80 latents of history, wher
 COMPRESSOR_LR = 0.1  # times the learning rate
 WARMUP = 100  # steps
 RENEWED_AT_ONCE = 64  # walks
-SEEDS_PER_RUN = 1_000_000
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--config", default="tiny", help="model name or YAML")
@@ -74,17 +71,16 @@ def parse_args() -> argparse.Namespace:
     add("--unfreeze", type=float, default=0.55, help="share of the run after which the compressor learns")
     add("--ema", type=float, default=0.999)
     add("--report-every", type=float, default=30, help="seconds")
-    add("--compile", action="store_true", help="fuse the transformer's layers")
-    add("--compile-render", action="store_true", help="compile the renderer: worth its 45 s in long runs")
+    add("--compile-render", action="store_true", help="compile the renderer: worth its start-up in long runs")
     add("--seed", type=int, default=0, help="which training worlds are met: another one for every run of a series")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     began = time.monotonic()
     rank, ranks, device = set_up_devices()
     torch.manual_seed(args.seed * ranks + rank)
+    log = Log(args.out, began) if rank == 0 else None
     config = load_config(args.config)
 
     # The models.
@@ -95,39 +91,38 @@ def main() -> None:
     optimizers = make_optimizers(model, args.lr)
     ema = EMA(model, args.ema)
     done = resume(args.resume, model, optimizers, ema) if args.resume else {"step": 0, "samples": 0}
-    if args.compile:
-        compile_layers()
     trained = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
 
     # The data.
-    first_seed = SEEDS_PER_RUN * args.seed + SEEDS_PER_RUN // ranks * rank
-    pool_args = {"vae": vae, "text": model.text, "config": config, "device": device, "compile": args.compile_render}
+    shared = {"vae": vae, "text": model.text, "config": config, "device": device, "compile": args.compile_render}
     pool = WalkPool(
-        **pool_args, size=args.walks, chunks=args.chunks, mixture=MIXTURES[args.mixture], first_seed=first_seed
+        **shared,
+        size=args.walks,
+        chunks=args.chunks,
+        mixture=MIXTURES[args.mixture],
+        first_seed=first_seed(args.seed, rank, ranks),
     )
     pool.renew(pool.size)
     unseen = WalkPool(
-        **pool_args,
+        **shared,
         size=min(64, args.batch),
         chunks=min(3, args.chunks),
         mixture=VIEW_ONLY,
         first_seed=EVAL_SEEDS[len(EVAL_SEEDS) // 2],
     )
     unseen.renew(unseen.size)
-    log = Log(args.out, rank)
-    log.add(event="ready", minutes=(time.monotonic() - began) / 60, walks=pool.size, ranks=ranks, **done)
-
-    shift = config.val_scheduler_cfg.shift
+    if log:
+        log.add("ready", walks=pool.size, ranks=ranks, **done)
 
     # The loop. The run's length is a time, so rank 0's clock decides for all.
-    step, samples, losses = done["step"], done["samples"], []
+    shift = config.val_scheduler_cfg.shift
+    step, samples, losses, renewing = done["step"], done["samples"], [], 0.0
     started = last_report = time.monotonic()
-    renewing = 0.0
     while (progress := from_rank_0((time.monotonic() - began) / (60 * args.minutes), ranks, device)) < 1:
         warmup = min(1, (step - done["step"] + 1) / WARMUP)
         set_rates(optimizers, args.lr * warmup * min(1, (1 - progress) / max(args.decay, 1e-9)))
         chunk = pick_chunk(args.chunks, config, random.Random(args.seed * 1_000_003 + step))
-        with torch.autocast(device.type, compute_dtype(device), enabled=device.type == "cuda"):
+        with autocast(device):
             loss = flow_loss(trained, pool.batch(chunk, args.batch), shift, frozen=progress < args.unfreeze)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -141,20 +136,18 @@ def main() -> None:
         now = time.monotonic()
         if renewing < args.renew * (now - started):
             renewing += pool.renew(min(pool.size, RENEWED_AT_ONCE))
-        if rank == 0 and now - last_report > args.report_every:
-            last_report = now
-            report(log, model, ema, unseen, args.out, began, step, samples, losses)
-            log.add(
-                event="rate", samples_per_second=(samples - done["samples"]) / (now - started), renewed=pool.next_seed
-            )
-            losses = []
+        if log and now - last_report > args.report_every:
+            rate = (samples - done["samples"]) / (now - started)
+            report(log, model, ema, unseen, args.out, step, samples, losses)
+            log.add("rate", samples_per_second=rate, renewed=pool.next_seed)
+            losses, last_report = [], now
 
     # What is kept: the averaged weights for use, the whole state to go on from.
-    if rank == 0:
-        report(log, model, ema, unseen, args.out, began, step, samples, losses)
+    if log:
+        report(log, model, ema, unseen, args.out, step, samples, losses)
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "step": step, "samples": samples}
         torch.save({**state, "optimizers": [o.state_dict() for o in optimizers]}, args.out / "state.pt")
-        log.plot()
+        log.plot("samples", ["loss", "error_right", "error_wrong"], ["gap"], scale="log")
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -187,12 +180,6 @@ class Trainee(nn.Module):
         return self.transformer.denoise(noisy, timestep, stream, actions, context)
 
 
-def compile_layers() -> None:
-    """Fuses what lies between the matrix products, which moves most of the bytes; whole blocks compile for minutes."""
-    for module, name in ((dit, "modulate"), (dit, "gated_add"), (layers, "rotate"), (layers.RMSNorm, "forward")):
-        setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
-
-
 def flow_loss(model: nn.Module, batch: Batch, shift: float, frozen: bool) -> Tensor:
     """Mean squared error of the velocity (noise minus data) at timesteps drawn as the sampler's schedule has them."""
     count, device = len(batch.target), batch.target.device
@@ -208,40 +195,40 @@ def flow_loss(model: nn.Module, batch: Batch, shift: float, frozen: bool) -> Ten
 
 
 @torch.no_grad()
-def memory_errors(model: Trainee, unseen: WalkPool, device: torch.device) -> dict[str, float]:
+def memory_errors(model: Trainee, unseen: WalkPool) -> dict[str, float]:
     """On unseen worlds, at pure noise, over the last quarter of the last chunk: the error with the right memory, with
     another world's, and their ratio; with the compressor's spread across worlds and its correlation with key frames."""
+    device = unseen.device
     batch = unseen.select(torch.arange(unseen.size, device=device), unseen.chunks - 1)
     noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)).to(device)
     timestep = torch.full((unseen.size,), MAX_TIMESTEP, device=device)
     last = 3 * batch.target.shape[2] // 4
     errors = []
-    with torch.autocast(device.type, compute_dtype(device), enabled=device.type == "cuda"):
+    with autocast(device):
         for wrong in (False, True):
             velocity = model(noise, timestep, batch, wrong_memory=wrong)
             errors.append(F.mse_loss(velocity[:, :, last:], (noise - batch.target)[:, :, last:]).item())
         compressed = model.transformer.latent_encoder.compress(batch.history).float()
     keys = batch.history[:, :, ::4][:, :, : compressed.shape[2]]
+    correlation = torch.corrcoef(torch.stack((compressed.flatten(), keys.flatten())))[0, 1]
     return {
         "error_right": errors[0],
         "error_wrong": errors[1],
         "gap": errors[1] / errors[0],
         "memory_std_across_worlds": compressed.std(dim=0).mean().item(),
-        "memory_key_frame_correlation": torch.corrcoef(torch.stack((compressed.flatten(), keys.flatten())))[
-            0, 1
-        ].item(),
+        "memory_key_frame_correlation": correlation.item(),
     }
 
 
 def report(
-    log: Log, model: Trainee, ema: EMA, unseen: WalkPool, out: Path, began: float, step: int, samples: int, losses: list
+    log: Log, model: Trainee, ema: EMA, unseen: WalkPool, out: Path, step: int, samples: int, losses: list[Tensor]
 ) -> None:
     """Logs the loss and the averaged weights' memory errors, and saves those weights for use."""
     with averaged(model, ema):
-        errors = memory_errors(model, unseen, unseen.device)
+        errors = memory_errors(model, unseen)
         halves = {name: tensor.half() for name, tensor in model.state_dict().items()}
     loss = torch.stack(losses).mean().item() if losses else None
-    log.add(event="report", minutes=(time.monotonic() - began) / 60, step=step, samples=samples, loss=loss, **errors)
+    log.add("report", step=step, samples=samples, loss=loss, **errors)
     for part in ("transformer", "text"):
         tensors = {k.removeprefix(f"{part}."): v for k, v in halves.items() if k.startswith(f"{part}.")}
         save_tensors(out / ("world.safetensors" if part == "transformer" else "text.safetensors"), tensors)
@@ -345,64 +332,5 @@ def pick_chunk(chunks: int, config: ModelConfig, rng: random.Random) -> int:
     return rng.randrange(1, single_pass)
 
 
-class Log:
-    """JSON lines to a file and the terminal, and their curves as a picture; silent but on rank 0."""
-
-    def __init__(self, folder: Path, rank: int):
-        self.folder, self.active = folder, rank == 0
-        self.entries: list[dict] = []
-        if self.active:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, **entry) -> None:
-        if not self.active:
-            return
-        entry = {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
-        self.entries.append(entry)
-        print(json.dumps(entry), flush=True)
-        with (self.folder / "train.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def plot(self) -> None:
-        """Loss, errors with right and wrong memory, and their ratio over the samples: train.png."""
-        from matplotlib.figure import Figure  # only training needs it
-
-        reports = [e for e in self.entries if e["event"] == "report"]
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        for axes, names in zip(figure.subplots(1, 2), (("loss", "error_right", "error_wrong"), ("gap",)), strict=True):
-            for name in names:
-                axes.plot([e["samples"] for e in reports], [e[name] for e in reports], label=name)
-            axes.set(xlabel="samples", yscale="log")
-            axes.legend()
-        figure.savefig(self.folder / "train.png", dpi=120)
-
-
-def set_up_devices() -> tuple[int, int, torch.device]:
-    """This process's rank, the number of ranks, its device; joins the process group under torchrun."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device("auto")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, ranks, device
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def from_rank_0(value: float, ranks: int, device: torch.device) -> float:
-    """Rank 0's value on every rank."""
-    if ranks == 1:
-        return value
-    shared = torch.tensor(value, device=device, dtype=torch.float32)
-    dist.broadcast(shared, 0)
-    return shared.item()
-
-
 if __name__ == "__main__":
-    main()
+    main(parse_args())
