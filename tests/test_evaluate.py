@@ -10,18 +10,10 @@ from PIL import Image
 from infworld.config import RolloutConfig
 from infworld.rollout import World
 from infworld.text import load_text_encoder
-from training import evaluate
-from training.evaluate import (
-    Figure,
-    Film,
-    make_bench,
-    next_chunk,
-    own_film,
-    same_script,
-    summarize,
-    to_frames,
-    to_video,
-)
+from training import evaluate, films, measures, report
+from training.data import to_frames, to_video
+from training.films import Film, make_bench, next_chunk, own_film, same_script
+from training.measures import Figure, summarize
 from training.render import render
 from training.worlds import EVAL_SEEDS, TURN, captions, spawn, walk
 
@@ -45,14 +37,14 @@ def model(world, text_encoder) -> World:
 
 
 @pytest.fixture(scope="module")
-def bench(model, text_encoder) -> evaluate.Bench:
+def bench(model, text_encoder) -> films.Bench:
     return make_bench(model, text_encoder, SEEDS)
 
 
 @pytest.fixture(scope="module")
 def film(bench) -> Film:
     """A true visit of one chunk."""
-    return evaluate.true_film(bench, evaluate.true_walk(bench, same_script(bench, f"right {CHUNK}")))
+    return films.true_film(bench, films.true_walk(bench, same_script(bench, f"right {CHUNK}")))
 
 
 @pytest.fixture(autouse=True)
@@ -64,17 +56,17 @@ def no_gradients():
 def test_the_films_are_the_engines(bench, model):
     """Picture by picture what World films, given the same noise and words."""
     script = same_script(bench, f"right {CHUNK}, forward {CHUNK}")
-    start = evaluate.true_film(bench, bench.render(spawn(bench.worlds)[:, None]))
-    films = own_film(bench, start, script, 2)
+    start = films.true_film(bench, bench.render(spawn(bench.worlds)[:, None]))
+    made = own_film(bench, start, script, 2)
     caption = captions(bench.worlds)[1]
     session = model.start(start.frames[1, 0].numpy(), f"right {CHUNK}, forward {CHUNK}", caption)
     frames = []
     for so_far in (start, own_film(bench, start, script, 1)):
-        chunk = model.next_chunk(session, noise=evaluate.draw_noise(bench, so_far)[1:2])
+        chunk = model.next_chunk(session, noise=films.draw_noise(bench, so_far)[1:2])
         session = chunk.session
         frames.append(torch.from_numpy(chunk.frames))
-    assert torch.allclose(session.history, films.history[1:2], atol=1e-4)
-    assert (torch.cat(frames).int() - films.frames[1].int()).abs().max() <= 1
+    assert torch.allclose(session.history, made.history[1:2], atol=1e-4)
+    assert (torch.cat(frames).int() - made.frames[1].int()).abs().max() <= 1
 
 
 def test_another_worlds_memory_changes_the_chunk(bench, film):
@@ -99,14 +91,14 @@ def test_the_beginning_of_a_chunk_is_decoded_alone(bench, film):
 
 
 def test_noise_depends_on_world_chunk_and_seed_only(bench, film, model, text_encoder):
-    noise = evaluate.draw_noise(bench, film)
+    noise = films.draw_noise(bench, film)
     other = make_bench(model, text_encoder, SEEDS[1:])
     part = Film(film.frames[1:], film.history[1:], {})
-    assert torch.equal(evaluate.draw_noise(other, part), noise[1:])
+    assert torch.equal(films.draw_noise(other, part), noise[1:])
     assert not torch.equal(noise[0], noise[1])
-    assert not torch.equal(evaluate.draw_noise(dataclasses.replace(bench, seed=1), film), noise)
+    assert not torch.equal(films.draw_noise(dataclasses.replace(bench, seed=1), film), noise)
     longer = dataclasses.replace(film, frames=film.frames.repeat(1, 2, 1, 1, 1))
-    assert not torch.equal(evaluate.draw_noise(bench, longer), noise)
+    assert not torch.equal(films.draw_noise(bench, longer), noise)
 
 
 def test_frames_survive_the_way_to_video_and_back():
@@ -116,31 +108,31 @@ def test_frames_survive_the_way_to_video_and_back():
 
 def test_psnr_of_known_errors():
     frames = torch.full((2, 3, 8, 8, 3), 100, dtype=torch.uint8)
-    assert torch.equal(evaluate.psnr(frames, frames), torch.full((2, 3), evaluate.MAX_PSNR))
-    assert evaluate.psnr(frames + 10, frames) == pytest.approx(28.13, abs=0.01)
+    assert torch.equal(measures.psnr(frames, frames), torch.full((2, 3), measures.MAX_PSNR))
+    assert measures.psnr(frames + 10, frames) == pytest.approx(28.13, abs=0.01)
 
 
 def test_blur_lowers_sharpness_and_grey_lowers_saturation():
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(256, (2, 3, 16, 16, 3), generator=generator, dtype=torch.uint8)
     pale = (frames.float() * 0.5 + 64).to(torch.uint8)
-    assert torch.allclose(evaluate.sharpness(pale), evaluate.sharpness(frames) / 2, rtol=0.02)
-    assert torch.allclose(evaluate.contrast(pale), evaluate.contrast(frames) / 2, rtol=0.02)
-    assert (evaluate.saturation(pale) < evaluate.saturation(frames)).all()
-    assert (evaluate.saturation(frames[..., :1].expand(-1, -1, -1, -1, 3)) == 0).all()
+    assert torch.allclose(measures.sharpness(pale), measures.sharpness(frames) / 2, rtol=0.02)
+    assert torch.allclose(measures.contrast(pale), measures.contrast(frames) / 2, rtol=0.02)
+    assert (measures.saturation(pale) < measures.saturation(frames)).all()
+    assert (measures.saturation(frames[..., :1].expand(-1, -1, -1, -1, 3)) == 0).all()
 
 
 def test_the_truth_recalls_itself(bench, film, monkeypatch):
     """A model that shows the truth with the right memory and the neighbour's truth with the wrong one."""
     script = same_script(bench, f"right {CHUNK}, left {CHUNK}")
-    truth = evaluate.true_walk(bench, script)[:, CHUNK:]
+    truth = films.true_walk(bench, script)[:, CHUNK:]
 
     def perfect(bench, film, script, wrong_memory=False):
         return to_video(truth.roll(1, dims=0) if wrong_memory else truth)
 
     monkeypatch.setattr(evaluate, "next_chunk", perfect)
     found = evaluate._recall(bench, film, script, truth).measures
-    assert (found["value"] == evaluate.MAX_PSNR).all()
+    assert (found["value"] == measures.MAX_PSNR).all()
     assert (found["wrong"] < 30).all()
     assert torch.allclose(found["gain"], found["value"] - found["wrong"])
     assert summarize(found["sharpness"]).mean == pytest.approx(1)
@@ -160,7 +152,7 @@ def test_true_frames_obey_every_action_and_still_ones_only_the_first(bench, monk
     def starts(bench):
         scripts = torch.zeros(9, 2, 24, dtype=torch.int64)
         scripts[:, ("move", "view").index(kind)] = torch.arange(9)[:, None]
-        return evaluate.free_starts(bench, scripts.expand(len(SEEDS), -1, -1, -1))
+        return films.free_starts(bench, scripts.expand(len(SEEDS), -1, -1, -1))
 
     monkeypatch.setattr(evaluate, "next_chunk", obedient)
     figures, _ = evaluate.run_test(kind, [bench])
@@ -188,7 +180,7 @@ def test_scripts_that_come_back(bench):
 
 def test_free_starts_have_room(bench):
     script = same_script(bench, "forward 40")
-    poses = walk(bench.worlds, evaluate.free_starts(bench, script[:, None]), *script.unbind(1))
+    poses = walk(bench.worlds, films.free_starts(bench, script[:, None]), *script.unbind(1))
     first = walk(bench.worlds, spawn(bench.worlds), *script.unbind(1))
     gone, gone_first = ((p[:, -1, :2] - p[:, 0, :2]).norm(dim=-1) for p in (poses, first))
     assert (gone >= gone_first - 1e-5).all()
@@ -210,10 +202,10 @@ def test_the_table_says_what_is_reached():
         return {"value": Figure(value, value - 1, value + 1, 64), "gain": Figure(gain, gain - 1, gain + 1, 64)}
 
     for value, gain, word in ((26, 11, "aim"), (21, 7, "yes"), (26, 6.9, "no"), (20.9, 11, "no")):
-        line = evaluate.table({"turn": figures(value, gain)}).splitlines()[2]
+        line = report.table({"turn": figures(value, gain)}).splitlines()[2]
         assert line.endswith(f"| 21; +7 | 25; +10 | {word} |")
-    drift = {f"{name} {chunk + 1}": Figure(1.3, 1, 2, 16) for name in RATIOS for chunk in range(evaluate.DRIFT_CHUNKS)}
-    lines = evaluate.table({"drift": drift}).splitlines()
+    drift = {f"{name} {chunk + 1}": Figure(1.3, 1, 2, 16) for name in RATIOS for chunk in range(report.DRIFT_CHUNKS)}
+    lines = report.table({"drift": drift}).splitlines()
     assert [line.split(" | ")[-1] for line in lines[2:5]] == ["no |", "no |", "yes |"]  # 1.3 is no better than 1 / 1.3
 
 
@@ -229,13 +221,13 @@ def test_every_test_runs_and_repeats(tmp_path, model, text_encoder):
         found.append(json.loads((tmp_path / run / "evaluation.json").read_text())["tests"])
     assert all(found[0][name] == found[1][name] for name in found[1])
     assert set(found[0]) == set(evaluate.TESTS)
-    assert len(found[0]["drift"]) == 3 * evaluate.DRIFT_CHUNKS
+    assert len(found[0]["drift"]) == 3 * report.DRIFT_CHUNKS
     sheets = {path.stem: Image.open(path).size for path in (tmp_path / "a").glob("*.png")}
     assert set(sheets) == set(evaluate.TESTS) - {"view", "move"}
-    assert sheets["turn"] == (9 * WIDTH, 2 * 3 * (HEIGHT + evaluate.LABEL_HEIGHT))  # 2 worlds in rows of threes
-    assert sheets["rollouts"] == (17 * WIDTH, 2 * (HEIGHT + evaluate.LABEL_HEIGHT))
+    assert sheets["turn"] == (9 * WIDTH, 2 * 3 * (HEIGHT + report.LABEL_HEIGHT))  # 2 worlds in rows of threes
+    assert sheets["rollouts"] == (17 * WIDTH, 2 * (HEIGHT + report.LABEL_HEIGHT))
     lines = (tmp_path / "a" / "evaluation.md").read_text().splitlines()
-    assert sum(row.what in line for row in evaluate.ROWS for line in lines) >= len(evaluate.ROWS)
+    assert sum(row.what in line for row in report.ROWS for line in lines) >= len(report.ROWS)
 
 
 def test_batches_change_no_figure_but_the_wrong_memory(model, text_encoder):

@@ -28,226 +28,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from infworld.actions import MOVES, NO_OP, VIEWS, ActionScript, Segment, words
+from infworld.actions import MOVES, VIEWS, Segment, words
 from infworld.config import FRAMES_PER_LATENT
-from infworld.dit import TextContext
 from infworld.rollout import World, load, pick_dtype
-from infworld.sampler import sample, schedule
 from infworld.text import load_text_encoder
-from training.render import render
-from training.walks import MIXED, sample_actions
-from training.worlds import EVAL_SEEDS, STEP, Worlds, captions, make_worlds, spawn, walk
+from training.data import to_frames, to_video
+from training.films import (
+    Bench,
+    Film,
+    free_starts,
+    make_bench,
+    next_chunk,
+    own_film,
+    random_script,
+    same_script,
+    true_film,
+    true_walk,
+)
+from training.measures import Figure, contrast, psnr, ratio, saturation, sharpness, summarize, to_db
+from training.report import DRIFT_CHUNKS, ROWS, Results, Strip, strips, table, write_sheet
+from training.walks import MIXED
+from training.worlds import EVAL_SEEDS, STEP, walk
 
-MAX_PSNR = 60.0  # dB, of equal pictures
-RESAMPLES = 2000  # of the bootstrap
-TRIES = 8  # start poses to choose from, where a walk must not bump into things
 KNOWN_ACTIONS = 9  # of moves and of views: all but *uncertain*
-DRIFT_CHUNKS = 13  # 1041 frames
 WANDER_CHUNKS = 8  # between visit and return in the far tests
-SHEET_WORLDS = 5  # shown on a contact sheet
-LABEL_HEIGHT = 12  # pixels under every picture of a sheet
-
-
-# -------------------------------------------------------------------------------------------------------------- films
-
-
-@dataclass(frozen=True, eq=False)
-class Bench:
-    """One batch of B worlds and the model that films them."""
-
-    model: World
-    worlds: Worlds
-    context: TextContext  # of the worlds' captions
-    seed: int
-    steps: int
-
-    @property
-    def chunk(self) -> int:
-        """New frames per chunk: 80."""
-        return self.model.config.chunk_frames
-
-    def render(self, poses: Tensor) -> Tensor:
-        """The true frames (B, T, H, W, 3) uint8 seen from poses (B, T, 4)."""
-        return render(self.worlds, poses, *self.model.config.buckets[0])
-
-
-@dataclass(frozen=True, eq=False)
-class Film:
-    """B films so far: frames (B, T, H, W, 3) uint8, their latents, and what the VAE encoder carries on."""
-
-    frames: Tensor
-    history: Tensor
-    state: dict[str, Tensor]
-
-
-def make_bench(model: World, text_encoder, seeds: Sequence[int], seed: int = 0, steps: int | None = None) -> Bench:
-    """A bench on the model's device.
-
-    seeds: of the worlds, at least two, as each lends its memory to the next. seed: of the noise and of random walks.
-    steps: of the sampler, the model's own if None. Raises ValueError for fewer worlds and for a model with guidance.
-    """
-    settings = model.config.val_scheduler_cfg
-    if len(seeds) < 2:
-        raise ValueError(f"{len(seeds)} world: at least 2 are needed, as each lends its memory to the next")
-    if settings.text_cfg_scale != 1:
-        raise ValueError(
-            f"{model.config.name} has guidance {settings.text_cfg_scale}: only models without are measured"
-        )
-    worlds = make_worlds(seeds)
-    with torch.inference_mode():
-        text = text_encoder.encode(captions(worlds))
-        context = model.transformer.embed_text(text.hidden, text.mask)
-    return Bench(model, worlds.to(model.device), context, seed, steps or settings.num_sampling_steps)
-
-
-def true_film(bench: Bench, frames: Tensor) -> Film:
-    """The film that consists of rendered frames (B, 1 + 4 n, H, W, 3)."""
-    latents, state = bench.model.vae.encode(to_video(frames[:, :1]))
-    film = Film(frames[:, :1], latents, state)
-    for known in range(1, frames.shape[1], bench.chunk):
-        film = append(bench, film, to_video(frames[:, known : known + bench.chunk]))
-    return film
-
-
-def append(bench: Bench, film: Film, video: Tensor) -> Film:
-    """The film with more frames, given as video (B, 3, 4 n, H, W)."""
-    latents, state = bench.model.vae.encode(video, film.state)
-    frames = torch.cat([film.frames, to_frames(video)], dim=1)
-    return Film(frames, torch.cat([film.history, latents], dim=2), state)
-
-
-def own_film(bench: Bench, film: Film, script: Tensor, chunks: int) -> Film:
-    """The film with chunks that the model makes: its own rollout."""
-    for _ in range(chunks):
-        film = append(bench, film, next_chunk(bench, film, script)[:, :, 1:])
-    return film
-
-
-def next_chunk(
-    bench: Bench, film: Film, script: Tensor, wrong_memory: bool = False, frames: int | None = None
-) -> Tensor:
-    """The next chunk as video (B, 3, 81, H, W), or its first 1 + `frames` frames; frame 0 repeats the last known one.
-
-    script: (B, 2, T) move and view of every frame of the film, nothing is done past its end. wrong_memory: every world
-    gets the compressed memory of its neighbour in the batch and its own last latent.
-    """
-    model, config = bench.model.transformer, bench.model.config
-    known = film.frames.shape[1]
-    script = torch.nn.functional.pad(script, (0, max(0, known + bench.chunk - script.shape[2])), value=NO_OP[0])
-    actions = model.action_encoder(*script[:, :, known - 1 : known + bench.chunk].unbind(1))
-    history = film.history.to(model.dtype)
-    compressed = model.latent_encoder.compress(history)
-    if wrong_memory:
-        compressed = compressed.roll(1, dims=0)
-    stream = model.encode_memory(torch.cat([compressed, history[:, :, -1:]], dim=2), bench.context)
-    sign = 1 if config.val_scheduler_cfg.use_reversed_velocity else -1
-
-    def velocity(z: Tensor, timestep: Tensor) -> Tensor:
-        return sign * model.denoise(z, timestep.to(z.device).reshape(1), stream, actions, bench.context)
-
-    latents = sample(velocity, draw_noise(bench, film), schedule(config.val_scheduler_cfg, bench.steps))
-    kept = latents.shape[2] if frames is None else 1 + frames // FRAMES_PER_LATENT
-    return bench.model.vae.decode(latents[:, :, :kept])
-
-
-def draw_noise(bench: Bench, film: Film) -> Tensor:
-    """Noise of the next chunk (B, 16, 21, h, w): decided by seed, world and chunk, whatever the batch or device."""
-    shape = (film.history.shape[1], bench.model.config.chunk_latents, *film.history.shape[3:])
-    chunk = film.frames.shape[1] // bench.chunk
-    seeds = [(bench.seed * 1_000_003 + world) * 1009 + chunk for world in bench.worlds.seed.tolist()]
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(noise).to(film.history.device)
-
-
-def to_video(frames: Tensor) -> Tensor:
-    """Frames (B, T, H, W, 3) uint8 -> video (B, 3, T, H, W) in [-1, 1]."""
-    return frames.movedim(-1, 1).float() / 127.5 - 1
-
-
-def to_frames(video: Tensor) -> Tensor:
-    """Video (B, 3, T, H, W) in [-1, 1] -> frames (B, T, H, W, 3) uint8."""
-    return (video.clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8).movedim(1, -1)
-
-
-def same_script(bench: Bench, text: str) -> Tensor:
-    """One script, such as "right 80, left 80", for all worlds: (B, 2, T)."""
-    pairs = torch.tensor(ActionScript.parse(text).pairs(), device=bench.model.device)
-    return pairs.T.expand(len(bench.worlds), -1, -1)
-
-
-def random_script(bench: Bench, mixture: dict[str, float], frames: int) -> Tensor:
-    """A random walk for each world, (B, 2, frames), decided by seed and world."""
-    generator, scripts = torch.Generator(), []
-    for world in bench.worlds.seed.tolist():
-        move, view = sample_actions(mixture, 1, frames, generator.manual_seed(bench.seed * 1_000_003 + world))
-        scripts.append(torch.stack([move[0], view[0]]))
-    return torch.stack(scripts).to(bench.model.device)
-
-
-def free_starts(bench: Bench, scripts: Tensor) -> Tensor:
-    """Start poses (B, 4) with room to walk: of several, that from which scripts (B, K, 2, T) lead furthest in all."""
-    count, ways = scripts.shape[:2]
-    starts = torch.stack([spawn(bench.worlds, seed) for seed in range(TRIES)], dim=1)
-    worlds = bench.worlds[torch.arange(count, device=starts.device).repeat_interleave(TRIES * ways)]
-    move, view = scripts[:, None].expand(-1, TRIES, -1, -1, -1).flatten(0, 2).unbind(1)
-    poses = walk(worlds, starts.repeat_interleave(ways, dim=1).flatten(0, 1), move, view)
-    length = poses[:, :, :2].diff(dim=1).norm(dim=-1).sum(1).view(count, TRIES, ways).sum(2)
-    return starts[torch.arange(count, device=starts.device), length.argmax(1)]
-
-
-def true_walk(bench: Bench, script: Tensor) -> Tensor:
-    """The frames of a walk along a script, from a start with room for it: (B, T + 1, H, W, 3)."""
-    return bench.render(walk(bench.worlds, free_starts(bench, script[:, None]), *script.unbind(1)))
-
-
-# ------------------------------------------------------------------------------------------------------------ measures
-
-
-def psnr(frames: Tensor, reference: Tensor) -> Tensor:
-    """PSNR in dB of each frame, (B, T), at most `MAX_PSNR`; uint8 frames (B, T, H, W, 3)."""
-    return _to_db((frames.float() - reference.float()).div(255).square().mean((2, 3, 4)))
-
-
-def _to_db(squared_error: Tensor) -> Tensor:
-    return -10 * squared_error.clamp(min=10 ** (-MAX_PSNR / 10)).log10()
-
-
-def luma(frames: Tensor) -> Tensor:
-    """uint8 (..., 3) -> (...) in 0..1."""
-    return frames.float() @ frames.new_tensor((0.299, 0.587, 0.114), dtype=torch.float32) / 255
-
-
-def sharpness(frames: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring pixels' luma, averaged over frames: (B, T, H, W, 3) -> (B,)."""
-    light = luma(frames)
-    return (light.diff(dim=3).abs().mean((1, 2, 3)) + light.diff(dim=2).abs().mean((1, 2, 3))) / 2
-
-
-def contrast(frames: Tensor) -> Tensor:
-    """Standard deviation of a frame's luma, averaged over frames: (B, T, H, W, 3) -> (B,)."""
-    return luma(frames).flatten(2).std(2).mean(1)
-
-
-def saturation(frames: Tensor) -> Tensor:
-    """HSV saturation averaged over pixels and frames: (B, T, H, W, 3) -> (B,)."""
-    most, least = frames.float().amax(-1), frames.float().amin(-1)
-    return ((most - least) / most.clamp(min=1)).flatten(1).mean(1)
-
-
-def ratio(measure: Callable[[Tensor], Tensor], frames: Tensor, reference: Tensor) -> Tensor:
-    """A measure of frames and of their reference, (B, 2): the means over worlds are divided, not world by world."""
-    return torch.stack([measure(frames), measure(reference)], dim=1)
-
-
-@dataclass(frozen=True)
-class Strip:
-    """One row of a contact sheet: pictures (N, H, W, 3) uint8 and a label under each."""
-
-    pictures: np.ndarray
-    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -261,17 +67,7 @@ class Outcome:
     sheet: list[Strip] = field(default_factory=list)
 
 
-def strips(rows: dict[str, Tensor], columns: Sequence[int]) -> list[Strip]:
-    """Contact sheet rows of the first worlds: for each, a row per entry (B, T, H, W, 3) with these of its frames."""
-    shown = min(SHEET_WORLDS, *(len(frames) for frames in rows.values()))
-    return [
-        Strip(frames[world, list(columns)].cpu().numpy(), tuple(f"{name} {column}" for column in columns))
-        for world in range(shown)
-        for name, frames in rows.items()
-    ]
-
-
-# --------------------------------------------------------------------------------------------------------------- tests
+# --- tests
 
 
 def measure_vae(bench: Bench) -> Outcome:
@@ -418,7 +214,7 @@ def best_walk(frames: Tensor, walks: Tensor, first: int, reach: int) -> Tensor:
     most from frame `first` on, `reach` frames earlier or later allowed: (B,)."""
     length = frames.shape[1]
     a, b = frames[:, first:].flatten(2).float() / 255, walks.flatten(2).float() / 255
-    similarity = _to_db(torch.cdist(a, b).square() / a.shape[2]).unflatten(2, (KNOWN_ACTIONS, length))
+    similarity = to_db(torch.cdist(a, b).square() / a.shape[2]).unflatten(2, (KNOWN_ACTIONS, length))
     index = torch.arange(length, device=frames.device)
     near = (index[first:, None] - index).abs() <= reach
     best = similarity.masked_fill(~near[:, None], -torch.inf).amax(3)
@@ -482,133 +278,7 @@ TESTS: dict[str, Callable[[Bench], Outcome]] = {
 SLOW_TESTS = ("far_true", "drift")  # not run unless asked for
 
 
-# --------------------------------------------------------------------------------------------------------------- report
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: a test's measure with what it must reach and what is aimed at, and the same for the gain."""
-
-    test: str
-    what: str
-    unit: str = "dB"
-    measure: str = "value"
-    bar: float | None = None
-    aim: float | None = None
-    gain_bar: float | None = None
-    gain_aim: float | None = None
-
-
-ROWS = (
-    Row("vae", "VAE round trip", bar=32, aim=34),
-    Row("start", "first 16 frames of chunk 1 against the truth", bar=20, aim=24),
-    Row("turn", "turn right 80 and back, true first visit, last 20 frames", bar=21, aim=25, gain_bar=7, gain_aim=10),
-    Row("circle", "full circle of 4 chunks, last 20 frames against the truth", bar=19, aim=23, gain_bar=5, gain_aim=8),
-    Row("forward", "forward 80 and back, true first visit, last 20 frames", bar=19, aim=23, gain_bar=4, gain_aim=7),
-    Row("mirror_forward", "own rollout forward 80 and back, last 20", bar=21, aim=25, gain_bar=5, gain_aim=8),
-    Row("mirror_turn", "own rollout right 80 and back, last 20", bar=21, aim=25, gain_bar=5, gain_aim=8),
-    Row("far", "own rollout, 8 chunks between visit and return", gain_bar=3, gain_aim=6),
-    Row("far_true", "the same, all but the return true"),
-    Row("view", "view obeyed, of nine", "%", bar=97, aim=99.5),
-    Row("move", "move obeyed, of nine", "%", bar=93, aim=98),
-    Row("drift", "contrast of chunk 13 over the truth's", "", f"contrast {DRIFT_CHUNKS}", bar=0.85, aim=0.95),
-    Row("drift", "saturation of chunk 13 over the truth's", "", f"saturation {DRIFT_CHUNKS}", bar=0.85, aim=0.95),
-    Row("drift", "sharpness of chunk 13 over the truth's", "", f"sharpness {DRIFT_CHUNKS}", bar=0.75, aim=0.9),
-)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A mean over worlds with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-    worlds: int
-
-
-def summarize(values: Tensor) -> Figure:
-    """Mean of a measure (W,), or ratio of means (W, 2), over the worlds that count (no NaN)."""
-    values = values.double().cpu().reshape(len(values), -1)
-    values = values[~values.isnan().any(1)]
-    if not len(values):
-        return Figure(*[float("nan")] * 3, worlds=0)
-    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
-    means = torch.cat([values.mean(0, keepdim=True), values[picks].mean(1)])
-    means = means[:, 0] / means[:, 1] if means.shape[1] == 2 else means[:, 0]
-    low, high = means[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return Figure(means[0].item(), low.item(), high.item(), len(values))
-
-
-Results = dict[str, dict[str, Figure]]
-
-
-def table(results: Results) -> str:
-    """The results as a Markdown table, and drift by chunk below it."""
-    head = ("what", "model", "wrong memory", "over wrong memory", "still picture", "sharpness", "bar", "aim", "reached")
-    lines = [head, ("---",) * len(head)]
-    lines += [_cells(row, results[row.test]) for row in ROWS if row.measure in results.get(row.test, {})]
-    if "drift" in results:
-        lines += [(), ("chunk", *map(str, range(1, DRIFT_CHUNKS + 1))), ("---",) * (DRIFT_CHUNKS + 1)]
-        for name in ("contrast", "saturation", "sharpness"):
-            figures = (results["drift"][f"{name} {chunk + 1}"] for chunk in range(DRIFT_CHUNKS))
-            lines.append((f"{name} over the truth's", *(f"{figure.mean:.2f}" for figure in figures)))
-    return "\n".join(f"| {' | '.join(line)} |" if line else "" for line in lines) + "\n"
-
-
-def _cells(row: Row, figures: dict[str, Figure]) -> tuple[str, ...]:
-    digits = 1 if row.unit else 2
-    value, gain = figures[row.measure], figures.get("gain")
-
-    def show(name: str, form: Callable[[Figure], str]) -> str:
-        return form(figures[name]) if name in figures else ""
-
-    def spread(figure: Figure, sign: str = "") -> str:
-        return f"{figure.mean:{sign}.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
-
-    return (
-        row.what,
-        f"{spread(value)} {row.unit}".strip(),
-        show("wrong", lambda f: f"{f.mean:.1f}"),
-        show("gain", lambda f: spread(f, "+")),
-        show("still", lambda f: f"{f.mean:.1f}"),
-        show("sharpness", lambda f: f"{f.mean:.2f}"),
-        _goal(row.bar, row.gain_bar),
-        _goal(row.aim, row.gain_aim),
-        _reached(row, value, gain),
-    )
-
-
-def _goal(value: float | None, gain: float | None) -> str:
-    return "; ".join(([f"{value:g}"] if value is not None else []) + ([f"+{gain:g}"] if gain is not None else []))
-
-
-def _reached(row: Row, value: Figure, gain: Figure | None) -> str:
-    # A ratio should be 1: too much is as wrong as too little.
-    reached = (value.mean if row.unit else min(value.mean, 1 / value.mean), gain.mean if gain else 0)
-
-    def reaches(*goals: float | None) -> bool:
-        return all(goal is None or mean >= goal for mean, goal in zip(reached, goals, strict=True))
-
-    if row.bar is None and row.gain_bar is None:
-        return ""
-    return "aim" if reaches(row.aim, row.gain_aim) else "yes" if reaches(row.bar, row.gain_bar) else "no"
-
-
-def write_sheet(sheet: Sequence[Strip], path: Path) -> None:
-    """A PNG with one row per strip and a label under every picture."""
-    height, width = sheet[0].pictures.shape[1:3]
-    picture = Image.new("RGB", (width * max(len(s.pictures) for s in sheet), (height + LABEL_HEIGHT) * len(sheet)))
-    draw = ImageDraw.Draw(picture)
-    for row, strip in enumerate(sheet):
-        top = row * (height + LABEL_HEIGHT)
-        for column, (pixels, label) in enumerate(zip(strip.pictures, strip.labels, strict=True)):
-            picture.paste(Image.fromarray(pixels), (column * width, top))
-            draw.text((column * width + 2, top + height), label, fill=(230, 230, 230))
-    picture.save(path)
-
-
-# ---------------------------------------------------------------------------------------------------------- the command
+# --- the command
 
 
 @torch.inference_mode()

@@ -27,6 +27,7 @@ import infworld.vae
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.vae import ResidualBlock, VideoVAE
 from training.data import first_seed, to_frames, to_video
+from training.measures import psnr
 from training.optim import EMA, Muon, lr_at
 from training.render import render
 from training.run import Log, autocast, finish, from_rank_0, set_up_devices
@@ -275,11 +276,6 @@ def reconstruct(vae: VideoVAE, frames: Tensor) -> tuple[Tensor, Tensor]:
     latents = torch.cat([encode(vae, part) for part in frames.split(AT_ONCE)])
     decoded = [to_frames(vae.decode(part)) for part in latents.split(AT_ONCE)]
     return torch.cat(decoded), latents
-
-
-def psnr(frames: Tensor, reference: Tensor) -> Tensor:
-    """PSNR in dB of each frame, (B, T); uint8 frames (B, T, H, W, 3)."""
-    return -10 * (frames / 255 - reference / 255).square().mean((2, 3, 4)).clamp(min=1e-10).log10()
 
 
 def channel_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:

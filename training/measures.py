@@ -1,0 +1,72 @@
+"""What is measured on pictures, and how sure a mean over worlds is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_PSNR = 60.0  # dB, of equal pictures
+RESAMPLES = 2000  # of the bootstrap
+
+
+def psnr(frames: Tensor, reference: Tensor) -> Tensor:
+    """PSNR in dB of each frame, (B, T), at most `MAX_PSNR`; uint8 frames (B, T, H, W, 3)."""
+    return to_db((frames.float() - reference.float()).div(255).square().mean((2, 3, 4)))
+
+
+def to_db(squared_error: Tensor) -> Tensor:
+    """Mean squared errors of values in 0..1 as PSNR in dB, at most `MAX_PSNR`."""
+    return -10 * squared_error.clamp(min=10 ** (-MAX_PSNR / 10)).log10()
+
+
+def luma(frames: Tensor) -> Tensor:
+    """uint8 (..., 3) -> (...) in 0..1."""
+    return frames.float() @ frames.new_tensor((0.299, 0.587, 0.114), dtype=torch.float32) / 255
+
+
+def sharpness(frames: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring pixels' luma, averaged over frames: (B, T, H, W, 3) -> (B,)."""
+    light = luma(frames)
+    return (light.diff(dim=3).abs().mean((1, 2, 3)) + light.diff(dim=2).abs().mean((1, 2, 3))) / 2
+
+
+def contrast(frames: Tensor) -> Tensor:
+    """Standard deviation of a frame's luma, averaged over frames: (B, T, H, W, 3) -> (B,)."""
+    return luma(frames).flatten(2).std(2).mean(1)
+
+
+def saturation(frames: Tensor) -> Tensor:
+    """HSV saturation averaged over pixels and frames: (B, T, H, W, 3) -> (B,)."""
+    most, least = frames.float().amax(-1), frames.float().amin(-1)
+    return ((most - least) / most.clamp(min=1)).flatten(1).mean(1)
+
+
+def ratio(measure: Callable[[Tensor], Tensor], frames: Tensor, reference: Tensor) -> Tensor:
+    """A measure of frames and of their reference, (B, 2): the means over worlds are divided, not world by world."""
+    return torch.stack([measure(frames), measure(reference)], dim=1)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over worlds with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+    worlds: int
+
+
+def summarize(values: Tensor) -> Figure:
+    """Mean of a measure (W,), or ratio of means (W, 2), over the worlds that count (no NaN)."""
+    values = values.double().cpu().reshape(len(values), -1)
+    values = values[~values.isnan().any(1)]
+    if not len(values):
+        return Figure(*[float("nan")] * 3, worlds=0)
+    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
+    means = torch.cat([values.mean(0, keepdim=True), values[picks].mean(1)])
+    means = means[:, 0] / means[:, 1] if means.shape[1] == 2 else means[:, 0]
+    low, high = means[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return Figure(means[0].item(), low.item(), high.item(), len(values))
