@@ -15,7 +15,6 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from ui import status
 from ui.drive import Drive, driven
 from ui.editor import ActionEditor, script_of
 from ui.films import Film, FilmStore
+from ui.gallery import Gallery, find_examples
 from ui.memory_check import memory_check
 from ui.picture import Picture
 from ui.player import FilmPlayer, film_value, still_value
@@ -56,15 +56,6 @@ MEMORY_HINT = (
 Update = dict[Any, Any]
 
 
-@dataclass(frozen=True)
-class Example:
-    """A scene to begin with, from the files `NAME.png`, `NAME.json` and, for a prompt, `NAME.txt`."""
-
-    picture: Path
-    actions: ActionScript
-    prompt: str
-
-
 def plainly(handler: Callable) -> Callable:
     """A handler whose ValueErrors and file errors are shown to the person as they are worded."""
 
@@ -84,7 +75,7 @@ class Page:
     def __init__(self, studio: Studio):
         self.studio = studio
         self.config = studio.config
-        self.examples = example_scenes()
+        self.examples = find_examples(EXAMPLES)
 
     def blocks(self) -> gr.Blocks:
         """The whole page, ready to launch."""
@@ -119,14 +110,7 @@ class Page:
             self.preview = gr.Image(
                 label="What the model sees", interactive=False, height=220, buttons=[], visible=False, elem_id="preview"
             )
-        self.gallery = gr.Dataset(
-            label="Examples",
-            components=[gr.Image(render=False)],
-            samples=[[str(example.picture)] for example in self.examples],
-            type="index",
-            visible=bool(self.examples),
-            elem_id="examples",
-        )
+        self.gallery = Gallery(self.examples, elem_id="examples")
         self.prompt = gr.Textbox(
             label="What the world looks like", placeholder="optional", max_length=MAX_PROMPT, elem_id="prompt"
         )
@@ -192,9 +176,7 @@ class Page:
         at_once = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
         self.image.change(self.choose, [self.image, self.film], [self.preview, self.player], **at_once)
-        self.gallery.click(
-            self.take_example, self.gallery, [self.image, self.prompt, self.editor, self.frames], **at_once
-        )
+        self.gallery.pick(self.take_example, None, [self.image, self.prompt, self.editor, self.frames], **at_once)
         self.frames.change(self.plan_length, self.frames, self.editor, **at_once)
         starts = [
             self.generate.click(self.begin, [self.image, self.frames, *wishes], begun, **at_once),
@@ -247,10 +229,9 @@ class Page:
         update = {self.preview: gr.update(value=cut, visible=True)}
         return update if film else update | {self.player: still_value(cut)}
 
-    @plainly
-    def take_example(self, index: int) -> Update:
+    def take_example(self, event: gr.EventData) -> Update:
         """Picture, prompt and actions of an example, and the length that its actions need."""
-        example = self.examples[index]
+        example = self.examples[int(event.index) % len(self.examples)]
         step = self.config.chunk_frames
         frames = min(longest(self.config), 1 + step * max(1, -(-len(example.actions) // step)))
         return {
@@ -432,17 +413,6 @@ def longest(config: ModelConfig) -> int:
     """The most frames that the page offers: the trained horizon."""
     rollout = config.validation_data
     return 1 + config.chunk_frames * min(rollout.trained_chunks, rollout.max_chunks)
-
-
-def example_scenes(folder: Path = EXAMPLES) -> list[Example]:
-    """The examples in a folder, by name."""
-    scenes = []
-    for picture in sorted(folder.glob("*.png")):
-        actions, prompt = picture.with_suffix(".json"), picture.with_suffix(".txt")
-        if actions.is_file():
-            words = prompt.read_text(encoding="utf-8").strip() if prompt.is_file() else ""
-            scenes.append(Example(picture, ActionScript.read(actions), words))
-    return scenes
 
 
 def _read(name: str) -> str:

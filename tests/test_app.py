@@ -21,8 +21,12 @@ from infworld.rollout import Chunk, Progress, Session
 from infworld.video import read_mp4
 from ui import compute, status
 from ui.compute import Replay, Report, gpu_seconds
+from ui.drive import driven
 from ui.films import Film, FilmStore
+from ui.gallery import find_examples
+from ui.memory_check import coverage_strip, covered_frames, memory_check, psnr
 from ui.studio import MAX_PROMPT, MAX_STEPS, Job, Studio, Wishes
+from ui.walk import revisits, walk
 
 WISHES = Wishes(ActionScript.parse("forward 80, right 80"), "a hill", "", seed=3, steps=2, guidance=1.0)
 
@@ -367,7 +371,7 @@ def test_examples_are_pictures_with_actions(tmp_path, picture):
     (tmp_path / "one.json").write_text(ActionScript.parse("forward 3").to_json())
     (tmp_path / "two.json").write_text(ActionScript.parse("right 5").to_json())
     (tmp_path / "two.txt").write_text("a lake\n")
-    one, two = app.example_scenes(tmp_path)
+    one, two = find_examples(tmp_path)
     assert (one.picture.name, one.actions.text(), one.prompt) == ("one.png", "forward 3", "")
     assert (two.actions.text(), two.prompt) == ("right 5", "a lake")
 
@@ -497,3 +501,78 @@ def test_the_same_door_is_an_mcp_tool(address, picture):
     tool, result = asyncio.run(use())
     assert "Films a walk" in tool.description and set(tool.inputSchema["properties"]) >= {"image", "actions", "frames"}
     assert not result.isError and ".mp4" in result.content[0].text
+
+
+# ------------------------------------------------------------------------------------------------------ walk and memory
+
+
+def test_a_walk_goes_where_the_actions_say():
+    def end(text):
+        return walk(ActionScript.parse(text), 1 + len(ActionScript.parse(text)))[-1]
+
+    assert end("forward 50") == pytest.approx([0, 2, 0, 0])
+    assert end("strafe right 50") == pytest.approx([2, 0, 0, 0])
+    assert end("right 80, forward 50") == pytest.approx([2, 0, 90, 0])
+    assert end("left 80, back 50") == pytest.approx([2, 0, -90, 0])
+    assert end("forward+strafe left 50")[:2] == pytest.approx([-(2**0.5), 2**0.5])
+    assert end("up 100")[3] == 22.5
+    assert end("forward 80, right 80, forward 80, right 80, forward 80, right 80, forward 80")[:2] == pytest.approx(
+        [0, 0]
+    )
+
+
+def test_the_way_back_undoes_the_way_there():
+    poses = walk(ActionScript.parse("forward+left 70, up+strafe right 20, down+strafe left 20, back+right 70"), 181)
+    assert poses[180] == pytest.approx(poses[0], abs=1e-9)
+    assert np.allclose(poses, poses[::-1])
+
+
+@pytest.mark.parametrize(
+    ("text", "some"), [("right 80, left 80", True), ("right 320", True), ("forward 160", False), ("wait 160", False),
+                       ("right 20, left 20", False), ("forward 80, back 80", True)],
+)  # fmt: skip
+def test_revisits_are_views_that_were_left(text, some):
+    script = ActionScript.parse(text)
+    poses = walk(script, 1 + len(script))
+    found = revisits(poses)
+    assert bool(found) == some and len(found) <= 6
+    for first, away, again in found:
+        assert first < away < again
+        turn = abs((poses[first, 2] - poses[again, 2] + 180) % 360 - 180)
+        assert turn < 6 and np.hypot(*(poses[first] - poses[again])[:2]) < 0.2
+
+
+@pytest.mark.parametrize("latents", [1, 21, 80, 81, 121, 321, 1001])
+def test_coverage_is_what_the_compressor_reads(latents):
+    from infworld.memory import WINDOW, window_starts
+
+    *windows, last = covered_frames(latents)
+    frames = 4 * (latents - 1) + 1
+    assert len(windows) == len(window_starts(latents)) and last == (max(0, frames - 4), frames - 1)
+    for (first, end), start in zip(windows, window_starts(latents), strict=True):
+        assert 0 <= first <= end < frames and first <= 4 * start
+        assert latents <= 80 or end == 4 * (start + WINDOW - 1)
+    assert "left out" not in coverage_strip(61) and "left out" in coverage_strip(1001)
+
+
+def test_likeness_is_high_for_the_same_and_low_for_others():
+    frame = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    assert psnr(frame, frame) == 99
+    assert psnr(frame, frame // 2 + 64) > psnr(frame, 255 - frame)
+
+
+def test_the_memory_check_shows_first_look_and_return(studio, picture):
+    wishes = dataclasses.replace(WISHES, actions=ActionScript.parse("right 80, left 80"))
+    shown = memory_check(new_film(studio, picture, 161, wishes))
+    assert shown.count("<img") == 12 and "frame 160" in shown and "alike by" in shown
+    assert "never comes back" in memory_check(new_film(studio, picture, 81))
+
+
+# -------------------------------------------------------------------------------------------------------------- driving
+
+
+def test_what_was_driven_is_a_script_of_one_chunk():
+    assert driven({"script": "forward+left 30, wait 50", "number": 1}, 80).text() == "forward+left 30, wait 50"
+    for bad in (None, [], {"script": 3}, {"script": "forward 81"}, {"script": "fly 3"}, {"script": "x" * 10**6}):
+        with pytest.raises(ValueError):
+            driven(bad, 80)

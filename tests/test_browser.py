@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from app import EXAMPLES
 from infworld.actions import ActionScript
 from infworld.rollout import Session
 from infworld.video import read_mp4
+from ui.gallery import find_examples
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
@@ -178,6 +180,21 @@ def test_what_is_edited_reaches_the_model(open_page, picture, tmp_path):
     assert script.text() == "forward+left 60, right 40, wait 20"
 
 
+def test_an_example_fills_picture_prompt_actions_and_length(open_page):
+    examples = find_examples(EXAMPLES)
+    page = open_page()
+    buttons = page.locator("#examples button")
+    expect(buttons).to_have_count(len(examples))
+    index = max(range(len(examples)), key=lambda i: len(examples[i].actions))
+    buttons.nth(index).click()
+    expect(page.locator("#preview img")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#prompt textarea, #prompt input")).to_have_value(examples[index].prompt)
+    expect(page.locator("#actions textarea")).to_have_value(examples[index].actions.text())
+    frames = int(page.input_value("#frames input[type=number]"))
+    assert frames >= len(examples[index].actions) or frames == 1281
+    assert page.locator("#film .still").get_attribute("src").startswith("data:image/png")
+
+
 def test_the_seed_that_was_used_is_shown_and_makes_the_same_film(open_page, picture, tmp_path):
     page = open_page()
     page.click("text=Seed and quality")
@@ -223,6 +240,84 @@ def test_two_people_at_once_get_their_own_films(open_page, picture, tmp_path):
         assert session.num_frames == 241 and session.actions.text() == actions
     folders = [page.get_attribute("#downloads a", "href").rsplit("/", 1)[0] for page in pages]
     assert folders[0] != folders[1]
+
+
+# ------------------------------------------------------------------------------------------- driving and remembering
+
+
+def test_keys_held_while_the_film_plays_are_its_next_chunk(open_page, picture, tmp_path):
+    page = open_page()
+    choose(page, picture)
+    page.click("text=Drive: steer")
+    page.click("#drive .toggle")
+    expect(page.locator("#drive .says")).to_contain_text("Drive now", timeout=PATIENCE)
+    page.keyboard.down("KeyW")
+    page.keyboard.down("ArrowRight")
+    expect(page.locator("#drive [data-word=forward]")).to_have_class(re.compile("held"))
+    wait_until(page, lambda v: v["duration"] > 5)
+    page.keyboard.up("ArrowRight")
+    wait_until(page, lambda v: v["duration"] > 7.5)
+    page.click("#drive .toggle")
+    assert re.search(r"key to picture\s+\d", page.inner_text("#drive"))
+    assert "real time" in page.inner_text("#drive")
+    wait_for_status(page, "Done")
+    session = Session.load(download(page, "session", tmp_path))
+    driven = session.actions.pairs(80, session.num_frames - 1)
+    assert {(0, 0), (1, 4), (1, 0)} >= set(driven) and driven.count((1, 4)) > 10 and driven.count((1, 0)) > 10
+    shown = ActionScript.parse(page.input_value("#actions textarea"))  # the plan follows
+    assert shown.pairs(0, session.num_frames - 1) == session.actions.pairs(0, session.num_frames - 1)
+
+
+def test_returns_to_a_view_are_shown_in_pairs(open_page, picture):
+    page = open_page()
+    set_actions(page, "right 80, left 80")
+    generate(page, picture, 161)
+    expect(page.locator("#memory .pair")).to_have_count(6, timeout=PATIENCE)
+    assert page.locator("#memory img").evaluate_all("images => images.every((image) => image.naturalWidth === 48)")
+    expect(page.locator("#memory .strip")).to_contain_text("in one piece")
+
+
+# ------------------------------------------------------------------------------------------------------ other screens
+
+
+def test_a_phone_shows_the_page_without_scrolling_sideways(open_page, picture):
+    page = open_page(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True, color_scheme="dark")
+    generate(page, picture, 81)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert sum(map(int, re.findall(r"\d+", background)[:3])) < 150  # dark
+
+
+def test_a_keyboard_is_enough(open_page, picture):
+    page = open_page()
+    choose(page, picture)
+    for _ in range(200):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement?.id") == "generate":
+            break
+    page.keyboard.press("Enter")
+    wait_for_status(page, "Done")
+    page.locator("#more").focus()
+    page.keyboard.press("Enter")
+    wait_for_status(page, "321 frames")
+
+
+def test_everything_that_can_be_used_has_a_name(open_page):
+    page = open_page()
+    nameless = page.evaluate("""() => [...document.querySelectorAll("button, input, textarea, select, video")]
+        .filter((e) => e.offsetParent !== null && e.type !== "file")
+        .filter((e) => !(e.ariaLabel || e.title || e.innerText?.trim() || e.placeholder || e.labels?.length))
+        .map((e) => e.outerHTML.slice(0, 200))""")
+    assert nameless == []
+
+
+def test_the_hint_is_for_the_first_visit(open_page, address):
+    page = open_page()
+    expect(page.locator("#header .welcome")).to_be_visible()
+    page.click("text=Got it")
+    page.goto(address)
+    expect(page.locator("#generate")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#header .welcome")).to_be_hidden()
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -10,12 +10,9 @@ from urllib.parse import quote
 from infworld.video import FPS
 from ui.compute import Report
 
-STAGE_WORDS = {
-    "text": "reading the prompt",
-    "memory": "remembering",
-    "sample": "imagining",
-    "decode": "drawing",
-}
+# What the model is doing when a Progress says that it has done the stage before.
+NOW = {"text": "remembering", "memory": "imagining", "sample": "imagining", "decode": "looking at it"}
+DRAWING = "drawing"
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,9 @@ def making(state: Making) -> str:
         "device": state.report.device,
         "seed": f"{state.seed}",
     }
-    return _panel(
-        title, STAGE_WORDS.get(progress.stage, ""), _bar(state.share, f"{title}, {left} left") + _cards(cards)
-    )
+    drawing = progress.stage == "sample" and progress.step == progress.steps
+    doing = DRAWING if drawing else NOW[progress.stage]
+    return _panel(title, doing, _bar(state.share, f"{title}, {left} left") + _cards(cards))
 
 
 def message(title: str, text: str = "", kind: str = "") -> str:

@@ -1,0 +1,84 @@
+"""The example scenes as a row of small pictures with a name each."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from infworld.actions import ActionScript
+
+THUMBNAIL = (200, 150)  # pixels
+
+_CSS = """
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); gap: 0.5rem; }
+button { padding: 0; border: 0; text-align: center; font-size: 0.75rem; line-height: 1.25; cursor: pointer; }
+button { color: var(--body-text-color-subdued); background: none; }
+img { display: block; width: 100%; margin: 0 0 0.2rem; aspect-ratio: 4 / 3; object-fit: cover; border-radius: 0.4rem; }
+button:hover img, button:focus-visible img { outline: 2px solid var(--color-accent); }
+"""
+_JS = """
+element.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button) trigger("pick", { index: Number(button.dataset.index) });
+});
+"""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A scene to begin with, from the files `NAME.png`, `NAME.json` and, for a prompt, `NAME.txt`."""
+
+    picture: Path
+    actions: ActionScript
+    prompt: str
+
+    @property
+    def title(self) -> str:
+        """The file's name in words, without the number that sorts it."""
+        return self.picture.stem.lstrip("0123456789-_ ").replace("-", " ").replace("_", " ").capitalize()
+
+
+def find_examples(folder: Path) -> list[Example]:
+    """The examples in a folder, in order of their names."""
+    examples = []
+    for picture in sorted(folder.glob("*.png")):
+        actions, prompt = picture.with_suffix(".json"), picture.with_suffix(".txt")
+        if actions.is_file():
+            words = prompt.read_text(encoding="utf-8").strip() if prompt.is_file() else ""
+            examples.append(Example(picture, ActionScript.read(actions), words))
+    return examples
+
+
+class Gallery(gr.HTML):
+    """Event: `pick`, with the example's place in the list as `index` of the event's data."""
+
+    def __init__(self, examples: list[Example], **kwargs: Any):
+        buttons = "".join(_button(index, example) for index, example in enumerate(examples))
+        super().__init__(
+            html_template=f'<div class="gallery" role="group" aria-label="Examples">{buttons}</div>',
+            css_template=_CSS,
+            js_on_load=_JS,
+            apply_default_css=False,
+            visible=bool(examples),
+            **kwargs,
+        )
+
+
+def _button(index: int, example: Example) -> str:
+    with Image.open(example.picture) as picture:
+        picture = picture.convert("RGB")
+    picture.thumbnail(THUMBNAIL)
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=80)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    words = escape(example.title)
+    return (
+        f'<button type="button" data-index="{index}"><img src="data:image/webp;base64,{data}" alt="">{words}</button>'
+    )
