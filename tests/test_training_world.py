@@ -1,0 +1,266 @@
+"""The world model trains on walks as inference has them, starts with a memory of key frames, and a run goes on."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import SMALL_MODEL
+
+import infworld
+from infworld.checkpoint import read_tensors, save_tensors
+from infworld.config import ModelConfig, RolloutConfig, from_dict
+from infworld.memory import MemoryCompressor
+from infworld.rollout import build_vae
+from infworld.sampler import MAX_TIMESTEP
+from infworld.text import ByteTextEncoder
+from training import train_world
+from training.data import WalkPool, first_seed, to_video
+from training.optim import EMA
+from training.render import render
+from training.train_world import (
+    FIRST_CHUNK,
+    Trainee,
+    averaged,
+    flow_loss,
+    initialize_compressor,
+    make_optimizers,
+    memory_errors,
+    pick_chunk,
+    resume,
+)
+from training.walks import MIXED
+from training.worlds import TRAIN_SEEDS, captions, make_worlds, spawn, walk
+
+CHUNK = 8  # frames, so that a test takes seconds
+SETTINGS = SMALL_MODEL | {
+    "model_cfg": SMALL_MODEL["model_cfg"] | {"memory_hidden_dim": 64},
+    "validation_data": {"num_frames": CHUNK + 1},
+    "buckets": [[16, 32]],
+}
+CONFIG = from_dict(ModelConfig, SETTINGS, "SETTINGS")
+WALKS, CHUNKS = 3, 2
+
+
+@pytest.fixture(scope="module")
+def pool() -> WalkPool:
+    """Three walks of two chunks in worlds 0, 1 and 2, through a VAE that has learned nothing."""
+    torch.manual_seed(0)
+    pool = WalkPool(
+        build_vae(CONFIG),
+        ByteTextEncoder(CONFIG.text_encoder_cfg),
+        CONFIG,
+        size=WALKS,
+        chunks=CHUNKS,
+        mixture=MIXED,
+        first_seed=0,
+        device=torch.device("cpu"),
+    )
+    pool.renew(WALKS)
+    return pool
+
+
+@pytest.fixture
+def model() -> Trainee:
+    torch.manual_seed(0)
+    return Trainee(CONFIG)
+
+
+# --- the data
+
+
+def test_batches_have_the_shapes_of_inference(pool):
+    for chunk in range(CHUNKS):
+        batch = pool.batch(chunk, 4)
+        assert batch.history.shape == (4, 16, 1 + 2 * chunk, 2, 4)
+        assert batch.target.shape == (4, 16, 3, 2, 4)
+        assert batch.move.shape == batch.view.shape == (4, CHUNK + 1)
+        assert batch.ids.shape == batch.mask.shape == (4, SETTINGS["text_encoder_cfg"]["model_max_length"])
+        assert batch.history.dtype == batch.target.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_history_target_and_actions_are_of_one_walk(pool):
+    """The target begins with the last frame of the history and follows from there by the batch's own actions."""
+    batch = pool.select(torch.arange(WALKS), 1)
+    worlds = make_worlds(range(WALKS))
+    so_far = walk(worlds, spawn(worlds), *pool.actions[:, :, :CHUNK].unbind(1))
+    on = walk(worlds, so_far[:, -1], batch.move[:, :-1], batch.view[:, :-1])
+    assert (on[:, -1] - on[:, 0]).abs().sum(1).min() > 0.1, "somebody stood still: the test says little"
+    for poses, latents in ((so_far, batch.history), (on, batch.target)):
+        video = to_video(render(worlds, poses, 16, 32))
+        torch.testing.assert_close(pool.vae.encode(video)[0], latents, atol=1e-4, rtol=1e-4)
+
+
+def test_captions_are_those_of_the_worlds(pool):
+    ids, mask = pool.text.tokenize(captions(make_worlds(range(WALKS))))
+    batch = pool.select(torch.arange(WALKS), 0)
+    assert torch.equal(batch.ids, ids) and torch.equal(batch.mask, mask)
+
+
+def test_new_walks_replace_the_oldest(pool):
+    before = pool.targets.clone()
+    pool.renew(1)
+    changed = (pool.targets != before).flatten(1).any(1)
+    assert changed.tolist() == [True, False, False]
+    assert pool.next_seed == WALKS + 1
+
+
+def test_no_two_runs_or_ranks_train_on_the_same_worlds():
+    starts = [first_seed(run, rank, 8) for run in range(10) for rank in range(8)]
+    assert min(b - a for a, b in zip(starts, starts[1:], strict=False)) > 100_000
+    assert starts[-1] + 100_000 in TRAIN_SEEDS
+    with pytest.raises(ValueError, match="--seed is 10"):
+        first_seed(10, 0, 1)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4, 6, 13])
+@pytest.mark.parametrize("frames", [9, 81, 321])
+def test_every_chunk_of_a_walk_is_trained_and_none_beyond(chunks, frames):
+    config = ModelConfig(validation_data=RolloutConfig(num_frames=frames))
+    rng = random.Random(0)
+    met = Counter(pick_chunk(chunks, config, rng) for _ in range(4000))
+    assert set(met) == set(range(chunks))
+    assert chunks == 1 or met[0] / 4000 == pytest.approx(FIRST_CHUNK, abs=0.02)
+
+
+# --- the model
+
+
+def smooth_latents(frames: int) -> torch.Tensor:
+    """Random latents (2, 16, frames, 12, 16) that change gently, every channel with deviation 1."""
+    generator = torch.Generator().manual_seed(frames)
+    coarse = torch.randn(2, 16, frames // 4 + 2, 4, 5, generator=generator)
+    latents = F.interpolate(coarse, (frames, 12, 16), mode="trilinear", align_corners=True)
+    return latents / latents.std((0, 2, 3, 4), keepdim=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 21, 41, 61])
+def test_the_compressor_starts_by_passing_key_frames_on(frames):
+    torch.manual_seed(0)
+    compressor = MemoryCompressor(16, 64, 2)
+    initialize_compressor(compressor)
+    latents = smooth_latents(frames)
+    compressed = compressor.compress(latents)
+    correlation = torch.corrcoef(torch.stack((compressed.flatten(), latents[:, :, ::4].flatten())))[0, 1]
+    assert correlation > 0.9
+
+
+def test_an_untrained_model_does_not_know_whose_memory_it_has(model, pool):
+    assert memory_errors(model, pool)["gap"] == 1.0  # its head is silent
+    torch.nn.init.normal_(model.transformer.head.head.weight)
+    assert memory_errors(model, pool)["gap"] != 1.0
+
+
+def test_the_true_velocity_has_no_loss(pool):
+    def perfect(noisy, timestep, batch, frozen):
+        return (noisy - batch.target) / (timestep / MAX_TIMESTEP).view(-1, 1, 1, 1, 1)
+
+    torch.manual_seed(0)
+    assert flow_loss(perfect, pool.batch(1, 16), shift=3.0, frozen=False) < 1e-6
+    assert flow_loss(lambda noisy, *_, frozen: 0 * noisy, pool.batch(1, 16), shift=3.0, frozen=False) > 0.5
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_compressor_gets_no_gradient(model, pool, frozen):
+    torch.nn.init.normal_(model.transformer.head.head.weight)
+    flow_loss(model, pool.batch(1, 2), shift=3.0, frozen=frozen).backward()
+    learns = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    compressor = {name for name in learns if name.startswith("transformer.latent_encoder")}
+    assert bool(compressor) is not frozen
+    assert len(learns) > len(compressor)
+
+
+def test_every_parameter_has_one_optimizer(model):
+    owned = [p for o in make_optimizers(model, 1e-3) for group in o.param_groups for p in group["params"]]
+    assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
+
+
+def test_averaged_weights_are_lent(model):
+    ema = EMA(model, 0.9)
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for tensor in ema.average.values():
+        tensor += 1
+    with averaged(model, ema):
+        assert all(torch.equal(tensor, ema.average[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+
+
+# --- a run
+
+
+STEPS, BATCH = 3, 2
+
+
+def train(folder, vae, *more: str) -> list[dict]:
+    """A run of three steps, whatever the clock says; returns its log's lines."""
+    (folder / "small.yaml").write_text(yaml.safe_dump(SETTINGS), encoding="utf-8")
+    sizes = ["--batch", str(BATCH), "--walks", "2", "--chunks", str(CHUNKS), "--report-every", "0"]
+    command = ["--config", str(folder / "small.yaml"), "--vae", str(vae), "--out", str(folder), "--minutes", "60"]
+    progress = iter([*torch.linspace(0, 0.9, STEPS).tolist(), 1.0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_world, "from_rank_0", lambda *_: next(progress))
+        train_world.main(train_world.parse_args([*command, *sizes, *more]))
+    return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished run, the VAE's weights beside the others."""
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    save_tensors(folder / "vae.safetensors", build_vae(CONFIG).state_dict())
+    train(folder, folder / "vae.safetensors")
+    return folder
+
+
+def test_the_engine_films_with_what_a_run_writes(run):
+    world = infworld.load(run / "small.yaml", device="cpu")  # strict
+    session = world.start(np.zeros((16, 32, 3), np.uint8), f"right {CHUNK}", "a red house")
+    frames = [chunk.frames for chunk in world.extend(session, CHUNKS)]
+    assert np.concatenate(frames).shape == (1 + CHUNKS * CHUNK, 16, 32, 3)
+
+
+def test_a_run_logs_its_losses_and_its_memory(run):
+    lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    reports = [line for line in lines if line["event"] == "report"]
+    assert [report["step"] for report in reports] == [1, 2, 3, 3]
+    assert reports[-1]["samples"] == STEPS * BATCH
+    assert all({"error_right", "error_wrong", "gap", "loss"} <= set(report) for report in reports)
+    assert (run / "train.png").stat().st_size > 0
+
+
+def test_what_is_written_for_use_are_the_averaged_weights(run):
+    average = torch.load(run / "state.pt", weights_only=True)["ema"]
+    for part, name in (("transformer", "world.safetensors"), ("text", "text.safetensors")):
+        weights = read_tensors(run / name)
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+        assert all(torch.equal(tensor, average[f"{part}.{key}"].half()) for key, tensor in weights.items())
+
+
+def test_a_run_goes_on_where_another_stopped(run, tmp_path):
+    lines = train(tmp_path, run / "vae.safetensors", "--resume", str(run / "state.pt"))
+    assert lines[0]["event"] == "ready" and lines[0]["step"] == STEPS
+    assert lines[-1]["step"] == 2 * STEPS and lines[-1]["samples"] == 2 * STEPS * BATCH
+
+
+def test_a_state_is_taken_up_whole(run, model):
+    optimizers, ema = make_optimizers(model, 1e-3), EMA(model, 0.9)
+    assert resume(run / "state.pt", model, optimizers, ema) == {"step": STEPS, "samples": STEPS * BATCH}
+    state = torch.load(run / "state.pt", weights_only=True)
+    assert all(torch.equal(tensor, state["model"][name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, state["ema"][name]) for name, tensor in ema.average.items())
+    assert all(optimizer.state_dict()["state"] for optimizer in optimizers)
+
+
+def test_weights_alone_begin_a_new_count(run, model):
+    ema = EMA(model, 0.9)
+    assert resume(run / "world.safetensors", model, make_optimizers(model, 1e-3), ema) == {"step": 0, "samples": 0}
+    weights = read_tensors(run / "world.safetensors")
+    assert all(torch.equal(tensor, weights[name].float()) for name, tensor in model.transformer.state_dict().items())
+    assert all(torch.equal(tensor, ema.average[name]) for name, tensor in model.state_dict().items())
