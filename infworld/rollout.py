@@ -26,7 +26,7 @@ from infworld.config import ModelConfig, load_config
 from infworld.dit import InfiniteWorldTransformer
 from infworld.sampler import guide, sample, schedule
 from infworld.text import TextEmbedding, load_text_encoder
-from infworld.vae import VideoVAE
+from infworld.vae import PIXELS_PER_LATENT, VideoVAE
 from infworld.video import prepare_image, to_uint8
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Session:
         return dataclasses.replace(self, prompt=prompt, negative_prompt=negative)
 
     def with_seed(self, seed: int) -> Session:
-        """The same film with fresh noise from `seed` for what comes."""
+        """The same film with fresh noise from `seed` for what comes. ValueError if it is none."""
         return dataclasses.replace(self, seed=seed, generator_state=_generator_state(seed))
 
     def save(self, path: str | Path) -> None:
@@ -113,6 +113,7 @@ class Session:
         tensors = read_tensors(path)
         try:
             values = json.loads(metadata["session"])
+            _check_values(values)
             actions = ActionScript(tuple(Segment(*segment) for segment in values.pop("actions")))
             session = Session(
                 picture=tensors["picture"].numpy(),
@@ -131,7 +132,19 @@ class Session:
         return session
 
 
-_PLAIN_FIELDS = ("model", "prompt", "negative_prompt", "seed", "steps", "guidance", "num_frames")
+_PLAIN_FIELDS = {
+    **{"model": str, "prompt": str, "negative_prompt": str},
+    **{"seed": int, "steps": int, "guidance": (int, float), "num_frames": int},
+}
+
+
+def _check_values(values: object) -> None:
+    """Raises ValueError unless `values` are a session file's plain fields, each of its own type, and its actions."""
+    if not isinstance(values, dict) or values.keys() != {*_PLAIN_FIELDS, "actions"}:
+        raise ValueError("it lacks fields or has others")
+    for name, kind in _PLAIN_FIELDS.items():
+        if not isinstance(values[name], kind):
+            raise ValueError(f"{name} is {values[name]!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,12 +212,11 @@ class World:
         """A film of one frame, the picture. Arguments as for `rollout`."""
         defaults = self.config.val_scheduler_cfg
         steps = defaults.num_sampling_steps if steps is None else steps
-        guidance = float(defaults.text_cfg_scale if guidance is None else guidance)
+        guidance = defaults.text_cfg_scale if guidance is None else guidance
         schedule(defaults, steps)
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance must be a finite number, not {guidance}")
-        if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-            raise ValueError(f"the seed must be a whole number from 0 to {MAX_SEED}, not {seed!r}")
+        if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
+            raise ValueError(f"guidance must be a finite number, not {guidance!r}")
+        generator_state = _generator_state(seed)
         script = ActionScript.of(actions)
         video = prepare_image(image, self.config.buckets)
         history, state = self._encode(video, None)
@@ -214,13 +226,13 @@ class World:
             history=history,
             encoder_state=state,
             chunk_latents=(),
-            generator_state=_generator_state(seed),
+            generator_state=generator_state,
             actions=script,
             prompt=prompt,
             negative_prompt=self.config.negative_prompt if negative_prompt is None else negative_prompt,
             seed=seed,
             steps=steps,
-            guidance=guidance,
+            guidance=float(guidance),
         )
 
     def extend(self, session: Session, chunks: int, callback: Callback | None = None) -> Iterator[Chunk]:
@@ -258,15 +270,18 @@ class World:
             raise ValueError(
                 f"this session was made with the model {session.model!r}, but {self.config.name!r} is loaded"
             )
-        _, height, width, _ = session.picture.shape
-        made = len(session.chunk_latents)
-        latents = 1 + made * (self.config.chunk_latents - 1)
-        expected = (1, self.config.vae_cfg.z_dim, latents, height // 8, width // 8)
-        if tuple(session.history.shape) != expected or session.num_frames != 1 + made * self.config.chunk_frames:
-            raise ValueError(
-                f"the session is damaged: {made} chunks and {session.num_frames} frames, "
-                f"but a history of shape {tuple(session.history.shape)}"
-            )
+        made, channels, per_chunk = len(session.chunk_latents), self.config.vae_cfg.z_dim, self.config.chunk_latents
+        height, width = session.history.shape[-2:]
+        shapes = {
+            "picture": (session.picture, (1, height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT, 3)),
+            "history": (session.history, (1, channels, 1 + made * (per_chunk - 1), height, width)),
+            **{f"chunk {i}": (z, (1, channels, per_chunk, height, width)) for i, z in enumerate(session.chunk_latents)},
+        }
+        for name, (found, expected) in shapes.items():
+            if tuple(found.shape) != expected:
+                raise ValueError(f"the session is damaged: its {name} is {tuple(found.shape)} and not {expected}")
+        if session.num_frames != 1 + made * self.config.chunk_frames:
+            raise ValueError(f"the session is damaged: {made} chunks make no {session.num_frames} frames")
 
     @torch.inference_mode()
     def _make_chunk(self, session: Session, tracker: _Tracker, noise: Tensor | None) -> Chunk:
@@ -443,7 +458,9 @@ class _Tracker:
 
 
 def _generator_state(seed: int) -> Tensor:
-    """State of a CPU generator: the noise is the same whatever the device."""
+    """State of a CPU generator: the noise is the same whatever the device. ValueError for a seed that is none."""
+    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"the seed must be a whole number from 0 to {MAX_SEED}, not {seed!r}")
     return torch.Generator().manual_seed(seed).get_state()
 
 

@@ -14,8 +14,8 @@ MAX_TIMESTEP = 1000.0
 
 def schedule(config: SamplerConfig, steps: int) -> Tensor:
     """The timesteps of `steps` Euler steps and the final 0, (steps + 1,) float32, falling from 1000."""
-    if not 1 <= steps <= MAX_TIMESTEP:
-        raise ValueError(f"the number of sampling steps must be 1 to {MAX_TIMESTEP:.0f}, not {steps}")
+    if type(steps) is not int or not 1 <= steps <= MAX_TIMESTEP:
+        raise ValueError(f"sampling steps must be a whole number from 1 to {MAX_TIMESTEP:.0f}, not {steps!r}")
     u = torch.linspace(MAX_TIMESTEP, 1, steps, dtype=torch.float64) / MAX_TIMESTEP
     if config.use_timestep_transform:
         u = config.shift * u / (1 + (config.shift - 1) * u)
