@@ -1,0 +1,89 @@
+"""From noise to data along a velocity: the schedule's shape, Euler's update, guidance."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from infworld.config import SamplerConfig
+from infworld.sampler import guide, sample, schedule
+
+RELEASED = SamplerConfig()
+STRAIGHT = dataclasses.replace(RELEASED, use_timestep_transform=False)
+
+
+@pytest.mark.parametrize("config", [RELEASED, STRAIGHT, dataclasses.replace(RELEASED, shift=1.0)])
+@pytest.mark.parametrize("steps", [1, 2, 8, 30, 1000])
+def test_timesteps_fall_from_1000_to_0(config, steps):
+    timesteps = schedule(config, steps)
+    assert timesteps.shape == (steps + 1,) and timesteps.dtype == torch.float32
+    assert timesteps[0] == 1000 and timesteps[-1] == 0
+    assert (timesteps.diff() < 0).all()
+
+
+def test_without_the_transform_steps_are_even():
+    expected = torch.cat([torch.linspace(1000, 1, 30), torch.zeros(1)])
+    assert torch.allclose(schedule(STRAIGHT, 30), expected, atol=1e-3)
+    assert torch.equal(schedule(dataclasses.replace(RELEASED, shift=1.0), 30), schedule(STRAIGHT, 30))
+
+
+def test_the_transform_shifts_by_the_formula_of_the_spec():
+    u = schedule(STRAIGHT, 30)[:-1].double() / 1000
+    expected = 1000 * 7 * u / (1 + 6 * u)
+    assert torch.allclose(schedule(RELEASED, 30)[:-1].double(), expected, atol=1e-3)
+    assert (schedule(RELEASED, 30)[1:-1] > schedule(STRAIGHT, 30)[1:-1]).all()  # more steps where it is noisy
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, "8", None, True])
+def test_impossible_step_counts_are_named(steps):
+    with pytest.raises(ValueError, match=f"steps must be a whole number from 1 to 1000, not {steps!r}"):
+        schedule(RELEASED, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 30])
+def test_euler_is_exact_where_the_velocity_does_not_change(steps):
+    noise, data = torch.randn(2, 1, 4, 3, 2, 2).double()
+    timesteps = schedule(RELEASED, steps).double()
+    assert torch.allclose(sample(lambda z, t: noise - data, noise, timesteps), data, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 30])
+def test_euler_is_exact_where_the_data_is_known_from_every_point_of_the_way(steps):
+    """The velocity that a perfect network has for one picture: z = (1 - u) data + u noise, so v = (z - data) / u."""
+    noise, data = torch.randn(2, 1, 4, 3, 2, 2).double()
+    seen = []
+
+    def velocity(z, t):
+        seen.append(float(t))
+        assert torch.allclose(z, data + t / 1000 * (noise - data), atol=1e-9)
+        return (z - data) * 1000 / t
+
+    timesteps = schedule(RELEASED, steps).double()
+    assert torch.allclose(sample(velocity, noise, timesteps), data, atol=1e-9)
+    assert seen == timesteps[:-1].tolist()
+
+
+def test_noise_is_left_as_it_was_and_every_step_is_told():
+    noise, told = torch.ones(1, 2), []
+    sample(lambda z, t: z, noise, schedule(RELEASED, 5), told.append)
+    assert torch.equal(noise, torch.ones(1, 2)) and told == [1, 2, 3, 4, 5]
+
+
+def test_an_error_while_a_step_is_told_ends_the_sampling():
+    calls = []
+
+    def stop(step):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(lambda z, t: calls.append(t) or z, torch.ones(1), schedule(RELEASED, 5), stop)
+    assert len(calls) == 2
+
+
+def test_guidance_goes_from_the_negative_through_the_positive():
+    positive, negative = torch.randn(2, 1, 4, 3, 2, 2).double()
+    assert torch.allclose(guide(positive, negative, 1), positive, atol=1e-15)
+    assert torch.equal(guide(positive, negative, 0), negative)
+    assert torch.allclose(guide(positive, negative, 5), positive + 4 * (positive - negative), atol=1e-12)
+    assert torch.equal(guide(positive, positive, 5), positive)
