@@ -50,7 +50,7 @@ def render(
     """Frames seen from poses.
 
     Args: poses: (W, T, 4) on the worlds' device. supersample: rays per pixel and direction. compile: through
-    `torch.compile`, worth its start-up time from some ten thousand frames on.
+    `torch.compile`, for long runs, as it starts slowly.
     Returns: (W, T, height, width, 3) uint8.
     Raises: ValueError for poses of another shape or device.
     """

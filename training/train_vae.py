@@ -57,8 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=3e-3)
     add("--ema", type=float, default=0.999)
     add("--report-every", type=float, default=30, help="seconds")
-    add("--compile", action="store_true", help="fuse the norms, which move most of the bytes")
-    add("--compile-render", action="store_true", help="compile the renderer: worth its start-up in long runs")
+    add("--compile", action="store_true", help="fuse the norms")
+    add("--compile-render", action="store_true", help="compile the renderer, for long runs: it starts slowly")
     add("--seed", type=int, default=0, help="which training worlds are met: another one for every run of a series")
     return parser.parse_args(argv)
 
@@ -181,7 +181,7 @@ def vae_losses(decoded: Tensor, video: Tensor, mean: Tensor, logvar: Tensor) -> 
 
 
 def compile_norms() -> None:
-    """Fuses the norms, which move most of the bytes; whole models compile for minutes."""
+    """Fuses the VAE's norms."""
     torch._dynamo.config.recompile_limit = 64  # one variant for every width and layout
     infworld.vae.normalize = torch.compile(infworld.vae.normalize, dynamic=True)
 

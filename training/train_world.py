@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--unfreeze", type=float, default=0.55, help="share of the run after which the compressor learns")
     add("--ema", type=float, default=0.999)
     add("--report-every", type=float, default=30, help="seconds")
-    add("--compile-render", action="store_true", help="compile the renderer: worth its start-up in long runs")
+    add("--compile-render", action="store_true", help="compile the renderer, for long runs: it starts slowly")
     add("--seed", type=int, default=0, help="which training worlds are met: another one for every run of a series")
     return parser.parse_args(argv)
 
