@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parent
 EXAMPLES = ROOT / "examples"
 FILMS = Path(tempfile.gettempdir()) / "infinite-world-films"
 LIFETIME = 2 * 3600  # seconds that a film is kept after the last change to it
+UPLOADS_LIFETIME = 12 * 3600  # seconds; longer than a full queue, as a program's picture is read when its turn comes
 MAX_UPLOAD = "200mb"
 MAX_QUEUE = 64
 RANDOM_SEEDS = 2**31  # short enough to write down
@@ -79,7 +80,7 @@ class Page:
 
     def blocks(self) -> gr.Blocks:
         """The whole page, ready to launch."""
-        with gr.Blocks(title="Infinite-World", fill_width=True, delete_cache=(3600, LIFETIME)) as blocks:
+        with gr.Blocks(title="Infinite-World", fill_width=True, delete_cache=(3600, UPLOADS_LIFETIME)) as blocks:
             self.film = gr.State(None)  # a Film
             self.job = gr.State(None)  # a Job: what the run that is on has to do
             self.outcome = gr.State("")  # of the last run: "done", "stopped", or what went wrong
