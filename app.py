@@ -45,7 +45,7 @@ EXAMPLES = ROOT / "examples"
 FILMS = Path(tempfile.gettempdir()) / "infinite-world-films"
 LIFETIME = 2 * 3600  # seconds that a film is kept after the last change to it
 UPLOADS_LIFETIME = 12 * 3600  # seconds; longer than a full queue, as a program's picture is read when its turn comes
-MAX_UPLOAD = "200mb"
+UPLOAD_ROOM = 100 * 2**20  # bytes of an upload that any model allows: enough for every picture that is accepted
 MAX_QUEUE = 64
 RANDOM_SEEDS = 2**31  # short enough to write down
 
@@ -416,6 +416,17 @@ def longest(config: ModelConfig) -> int:
     return 1 + config.chunk_frames * min(rollout.trained_chunks, rollout.max_chunks)
 
 
+def upload_limit(config: ModelConfig) -> int:
+    """Bytes: the largest session file of the longest film, and some room.
+
+    A session holds what the VAE's encoder carries on (about 15 numbers a pixel and channel) and all latents, twice.
+    """
+    pixels = max(height * width for height, width in config.buckets)
+    carried = 20 * pixels * config.vae_cfg.dim
+    latents = 2 * config.validation_data.max_chunks * config.chunk_latents * config.vae_cfg.z_dim * pixels // 64
+    return UPLOAD_ROOM + 4 * (carried + latents)
+
+
 def _read(name: str) -> str:
     return (ROOT / "ui" / name).read_text(encoding="utf-8")
 
@@ -430,7 +441,7 @@ def serve(world: World, films: Path = FILMS, **launching: Any) -> gr.Blocks:
         theme=theme(),
         css=_read("page.css"),
         allowed_paths=[str(store.root)],
-        max_file_size=MAX_UPLOAD,
+        max_file_size=upload_limit(world.config),
         mcp_server=importlib.util.find_spec("mcp") is not None,
         ssr_mode=False,
         footer_links=["api", "settings"],
@@ -458,7 +469,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    serve(infworld.load(args.model, args.device), server_name=args.host, server_port=args.port)
+    try:
+        world = infworld.load(args.model, args.device)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    serve(world, server_name=args.host, server_port=args.port)
 
 
 if __name__ == "__main__":

@@ -376,6 +376,73 @@ def test_examples_are_pictures_with_actions(tmp_path, picture):
     assert (two.actions.text(), two.prompt) == ("right 5", "a lake")
 
 
+# ------------------------------------------------------------------------------------------------------------ handlers
+
+
+@pytest.fixture
+def page(studio):
+    """The page with all its parts, without a server."""
+    page = app.Page(studio)
+    page.blocks()
+    return page
+
+
+def test_a_quota_error_leaves_the_film_and_continue(page, studio, picture, monkeypatch):
+    """On ZeroGPU a call may be refused or cut off: the film so far plays, and can be continued later."""
+    next_chunk, calls = studio.world.next_chunk, []
+
+    def refused(session, callback):
+        calls.append(session)
+        if len(calls) > 2:
+            raise app.gr.Error("You have exceeded your free GPU quota", title="ZeroGPU quota exceeded")
+        return next_chunk(session, callback)
+
+    monkeypatch.setattr(studio.world, "next_chunk", refused)
+    film, job = studio.begin(picture, 401, WISHES)
+    *_, last = page.run(film, job)
+    assert "exceeded your free GPU quota" in last[page.outcome]
+    settled = page.settle(film, last[page.outcome])
+    assert "161 frames" in settled[page.status] and "quota" in settled[page.status]
+    assert settled[page.more]["interactive"] and settled[page.generate]["interactive"]
+    assert len(read_mp4(settled[page.player]["complete"])) == 161
+    assert settled[page.drive] is None
+    monkeypatch.undo()
+    make(studio, film, studio.go_on(film, 1, WISHES))
+    assert film.num_frames == 241
+
+
+def test_before_the_first_chunk_only_generate_is_offered(page, studio, picture):
+    film, _ = studio.begin(picture, 81, WISHES)  # stopped while it waited for its turn
+    settled = page.settle(film, "stopped")
+    assert not settled[page.more]["interactive"] and not settled[page.redo]["interactive"]
+    assert page.player not in settled and "no film yet" in settled[page.status]
+
+
+def test_negative_prompt_and_guidance_are_for_models_that_use_them(world, studio):
+    def shown(scale):
+        sampler = dataclasses.replace(world.config.val_scheduler_cfg, text_cfg_scale=scale)
+        studio.config = dataclasses.replace(world.config, val_scheduler_cfg=sampler, negative_prompt="fog")
+        page = app.Page(studio)
+        page.blocks()
+        return page.negative_prompt.visible, page.guidance.visible
+
+    assert shown(1.0) == (False, False)
+    assert shown(5.0) == (True, True)
+
+
+def test_uploads_may_be_as_large_as_a_session(studio, picture, world):
+    film = new_film(studio, picture, 161)
+    size = film.session_path.stat().st_size - 2 * 2**10
+    assert app.UPLOAD_ROOM < app.UPLOAD_ROOM + size < app.upload_limit(world.config) < app.UPLOAD_ROOM * 2
+
+
+def test_a_missing_model_is_named_at_the_start(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["app.py", "--model", "gone.yaml"])
+    with pytest.raises(SystemExit, match="2"):
+        app.main()
+    assert "gone.yaml" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------- the server
 
 

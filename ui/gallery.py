@@ -17,7 +17,8 @@ from infworld.actions import ActionScript
 THUMBNAIL = (200, 150)  # pixels
 
 _CSS = """
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); gap: 0.5rem; align-items: start; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); gap: 0.5rem; }
+.gallery { align-items: start; }
 button { padding: 0; border: 0; text-align: center; font-size: 0.75rem; line-height: 1.25; cursor: pointer; }
 button { color: var(--body-text-color-subdued); background: none; }
 img { display: block; width: 100%; margin: 0 0 0.2rem; aspect-ratio: 4 / 3; object-fit: cover; border-radius: 0.4rem; }

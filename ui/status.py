@@ -65,7 +65,7 @@ def making(state: Making) -> str:
 
 def message(title: str, text: str = "", kind: str = "") -> str:
     """A title and a sentence. kind: "" or "error"."""
-    return _panel(title, text, "", kind)
+    return f'<div role="status">{_panel(title, text, "", kind)}</div>'
 
 
 def ended(outcome: str, frames: int) -> str:
