@@ -518,11 +518,11 @@ def test_importing_the_package_is_quick_and_needs_no_torch():
     code = (
         "import sys, time; start = time.perf_counter(); import infworld; seconds = time.perf_counter() - start;"
         "heavy = {'torch', 'numpy', 'transformers', 'diffusers', 'gradio', 'imageio_ffmpeg'} & set(sys.modules);"
-        "print(sorted(heavy), seconds < 2);"
-        "print(all(getattr(infworld, name) for name in infworld.__all__), 'transformers' in sys.modules)"
+        "print(sorted(heavy), seconds < 2)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["[] True", "True False"], done.stderr
+    assert done.stdout.split() == ["[]", "True"], done.stderr
+    assert all(getattr(infworld, name) for name in infworld.__all__)
 
 
 # ---------------------------------------------------------------------------------------------------- the shipped model
