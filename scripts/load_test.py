@@ -39,6 +39,7 @@ GROUP = 3  # requests of one client that vanishes
 ASKED_AGAIN = 5  # films that are asked for once more, alone, after the load
 PAGE_SECONDS = 3.0  # a page load may take, under load too
 MEMORY_GROWTH = 0.15  # of the memory after the warm-up: what may have been added in the end
+SWEEP = 5  # seconds between two looks of the server for old uploads
 CLIENT = {"verbose": False, "analytics_enabled": False, "httpx_kwargs": {"timeout": 60}}
 PATIENCE = 2400  # seconds that any wait of this script may last
 
@@ -140,13 +141,20 @@ class Server:
 
 
 def serve(model: str, films: Path, temp: Path, lifetime: float, port: int) -> None:
-    """In the server's process: the page as `app.py` starts it, but films and uploads live short."""
+    """In the server's process: the page as `app.py` starts it, but films and uploads live short, and Gradio looks for
+    old uploads more often than once an hour."""
     os.environ |= {"TMPDIR": str(temp), "GRADIO_TEMP_DIR": str(temp), "GRADIO_ANALYTICS_ENABLED": "False"}
     sys.path.insert(0, str(ROOT))
+    import gradio as gr
+
     import app
     import infworld
 
-    app.serve(infworld.load(model, "cpu"), films, lifetime, server_name="127.0.0.1", server_port=port, quiet=True)
+    def hasty_blocks(blocks=gr.Blocks, **options) -> gr.Blocks:
+        return blocks(**options | {"delete_cache": (SWEEP, lifetime)})
+
+    gr.Blocks, app.LIFETIME = hasty_blocks, lifetime
+    app.serve(infworld.load(model, "cpu"), films, server_name="127.0.0.1", server_port=port, quiet=True)
 
 
 def vanish(address: str, picture: Path, wishes: list[Wish], connected: Semaphore, go: Event) -> None:
