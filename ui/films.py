@@ -83,7 +83,8 @@ class Film:
         return self.folder / "pieces"
 
     def begin(self, session: Session) -> None:
-        """Keeps the session of a film that has no chunk here yet."""
+        """Keeps the session of a film that has no chunk here yet, even if its time ran out in the queue."""
+        self.folder.mkdir(mode=0o700, exist_ok=True)
         self._keep(session, self.session_path)
 
     def add(self, chunk: Chunk) -> None:
