@@ -4,7 +4,8 @@
 
 A folder holds weights, inputs and expected results of any sizes. Every expected tensor is printed with its largest
 error relative to the largest expected value; the last line says PASS or FAIL, and a failure exits with 1. A file or
-tensor that is missing, or that nobody knows, is a failure too.
+tensor that is missing, or that nobody knows, is a failure too; only dit_io_bf16, which takes a GPU to make, may be left
+out, and the last line says so.
 """
 
 from __future__ import annotations
@@ -317,8 +318,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     torch.backends.cudnn.allow_tf32 = False  # a GPU's convolutions would have 10 bits otherwise
-    results, failures = [], []
+    results, failures, left_out = [], [], ""
     for file, check in CHECKS.items():
+        if file == "dit_io_bf16" and not (options.folder / f"{file}.safetensors").exists():
+            left_out = f"; {file} is not in this folder and was not compared"
+            continue
         try:
             with torch.inference_mode():
                 for result in check(golden):
@@ -331,11 +335,11 @@ def main(arguments: list[str] | None = None) -> int:
             failures.append(f"{file} ({error})")
     failures += [result.name for result in results if not result.passed]
     if failures:
-        print(f"FAIL: {len(results)} tensors compared, {len(failures)} failures: {', '.join(failures)}")
+        print(f"FAIL: {len(results)} tensors compared, {len(failures)} failures: {', '.join(failures)}{left_out}")
         return 1
     worst = max(results, key=lambda result: result.error / result.bar)
     share = worst.error / worst.bar
-    print(f"PASS: {len(results)} tensors; the closest to its bar is {worst.name} at {share:.0%} of it")
+    print(f"PASS: {len(results)} tensors; the closest to its bar is {worst.name} at {share:.0%} of it{left_out}")
     return 0
 
 

@@ -233,6 +233,12 @@ def test_films_go_when_their_time_is_over(tmp_path):
     assert not old.folder.exists() and new.folder.exists() and (store.root / "something else").exists()
 
 
+def test_a_film_that_waited_longer_than_its_lifetime_is_made_all_the_same(studio, picture):
+    film, job = studio.begin(picture, 81, WISHES)
+    film.remove()
+    assert [type(news) for news in studio.run(film, job)][-1] is Chunk and film.num_frames == 81
+
+
 def test_the_sweeper_sweeps_by_itself(tmp_path):
     store = FilmStore(tmp_path / "films", lifetime=0.5)
     film = store.new()
