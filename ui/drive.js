@@ -49,6 +49,7 @@ function start() {
     says.textContent = "The first chunk is made by the plan below; then you drive.";
     send("");
   } else {
+    player().currentTime = Math.max(0, there - chunk) / fps; // so that all of a chunk can be driven
     play(there - chunk);
   }
   requestAnimationFrame(tick);
