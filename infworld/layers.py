@@ -6,6 +6,8 @@ released model was trained (spec section 7, "Precision").
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -73,6 +75,8 @@ class Attention(nn.Module):
         return x if rope is None else rotate(x, rope)
 
 
+@lru_cache(maxsize=8)  # the same few grids at every step of a film
+@torch.inference_mode(False)  # so that what is kept serves training too
 def rope_3d(frames: range, height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
     """Cosines and sines of the 3-D rotary embedding, (2, frames * height * width, head_dim / 2) float32.
 
