@@ -82,6 +82,7 @@ class InfiniteWorldTransformer(nn.Module):
         _, modulation = self._embed_time(memory.new_zeros(1))
         x = self._patchify(memory.to(self.dtype), mask_value=1)
         rope = self._rope(0, memory)
+        _of_any_length(x, rope)
         tokens = [x]
         for block, keys_values in zip(self.blocks[:-1], context.keys_values, strict=False):
             x = block.memory_step(x, modulation, rope, keys_values)
@@ -97,9 +98,19 @@ class InfiniteWorldTransformer(nn.Module):
         x = rearrange(x + actions.unsqueeze(2), "b t n c -> b (t n) c")
         rope_memory = self._rope(0, noisy, stream.latents)
         rope = self._rope(stream.latents, noisy)
+        _of_any_length(rope_memory, *stream.tokens)
         for block, memory, keys_values in zip(self.blocks, stream.tokens, context.keys_values, strict=True):
             x = block.noisy_step(x, memory, modulation, rope, rope_memory, keys_values)
         return self._unpatchify(self.head(x, time), noisy.shape)
+
+    def compile_blocks(self, **options) -> None:
+        """Compiles the two steps of a block, once for all blocks and for memories of any length.
+
+        options: of `torch.compile`. The first calls take up to a minute, longer with gradients.
+        """
+        for block in self.blocks:
+            block.memory_step = torch.compile(block.memory_step, fullgraph=True, **options)
+            block.noisy_step = torch.compile(block.noisy_step, fullgraph=True, **options)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,6 +145,12 @@ class InfiniteWorldTransformer(nn.Module):
         t, h, w = latents.shape[2:]
         frames = range(start, start + (t if frames is None else frames))
         return rope_3d(frames, h // PATCH, w // PATCH, self.config.dim // self.config.num_heads, latents.device)
+
+
+def _of_any_length(*tensors: Tensor) -> None:
+    """Tells torch.compile that axis 1 of these tensors, the memory's tokens, changes from chunk to chunk."""
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 1)
 
 
 class Block(nn.Module):

@@ -1,7 +1,8 @@
 """The shared leaf under memory.py and dit.py: norms, rotary embedding, attention, modulation.
 
 Norm statistics, modulation and rotation are computed in float32 and results returned in the input's dtype, as the
-released model was trained (spec section 7, "Precision").
+released model was trained (spec section 7, "Precision"). What the blocks call is plain torch, so that torch.compile
+can trace it with a memory of any length.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 EPS = 1e-6  # of every norm in the transformer and the compressor
@@ -68,10 +68,10 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Softmax attention, unmasked, and the output projection: -> (B, L, C)."""
-        return self.o(rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)"))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        x = rearrange(x, "b l (h d) -> b h l d", h=self.num_heads)
+        x = x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return x if rope is None else rotate(x, rope)
 
 
@@ -99,10 +99,8 @@ def rope_3d(frames: range, height: int, width: int, head_dim: int, device: torch
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotates consecutive pairs of x (B, heads, L, d) by the angles whose cosines and sines are `rope` (2, L, d/2)."""
     cos, sin = rope
-    even, odd = rearrange(x.float(), "... (d two) -> two ... d", two=2)
-    return rearrange(torch.stack([even * cos - odd * sin, even * sin + odd * cos]), "two ... d -> ... (d two)").to(
-        x.dtype
-    )
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 def linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
