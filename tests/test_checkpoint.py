@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from infworld.checkpoint import RELEASED_EXTRAS, load_strict, read_metadata, read_tensors, save_tensors
+from infworld import checkpoint
+from infworld.checkpoint import RELEASED_EXTRAS, check_file, load_strict, read_metadata, read_tensors, save_tensors
 from infworld.config import TextConfig, TransformerConfig
 from infworld.dit import InfiniteWorldTransformer
 from infworld.text import build_umt5, umt5_names
@@ -65,6 +66,36 @@ def test_truncated_file_is_named(tmp_path, name, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=f"{path}.*download it again"):
         read_tensors(path)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_truncated_torch_file_is_told_apart_at_once_with_its_sizes(tmp_path, monkeypatch, nested, dtype):
+    weights = {f"w{i}": torch.randn(1000, 100).to(dtype) for i in range(4)} | {"view": torch.ones(9)[:3]}
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": weights, "epoch": argparse.Namespace(a=1)} if nested else weights, path)
+    whole = path.read_bytes()
+    assert check_file(path) == path
+    monkeypatch.setattr(torch, "load", None)  # nothing is read
+    path.write_bytes(whole[: len(whole) // 2])
+    tensors = 400_000 * dtype.itemsize + 9 * 4  # a storage is kept whole
+    with pytest.raises(ValueError, match=f"{path} is truncated: it has {len(whole) // 2:,} bytes of {tensors:,} or"):
+        check_file(path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=f"it has {len(whole) - 1:,} bytes of .* or more; .*scripts/download.py"):
+        check_file(path)
+
+
+@pytest.mark.parametrize("change", [lambda whole: whole[:-1], lambda whole: whole + b"x", lambda whole: whole[:90]])
+def test_safetensors_file_of_another_length_is_told_with_both(tmp_path, change):
+    path = write(tmp_path, "w.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(change(whole))
+    with pytest.raises(ValueError, match=f"{path} is truncated"):
+        check_file(path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=f"has {len(whole) - 1:,} bytes and not {len(whole):,}; .*download.py"):
+        check_file(path)
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.ckpt", "w.pth"])
@@ -139,6 +170,25 @@ def test_saved_file_comes_back_with_its_metadata(tmp_path):
     assert same(read_tensors(tmp_path / "new" / "s.safetensors"), tensors)
     assert read_metadata(tmp_path / "new" / "s.safetensors") == {"made": "here"}
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["s.safetensors"]
+
+
+def test_saved_file_is_what_the_format_says(tmp_path):
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16)
+    tensors = {str(kind): torch.arange(5).to(kind) for kind in (*kinds, torch.int8, torch.uint8, torch.bool)}
+    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 4), "turned": torch.arange(6.0).reshape(2, 3).T}
+    save_tensors(tmp_path / "s.safetensors", tensors)
+    found = load_file(tmp_path / "s.safetensors")
+    assert same(found, tensors) and all(found[name].dtype == tensors[name].dtype for name in tensors)
+
+
+def test_numbers_are_rounded_on_the_way_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_PIECE", 2)  # so that even these tensors go in pieces
+    written = []
+    tensors = {**WEIGHTS, "steps": torch.arange(3)}
+    save_tensors(tmp_path / "s.safetensors", tensors, dtype=torch.bfloat16, progress=written.append)
+    rounded = {name: tensor.bfloat16() for name, tensor in WEIGHTS.items()}
+    assert same(read_tensors(tmp_path / "s.safetensors"), {**rounded, "steps": tensors["steps"]})
+    assert sum(written) == 12 * 2 + 3 * 8 and len(written) > len(tensors)
 
 
 def test_file_can_be_saved_over_itself_while_it_is_in_use(tmp_path):
