@@ -91,13 +91,15 @@ def fetch(
     Raises HubError for what the Hub, the network or the disk did not give, ValueError for files that do not fit.
     """
     folder = _folder(to)
-    with locked(folder):
-        todo = plan(config, revision=revision, to=folder)
-        check_space(todo.files)
-        _write_record(folder, {file.repo: file.commit for file in todo.files})
-        meter = Meter(todo.files, progress)
-        for file in todo.files:
-            download(file, meter)
+    todo = plan(config, revision=revision, to=folder)
+    if todo.files:
+        with locked(folder):
+            todo = plan(config, revision=revision, to=folder)  # another process may have been at it until now
+            check_space(todo.files)
+            _write_record(folder, {file.repo: file.commit for file in todo.files})
+            meter = Meter(todo.files, progress)
+            for file in todo.files:
+                download(file, meter)
     check(todo.config)
     return todo.config
 
@@ -118,8 +120,10 @@ def plan(config: ModelConfig, *, revision: str | None = None, to: str | Path | N
         place = places[key]
         if place and not revision and key not in damages:
             continue
-        # Where it is now, it would be found first next time too. The cache belongs to the client.
-        target = place if place and not _is_cached(place) else _target(name, folder)
+        # Where it is now, it would be found first next time too. The cache belongs to the client, though, and what
+        # was converted to another format has another name.
+        stays = place and not _is_cached(place) and place.name == Path(name).name
+        target = place if stays else _target(name, folder)
         try:
             listed = hub.files(key, name, target)
         except HubError as error:

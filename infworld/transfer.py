@@ -281,7 +281,7 @@ def _reason(error: Exception) -> str:
 
 
 def explain(error: Exception, repo: str, revision: str | None = None) -> str:
-    """What happened and the way out in one sentence, for an error of the client. Says nothing of what was sent, so never a token."""
+    """What happened and the way out, for an error of the client. Says nothing of what was sent, so never a token."""
     page, status = f"{constants.ENDPOINT}/{repo}", status_of(error)
     if isinstance(error, OfflineModeIsEnabled):
         return f"{repo} is out of reach while HF_HUB_OFFLINE is set: unset it, or put the files in place yourself"
