@@ -178,7 +178,7 @@ def _blocks(file: HubFile, start: int) -> Iterator[bytes]:
                     "proxy stands in for it; try again later"
                 )
         skip = 0 if ranged else start  # a server that knows no ranges sends the whole file
-        for block in response.iter_bytes(_BLOCK):
+        for block in response.iter_bytes():
             yield block[skip:]
             skip = max(0, skip - len(block))
 
