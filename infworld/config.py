@@ -152,14 +152,17 @@ class ModelConfig:
         return 1 + self.chunk_frames // FRAMES_PER_LATENT
 
     def path(self, relative: str) -> Path:
-        """Where a weight file of this config is: absolute as given, else from the YAML's project or here."""
+        """Where a weight file of this config is: absolute as given, else from the YAML's project or here.
+
+        A torch file gives way to its converted form, the `.safetensors` of the same name beside it.
+        """
         path = Path(relative).expanduser()
-        if path.is_absolute():
-            return path
         places = [PROJECT_ROOT, Path.cwd()]
         if self.source is not None:
             places[:0] = [self.source.parent, self.source.parent.parent]
-        return next((place / path for place in places if (place / path).exists()), PROJECT_ROOT / path)
+        # An absolute path stays itself, whatever stands before it.
+        candidates = [faster_form(place / path) for place in places]
+        return next((candidate for candidate in candidates if candidate.exists()), PROJECT_ROOT / path)
 
     def chunks_for(self, num_frames: int) -> int:
         """Chunks that a film of `num_frames` takes; raises ValueError if it is not 1 + whole chunks or too long."""
@@ -178,6 +181,18 @@ class ModelConfig:
                 f"{near + per_chunk} frames, not {num_frames}"
             )
         return chunks
+
+
+def faster_form(path: Path) -> Path:
+    """The `.safetensors` that `scripts/convert_checkpoint.py` wrote beside a torch file, else the path itself.
+
+    A torch file that has changed since then is newer, and is taken.
+    """
+    if path.suffix not in (".ckpt", ".pth"):
+        return path
+    converted = path.with_suffix(".safetensors")
+    stale = converted.is_file() and path.is_file() and converted.stat().st_mtime < path.stat().st_mtime
+    return converted if converted.is_file() and not stale else path
 
 
 def load_config(name_or_path: str | Path) -> ModelConfig:

@@ -1,15 +1,24 @@
 """Prompt -> text embedding: the released model's umT5 through transformers, and our own small encoder of bytes.
 
 Both clean the text, pad it to `model_max_length` and give the raw output with its mask; what the transformer does
-with the padding is its own affair (spec section 5).
+with the padding is its own affair (spec section 5), and nothing in it depends on what stands there.
+
+umT5 is four times as large as the rest of the model and needed for a moment only: `UMT5OnDemand` reads it when a text
+comes that it has not seen, and remembers on disk what it made of each.
 """
 
 from __future__ import annotations
 
+import hashlib
 import html
+import logging
+import os
 import re
+import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import ftfy
@@ -17,14 +26,23 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from infworld.checkpoint import load_strict, read_tensors
+from infworld.checkpoint import check_fit, load_strict, read_tensors, save_tensors
 from infworld.config import ModelConfig, TextConfig
+
+log = logging.getLogger(__name__)
 
 UMT5_MAX_DISTANCE = 128  # of the relative positions; further apart counts as this far
 START = 256  # first id of every byte text, so that an empty one has something to attend to; also the padding
 BYTE_VOCAB = START + 1
 INIT_STD = 0.02
+
+PLACEMENTS = ("auto", "gpu", "cpu")
+FILM_ROOM = 22 * 2**30  # bytes of GPU memory that a film of the released model takes beside its weights, at most
+ENCODING_ROOM = 2**30  # bytes that umT5 takes beside its weights
+EMBEDDINGS_KEPT = 500  # on disk; 16 kB a token each
+_SAMPLES, _SAMPLE = 64, 4096  # how many bytes of a weight file, and in how many places, tell it from another
 
 # Released name -> transformers' name of the umT5 encoder's tensors, outside and inside `blocks.N.`.
 _UMT5_NAMES = {"token_embedding": "embed_tokens", "norm": "final_layer_norm"}
@@ -63,19 +81,144 @@ def load_text_encoder(
     config: ModelConfig, device: str | torch.device, dtype: torch.dtype
 ) -> UMT5TextEncoder | ByteTextEncoder:
     """The text encoder of a model with its weights. FileNotFoundError or ValueError names a file that is not right."""
-    text = config.text_encoder_cfg
-    if not text.checkpoint_path:
-        raise ValueError("text_encoder_cfg.checkpoint_path is empty: the config must name the text encoder's weights")
-    path = config.path(text.checkpoint_path)
+    text, path = config.text_encoder_cfg, _weights(config)
     if text.type == "bytes":
         return load_strict(lambda: ByteTextEncoder(text), read_tensors(path), where=path, device=device, dtype=dtype)
-    if not text.tokenizer_path:
-        raise ValueError("text_encoder_cfg.tokenizer_path is empty: the config must name the umT5 tokenizer's folder")
-    tokenizer = load_tokenizer(config.path(text.tokenizer_path))
+    tokenizer = load_tokenizer(_tokenizer_folder(config))
     encoder = load_strict(
         lambda: build_umt5(text), umt5_names(read_tensors(path)), where=path, device=device, dtype=dtype
     )
     return UMT5TextEncoder(encoder, tokenizer, text.model_max_length)
+
+
+def open_text_encoder(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, placement: str = "auto"
+) -> UMT5OnDemand | ByteTextEncoder:
+    """A model's text encoder for filming: umT5 on demand (`placement`: see there), or the small encoder itself.
+
+    Errors as of `load_text_encoder`; whatever can be seen without reading 11 GB is seen here.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"the text encoder's placement must be auto, gpu or cpu, not {placement!r}")
+    if config.text_encoder_cfg.type == "bytes":
+        return load_text_encoder(config, device, dtype)
+    return UMT5OnDemand(config, device, dtype, placement)
+
+
+class UMT5OnDemand:
+    """umT5 that is in memory only while a new text needs it; embeddings are kept on disk, so that none is made twice.
+
+    placement: "auto" encodes on `device` if umT5 fits there now, and stays if it leaves room for a film; else on the
+    CPU. "gpu": loaded now, for good (as ZeroGPU wants it). "cpu": never on the GPU, and never larger in memory than
+    its file, of which the system keeps as much as it has room for.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype, placement: str = "auto"):
+        self._config, self._device, self._dtype, self._placement = config, device, dtype, placement
+        self._encoder: UMT5TextEncoder | None = None
+        self._lock = threading.Lock()
+        text = config.text_encoder_cfg
+        self._path, self._tokenizer = _weights(config), _tokenizer_folder(config)
+        tensors = read_tensors(self._path)
+        check_fit(umt5_shapes(text), tensors, self._path)
+        self._bytes = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+        if placement == "gpu":
+            self._encoder = self._load(device)
+
+    def encode(self, texts: list[str]) -> TextEmbedding:
+        """As `UMT5TextEncoder.encode`, on any device; padding is zero."""
+        length = self._config.text_encoder_cfg.model_max_length
+        with self._lock:
+            known = {text: self._remembered(text) for text in texts}
+            if new := [text for text, hidden in known.items() if hidden is None]:
+                known |= self._encode(new)
+        sizes = [len(known[text]) for text in texts]
+        hidden = torch.stack([F.pad(known[text], (0, 0, 0, length - len(known[text]))) for text in texts])
+        mask = torch.tensor([[1] * size + [0] * (length - size) for size in sizes])
+        return TextEmbedding(hidden, mask)
+
+    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
+        """Hidden states (tokens, C) float32 of each text, on the CPU; remembered."""
+        if self._encoder is None:
+            self._encoder = self._load(place(self._placement, self._device, self._bytes))
+        found = {}
+        for text in texts:  # one by one, as one that is remembered must not depend on others
+            encoded = self._encoder.encode([text])
+            found[text] = encoded.hidden[0, : int(encoded.mask.sum())].cpu()
+            _remember(self._file(text), found[text])
+        device = self._encoder.device
+        if self._placement != "gpu" and (device.type == "cpu" or free_memory(device) < FILM_ROOM):
+            self._encoder = None
+        return found
+
+    def _load(self, device: torch.device) -> UMT5TextEncoder:
+        began = time.monotonic()
+        text = self._config.text_encoder_cfg
+        tokenizer = load_tokenizer(self._tokenizer)
+        tensors = umt5_names(read_tensors(self._path))
+        on_gpu = device.type == "cuda"
+        dtype = self._dtype if on_gpu else None  # on the CPU the tensors stay where they are, in the file
+        stack = load_strict(lambda: build_umt5(text), tensors, where=self._path, device=device, dtype=dtype)
+        encoder = UMT5TextEncoder(stack if on_gpu else in_float32(stack), tokenizer, text.model_max_length)
+        log.info("text encoder on %s in %.1f s", device, time.monotonic() - began)
+        return encoder
+
+    def _remembered(self, text: str) -> Tensor | None:
+        path = self._file(text)
+        try:
+            hidden = read_tensors(path)["hidden"]
+            os.utime(path)
+        except (OSError, ValueError, KeyError):  # not there, or cut off
+            return None
+        return hidden
+
+    def _file(self, text: str) -> Path:
+        name = hashlib.sha256(f"{self._identity} {clean_text(text)}".encode(errors="replace")).hexdigest()
+        return embeddings_folder() / f"{name}.safetensors"
+
+    @cached_property
+    def _identity(self) -> str:
+        """Tells this encoder from any other, by its files' content; a copy elsewhere is the same."""
+        digest = hashlib.sha256(str(self._config.text_encoder_cfg.model_max_length).encode())
+        size = self._path.stat().st_size
+        with self._path.open("rb") as file:
+            for i in range(_SAMPLES):
+                file.seek(i * max(0, size - _SAMPLE) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
+        for path in sorted(self._tokenizer.glob("*")):
+            if path.suffix in (".json", ".model"):
+                digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+
+def place(placement: str, device: torch.device, size: int) -> torch.device:
+    """Where an encoder of `size` bytes encodes, for a model on `device`."""
+    fits = device.type == "cuda" and (placement == "gpu" or free_memory(device) >= size + ENCODING_ROOM)
+    return device if placement != "cpu" and fits else torch.device("cpu")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still have of a GPU, those that torch keeps without need included."""
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    allowed = total * torch.cuda.get_per_process_memory_fraction(device) - allocated
+    return int(min(allowed, free + torch.cuda.memory_reserved(device) - allocated))
+
+
+def embeddings_folder() -> Path:
+    """Where text embeddings are remembered: below XDG_CACHE_HOME, else ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infinite-world" / "text"
+
+
+def _remember(path: Path, hidden: Tensor) -> None:
+    """Keeps an embedding, and of all only the latest."""
+    try:
+        save_tensors(path, {"hidden": hidden})
+        files = sorted(path.parent.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+        for old in files[:-EMBEDDINGS_KEPT]:
+            old.unlink()
+    except (ValueError, OSError) as error:
+        log.warning("the text will have to be encoded again next time: %s", error)
 
 
 class UMT5TextEncoder(nn.Module):
@@ -87,18 +230,28 @@ class UMT5TextEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.model_max_length = model_max_length
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.encoder.parameters()).device
+
     def encode(self, texts: list[str]) -> TextEmbedding:
-        """Cleans, tokenises to exactly `model_max_length` (longer text is cut) and encodes."""
+        """Cleans, tokenises to exactly `model_max_length` (longer text is cut) and encodes. Padding comes out zero.
+
+        Only as much as there is text goes through the encoder: padding is masked in it, and masked again afterwards.
+        """
         tokens = self.tokenizer(
             [clean_text(text) for text in texts],
             padding="max_length",
+            padding_side="right",
             truncation=True,
             max_length=self.model_max_length,
             return_tensors="pt",
         )
-        device = next(self.encoder.parameters()).device
-        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-        return TextEmbedding(self(ids, mask), mask)
+        longest = int(tokens.attention_mask.sum(dim=1).max())
+        ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+        hidden = self(ids[:, :longest], mask[:, :longest])
+        hidden = F.pad(hidden * mask[:, :longest, None], (0, 0, 0, self.model_max_length - longest))
+        return TextEmbedding(hidden, mask)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids and mask (B, L) int64 -> hidden states (B, L, C) float32, before any product with the mask."""
@@ -125,6 +278,43 @@ def build_umt5(config: TextConfig) -> nn.Module:
     return UMT5EncoderModel(sizes).encoder
 
 
+def in_float32(encoder: nn.Module) -> nn.Module:
+    """umT5's stack computing in float32 whatever its weights are, which stay as they are.
+
+    For a CPU, where 16-bit arithmetic is slow, and a copy of all weights would be 23 GB.
+    """
+    encoder.block = nn.ModuleList(Widened(block) for block in encoder.block)
+    encoder.embed_tokens.register_forward_hook(lambda module, args, output: output.float())
+    encoder.final_layer_norm.float()
+    return encoder
+
+
+class Widened(nn.Module):
+    """A block whose weights are float32 while it computes, and only then."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args, **kwargs):
+        weights = {name: parameter.float() for name, parameter in self.block.named_parameters()}
+        return functional_call(self.block, weights, args, kwargs)
+
+
+def umt5_shapes(config: TextConfig) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors in the released encoder's file, or one of other sizes."""
+    dim, attn, ffn, heads = config.dim, config.dim_attn, config.dim_ffn, config.num_heads
+    block = {
+        **{"norm1": (dim,), "norm2": (dim,), "attn.o": (dim, attn)},
+        **dict.fromkeys(("attn.q", "attn.k", "attn.v"), (attn, dim)),
+        **{"ffn.gate.0": (ffn, dim), "ffn.fc1": (ffn, dim), "ffn.fc2": (dim, ffn)},
+        "pos_embedding.embedding": (config.num_buckets, heads),
+    }
+    shapes = {"token_embedding": (config.vocab, dim), "norm": (dim,)}
+    shapes |= {f"blocks.{i}.{part}": shape for i in range(config.num_layers) for part, shape in block.items()}
+    return {f"{name}.weight": torch.Size(shape) for name, shape in shapes.items()}
+
+
 def umt5_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Released tensors under transformers' names; an unknown name stays, for strict loading to report."""
     return {_umt5_name(name): tensor for name, tensor in tensors.items()}
@@ -139,10 +329,27 @@ def _umt5_name(name: str) -> str:
     return f"{_UMT5_NAMES[stem]}.weight" if stem in _UMT5_NAMES else name
 
 
-def load_tokenizer(folder: Path):
-    """The tokenizer in a local folder; nothing is downloaded."""
+def _weights(config: ModelConfig) -> Path:
+    if not config.text_encoder_cfg.checkpoint_path:
+        raise ValueError("text_encoder_cfg.checkpoint_path is empty: the config must name the text encoder's weights")
+    return config.path(config.text_encoder_cfg.checkpoint_path)
+
+
+def _tokenizer_folder(config: ModelConfig) -> Path:
+    if not config.text_encoder_cfg.tokenizer_path:
+        raise ValueError("text_encoder_cfg.tokenizer_path is empty: the config must name the umT5 tokenizer's folder")
+    return _existing(config.path(config.text_encoder_cfg.tokenizer_path))
+
+
+def _existing(folder: Path) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"no tokenizer folder at {folder}: download it there or correct tokenizer_path")
+    return folder
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer in a local folder; nothing is downloaded."""
+    _existing(folder)
     from transformers import AutoTokenizer
 
     try:

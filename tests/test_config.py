@@ -1,5 +1,6 @@
 """A config file is the model's only source of sizes: what is in it is read, what does not belong there is named."""
 
+import os
 import dataclasses
 
 import pytest
@@ -150,3 +151,18 @@ def test_weights_are_looked_up_beside_the_config(load, tmp_path):
     assert config.path("world.safetensors") == tmp_path / "world.safetensors"
     assert config.path(str(tmp_path / "gone.ckpt")) == tmp_path / "gone.ckpt"
     assert config.path("gone.ckpt").is_absolute()
+
+
+def test_a_converted_file_is_taken_in_place_of_the_torch_file_beside_it_unless_that_is_newer(load, tmp_path):
+    config = load("{}")
+    torch_file, converted = tmp_path / "models" / "x.1.pth", tmp_path / "models" / "x.1.safetensors"
+    torch_file.parent.mkdir()
+    torch_file.touch()
+    assert config.path("models/x.1.pth") == torch_file
+    converted.touch()
+    for name in ("models/x.1.pth", str(torch_file)):
+        assert config.path(name) == converted
+    os.utime(converted, (1, 1))
+    assert config.path("models/x.1.pth") == torch_file
+    torch_file.unlink()  # to save its room
+    assert config.path("models/x.1.pth") == converted
