@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from infworld.actions import ActionScript, Segment
-from infworld.checkpoint import RELEASED_EXTRAS, load_strict, read_metadata, read_tensors, save_tensors
+from infworld.checkpoint import RELEASED_EXTRAS, check_file, load_strict, read_metadata, read_tensors, save_tensors
 from infworld.config import ModelConfig, load_config
 from infworld.dit import InfiniteWorldTransformer
+from infworld.layers import fastest_attention
 from infworld.sampler import guide, sample, schedule
-from infworld.text import TextEmbedding, load_text_encoder
+from infworld.text import TextEmbedding, open_text_encoder
 from infworld.vae import PIXELS_PER_LATENT, VideoVAE
 from infworld.video import prepare_image, to_uint8
 
@@ -291,14 +292,13 @@ class World:
         if noise is None:
             shape = (*session.history.shape[:2], self.config.chunk_latents, *session.history.shape[3:])
             noise = torch.randn(shape, generator=generator)
-        velocity = self._velocity(session, tracker)
-        timesteps = schedule(self.config.val_scheduler_cfg, session.steps)
-        latents = sample(velocity, noise.to(self.device), timesteps, partial(tracker.done, "sample")).cpu()
-        video = self._decode(latents)
+        latents = self._sample(session, noise.to(self.device), tracker)
+        video = self.vae.decode(latents)
         tracker.done("decode")
         # The picture's own frame is known already: the decoded first frame repeats it.
         added, state = self._encode(video[:, :, 1:], session.encoder_state)
         tracker.done("encode")
+        latents = latents.cpu()
         after = dataclasses.replace(
             session,
             history=torch.cat([session.history, added], dim=2),
@@ -311,27 +311,41 @@ class World:
         frames = _new_frames(index, session.picture, video)
         return Chunk(index, frames, latents, time.monotonic() - began, after)
 
-    def _velocity(self, session: Session, tracker: _Tracker) -> Callable[[Tensor, Tensor], Tensor]:
-        """The guided velocity of this chunk as a function of noisy latents and timestep.
+    def _sample(self, session: Session, noise: Tensor, tracker: _Tracker) -> Tensor:
+        """The latents of the session's next chunk. Apart, so that what served them is freed before they are decoded."""
+        velocity = self.velocity(session, tracker.done)
+        timesteps = schedule(self.config.val_scheduler_cfg, session.steps)
+        return sample(velocity, noise, timesteps, partial(tracker.done, "sample"))
 
-        Everything that does not depend on them is computed here, once: the compressed memory, each text's keys and
-        values, and the memory's way through the transformer for each text.
+    @torch.inference_mode()
+    def velocity(
+        self, session: Session, on_stage: Callable[[str], None] = lambda stage: None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """The guided velocity of the session's next chunk as a function of noisy latents and timestep.
+
+        Both on the model's device: (1, 16, 21, h, w) and a scalar. Everything that does not depend on them is computed
+        here, once: the compressed memory, each text's keys and values, and the memory's way through the transformer
+        for each text. `on_stage` hears "text" and "memory".
         """
         model, device = self.transformer, self.device
         prompts = [session.prompt] if session.guidance == 1 else [session.prompt, session.negative_prompt]
         texts: list[TextEmbedding] = [self._encode_text(prompt).to(device) for prompt in prompts]
-        tracker.done("text")
+        on_stage("text")
         pairs = session.actions.pairs(session.num_frames - 1, session.num_frames + self.config.chunk_frames)
         move, view = torch.tensor(pairs, device=device).T.unsqueeze(1)
-        actions = model.action_encoder(move, view)
-        memory = model.latent_encoder(session.history.to(device, model.dtype))
-        contexts = [model.embed_text(text.hidden, text.mask) for text in texts]
-        streams = [model.encode_memory(memory, context) for context in contexts]
-        tracker.done("memory")
+        with fastest_attention(device):
+            actions = model.action_encoder(move, view)
+            memory = model.latent_encoder(session.history.to(device, model.dtype))
+            contexts = [model.embed_text(text.hidden, text.mask) for text in texts]
+            streams = [model.encode_memory(memory, context) for context in contexts]
+        on_stage("memory")
         sign = 1 if self.config.val_scheduler_cfg.use_reversed_velocity else -1
 
+        @torch.inference_mode()
+        @fastest_attention(device)
         def velocity(z: Tensor, timestep: Tensor) -> Tensor:
-            t = timestep.to(device).reshape(1)
+            # One text after the other: both at once would need twice the memory for the same arithmetic.
+            t = timestep.reshape(1)
             v = [model.denoise(z, t, s, actions, c) for s, c in zip(streams, contexts, strict=True)]
             return sign * (v[0] if len(v) == 1 else guide(*v, session.guidance))
 
@@ -350,16 +364,19 @@ class World:
         return self.vae.decode(latents.to(self.device))
 
 
-def load(name: str | Path = "tiny", device: str = "auto") -> World:
-    """Loads a model: "tiny", "infinite-world", or the path of a config YAML.
+def load(name: str | Path | ModelConfig = "tiny", device: str = "auto", *, text_placement: str = "auto") -> World:
+    """Loads a model: "tiny", "infinite-world", the path of a config YAML, or the config itself.
 
-    device: "auto" (the GPU if there is one), "cuda", "cuda:1", "cpu". Raises FileNotFoundError or ValueError for
+    device: "auto" (the GPU if there is one), "cuda", "cuda:1", "cpu". text_placement: where a large text encoder works
+    and whether it stays: "auto", "gpu" or "cpu", see `UMT5OnDemand`. Raises FileNotFoundError or ValueError for
     missing, truncated or foreign weights, naming the file.
     """
-    config = load_config(name)
+    began = time.monotonic()
+    config = name if isinstance(name, ModelConfig) else load_config(name)
     device = pick_device(device)
     dtype = pick_dtype(device, getattr(torch, config.amp_dtype))
-    path, vae_path = config.path(config.checkpoint_path), config.path(config.vae_cfg.vae_pth)
+    path, vae_path = check_file(config.path(config.checkpoint_path)), check_file(config.path(config.vae_cfg.vae_pth))
+    text_encoder = open_text_encoder(config, device, dtype, text_placement)  # first, as it may be the one that is cut
     transformer = load_strict(
         lambda: InfiniteWorldTransformer(config.model_cfg),
         read_tensors(path),
@@ -371,9 +388,8 @@ def load(name: str | Path = "tiny", device: str = "auto") -> World:
     vae = load_strict(
         lambda: build_vae(config), read_tensors(vae_path), where=vae_path, device=device, dtype=torch.float32
     )
-    world = World(config, transformer, vae, load_text_encoder(config, device, dtype))
-    log.info("%s on %s in %s", config.name, device, dtype)
-    return world
+    log.info("%s from %s on %s (%s) in %.1f s", config.name, path, device, dtype, time.monotonic() - began)
+    return World(config, transformer, vae, text_encoder)
 
 
 def build_vae(config: ModelConfig) -> VideoVAE:

@@ -30,11 +30,13 @@ def sample(
 ) -> Tensor:
     """Integrates from noise to data: `velocity(z, t)` is noise minus data at timestep t, a scalar tensor.
 
-    `on_step` hears how many steps are done after each one.
+    timesteps: on the CPU, as `schedule` makes them. `on_step` hears how many steps are done after each one; on a GPU
+    the last of them may still be under way then.
     """
     z = noise
+    fed = timesteps.to(noise.device)  # all at once: copying one to a GPU at every step would wait for the step before
     for step in range(len(timesteps) - 1):
-        z = z - velocity(z, timesteps[step]) * (timesteps[step] - timesteps[step + 1]) / MAX_TIMESTEP
+        z = z - velocity(z, fed[step]) * (timesteps[step] - timesteps[step + 1]) / MAX_TIMESTEP
         on_step(step + 1)
     return z
 
