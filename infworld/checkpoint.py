@@ -209,7 +209,8 @@ def check_file(path: str | Path) -> Path:
         expected = _read(path, lambda: _safetensors_size(path))
         if size != expected:
             raise ValueError(
-                f"{path} is truncated or not a safetensors checkpoint: it has {size:,} bytes and not {expected:,}; {_AGAIN}"
+                f"{path} is truncated or not a safetensors checkpoint: it has {size:,} bytes and not {expected:,}; "
+                f"{_AGAIN}"
             )
     elif _begins_with(path, _ZIP) and not _has_zip_end(path):  # an old torch file, or none, is found out by reading it
         expected = max(size + _ZIP_END, _read(path, lambda: _torch_size(path)))

@@ -1,7 +1,7 @@
 """A config file is the model's only source of sizes: what is in it is read, what does not belong there is named."""
 
-import os
 import dataclasses
+import os
 
 import pytest
 import yaml
