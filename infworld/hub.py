@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, cached_assets_path, constants
 
-from infworld.config import PROJECT_ROOT, ModelConfig
+from infworld.config import PROJECT_ROOT, ModelConfig, faster_form
 from infworld.transfer import (
     NETWORK_ERRORS,
     PAUSES,
@@ -36,6 +36,7 @@ from infworld.transfer import (
     Transfer,
     check_space,
     download,
+    explain,
     explained_disk,
     is_same,
     locked,
@@ -56,6 +57,7 @@ class Plan:
 
     config: ModelConfig
     files: tuple[HubFile, ...]
+    damages: tuple[str, ...] = ()  # what is wrong with files that are there
 
 
 def weights_folder() -> Path:
@@ -72,7 +74,7 @@ def find(config: ModelConfig) -> ModelConfig | None:
 
     Looks at names only: quick, without network and without torch. `check` looks into the files.
     """
-    places = {key: _locate(config, key, name) for key, name in _named(config).items()}
+    places = {key: _locate(config, key, name, weights_folder()) for key, name in _named(config).items()}
     return _placed(config, places) if all(places.values()) else None
 
 
@@ -95,6 +97,8 @@ def fetch(
     if todo.files:
         with locked(folder):
             todo = plan(config, revision=revision, to=folder)  # another process may have been at it until now
+            for damage in todo.damages:
+                log.warning("%s", damage)
             check_space(todo.files)
             _write_record(folder, {file.repo: file.commit for file in todo.files})
             meter = Meter(todo.files, progress)
@@ -112,7 +116,7 @@ def plan(config: ModelConfig, *, revision: str | None = None, to: str | Path | N
     folder = _folder(to)
     revision = revision or os.environ.get("INFWORLD_REVISION") or None
     named = _named(config)
-    places = {key: _locate(config, key, name) for key, name in named.items()}
+    places = {key: _locate(config, key, name, folder) for key, name in named.items()}
     damages = {key: damage for key, place in places.items() if place and (damage := _damage(key, place))}
     hub = _Listings(_read_record(folder) | ({REPO: revision} if revision else {}))
     files = []
@@ -128,13 +132,15 @@ def plan(config: ModelConfig, *, revision: str | None = None, to: str | Path | N
             listed = hub.files(key, name, target)
         except HubError as error:
             raise HubError(f"{damages[key]}. {error}" if key in damages else str(error)) from error
-        if place and key not in damages and all(is_same(_inside(place, key, file), file) for file in listed):
+        if (
+            place
+            and key not in damages
+            and all(is_same(_inside(place, key, file), file.size, file.digest) for file in listed)
+        ):
             continue
-        files += [file for file in listed if not is_same(file.target, file)]
+        files += [file for file in listed if not is_same(file.target, file.size, file.digest)]
         places[key] = target
-    for damage in damages.values():
-        log.warning("%s", damage)
-    return Plan(_placed(config, places), tuple(files))
+    return Plan(_placed(config, places), tuple(files), tuple(damages.values()))
 
 
 def check(config: ModelConfig) -> None:
@@ -194,9 +200,9 @@ def _placed(config: ModelConfig, places: dict[str, Path]) -> ModelConfig:
     )
 
 
-def _locate(config: ModelConfig, key: str, name: str) -> Path | None:
-    """Where the part is on this machine: as the config says, in `weights_folder`, in the Hub's cache, or None."""
-    for place in (config.path(name), _target(name, weights_folder())):
+def _locate(config: ModelConfig, key: str, name: str, folder: Path) -> Path | None:
+    """Where the part is on this machine: as the config says, in the folder, in the Hub's cache, or None."""
+    for place in (config.path(name), faster_form(_target(name, folder))):
         if _is_there(key, place):
             return place.absolute()
     for repo in (REPO, FALLBACK_REPO):
@@ -302,7 +308,7 @@ class _Listings:
                     for path in paths
                 ]
         raise HubError(
-            f"neither {REPO} nor {FALLBACK_REPO} has a {PurePosixPath(name).name}: put it at {target} yourself, or "
+            f"neither {REPO} nor {FALLBACK_REPO} has {PurePosixPath(name).name}: put it at {target} yourself, or "
             f"correct its path in the config"
         )
 
@@ -310,7 +316,7 @@ class _Listings:
         """The commit, and size and digest of every file."""
         if repo not in self._known:
             revision = self._revisions.get(repo)
-            patience = Patience(repo, revision, PAUSES[:2])
+            patience = Patience(lambda error: explain(error, repo, revision), PAUSES[:2])
             while True:
                 try:
                     info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT)

@@ -133,12 +133,14 @@ def download(file: HubFile, meter: Meter) -> None:
         if file.part.is_file() and file.part.stat().st_size > file.size:
             file.part.unlink()
         with file.part.open("a+b") as part:
-            digest = _hash(part, file)
+            digest = hash_like(file.digest, file.size)
+            part.seek(0)
+            _hash_rest(part, digest)
             have = part.tell()
             if have:
                 log.info("%s goes on at %s of %s", file.target.name, size_text(have), size_text(file.size))
             meter.begin(file, have)
-            patience = Patience(file.repo, file.commit)
+            patience = Patience(lambda error: explain(error, file.repo, file.commit))
             while have < file.size:
                 try:
                     for block in _blocks(file, have):
@@ -183,22 +185,27 @@ def _blocks(file: HubFile, start: int) -> Iterator[bytes]:
             skip = max(0, skip - len(block))
 
 
-def _hash(part: BinaryIO, file: HubFile):
-    """The running hash of what is there of a file; the stream stands at its end after that."""
-    sha1 = len(file.digest) == 40
-    digest = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False) if sha1 else hashlib.sha256()
-    part.seek(0)
-    while block := part.read(_BLOCK):
-        digest.update(block)
-    return digest
+def hash_like(digest: str, size: int):
+    """A new hash of the kind that the Hub lists: git's blob SHA-1 for small files, sha256 for large ones."""
+    if len(digest) == 40:
+        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    return hashlib.sha256()
 
 
-def is_same(path: Path, file: HubFile) -> bool:
-    """Whether the file on the disk is the one on the Hub, by size and hash."""
-    if not path.is_file() or path.stat().st_size != file.size:
+def is_same(path: Path, size: int, digest: str) -> bool:
+    """Whether a file on the disk is the one that the Hub lists with this size and digest."""
+    if not path.is_file() or path.stat().st_size != size:
         return False
-    with path.open("rb") as local:
-        return _hash(local, file).hexdigest() == file.digest
+    found = hash_like(digest, size)
+    with path.open("rb") as file:
+        _hash_rest(file, found)
+    return found.hexdigest() == digest
+
+
+def _hash_rest(file: BinaryIO, digest) -> None:
+    """Hashes from where the stream stands to its end."""
+    while block := file.read(_BLOCK):
+        digest.update(block)
 
 
 class Meter:
@@ -240,8 +247,8 @@ class Meter:
 class Patience:
     """Waits after an error that may pass, longer each time as long as nothing arrives; raises HubError for others."""
 
-    def __init__(self, repo: str, revision: str | None, pauses: tuple[int, ...] = PAUSES):
-        self._repo, self._revision, self._pauses = repo, revision, pauses
+    def __init__(self, explain: Callable[[Exception], str], pauses: tuple[int, ...] = PAUSES):
+        self._explain, self._pauses = explain, pauses
         self._failures = 0
 
     def renew(self) -> None:
@@ -253,7 +260,7 @@ class Patience:
             status is None or status in (408, 429) or status >= 500
         )
         if not passing or self._failures >= len(self._pauses) or asked > LONGEST_PAUSE:
-            raise HubError(explain(error, self._repo, self._revision)) from error
+            raise HubError(self._explain(error)) from error
         pause = max(asked, self._pauses[self._failures])
         self._failures += 1
         log.warning("%s: trying again in %d s", _reason(error), pause)

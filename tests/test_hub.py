@@ -155,7 +155,7 @@ def test_the_fallback_is_not_asked_where_the_main_repository_has_all(server, con
 
 def test_a_file_that_no_repository_has_is_named(server, config):
     lost = dataclasses.replace(config, checkpoint_path="checkpoints/mine.ckpt")
-    with pytest.raises(HubError, match=r"neither .* nor .* has a mine.ckpt: put it at .*mine.ckpt yourself"):
+    with pytest.raises(HubError, match=r"neither .* nor .* has mine.ckpt: put it at .*mine.ckpt yourself"):
         hub.fetch(lost)
     nameless = dataclasses.replace(config, checkpoint_path="")
     with pytest.raises(ValueError, match="small.yaml names no file for the transformer"):
