@@ -47,13 +47,15 @@ class Repo:
         return sha
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
+    """sent: bytes of the answer."""
+
     method: str
     path: str
     range: str | None
     token: str | None
-    sent: int
+    sent: int = 0
 
 
 class HubServer(ThreadingHTTPServer):
@@ -125,23 +127,22 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def _serve(self) -> None:
-        self.sent = 0
         length = int(self.headers.get("Content-Length", 0))
         self.body = self.rfile.read(length)
         address = urlsplit(self.path)
         self.route, self.query = unquote(address.path), parse_qs(address.query)
-        try:
-            with self.server.lock:
-                planned = next((a for part, a in self.server.status.items() if part in self.route and a), None)
-                answer = planned.pop(0) if planned else None
-            if answer:
-                status, headers = answer
-                self._answer(status, b'{"error": "as switched on"}', headers)
-            else:
-                self._dispatch()
-        finally:
-            token = self.headers.get("Authorization")
-            self.server.requests.append(Request(self.command, self.route, self.headers.get("Range"), token, self.sent))
+        # Written down before it is answered: who asks may look at the list as soon as the answer is there.
+        token = self.headers.get("Authorization")
+        self.request_made = Request(self.command, self.route, self.headers.get("Range"), token)
+        self.server.requests.append(self.request_made)
+        with self.server.lock:
+            planned = next((a for part, a in self.server.status.items() if part in self.route and a), None)
+            answer = planned.pop(0) if planned else None
+        if answer:
+            status, headers = answer
+            self._answer(status, b'{"error": "as switched on"}', headers)
+        else:
+            self._dispatch()
 
     def _dispatch(self) -> None:
         routes = {
@@ -293,8 +294,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         body = body if cut is None else body[:cut]
+        self.request_made.sent = len(body)
         self.wfile.write(body)
-        self.sent = len(body)
         if cut is not None:
             self.wfile.flush()
             self.close_connection = True
