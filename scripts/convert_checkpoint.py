@@ -3,7 +3,7 @@
 python scripts/convert_checkpoint.py
 
 The three files appear beside the released ones, under `checkpoints/`, where every program prefers them without
-being told; the released ones may then be deleted. With `--out FOLDER` they go elsewhere, with the tokenizer and a config
+being told; the released ones may then be deleted. With `--out FOLDER` they go elsewhere, with tokenizer and a config
 that names them: `--model FOLDER/infworld_config.yaml`. Either way nothing is held in memory: tensors are read from the
 mapped file and written piece by piece.
 

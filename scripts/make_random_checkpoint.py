@@ -105,7 +105,7 @@ def random_tensors(shapes: Shapes, noise: Tensor) -> dict[str, Tensor]:
         elif len(shape) == 1:
             tensors[name] = torch.zeros(shape, dtype=noise.dtype)
         else:
-            tensors[name] = taken(noise, start, shape).mul_(shape[1:].numel() ** -0.5)
+            tensors[name] = taken(noise, start, shape, scale=shape[1:].numel() ** -0.5)
             start = (start + shape.numel()) % len(noise)
     return tensors
 
@@ -114,13 +114,13 @@ def is_norm(name: str, shape: torch.Size) -> bool:
     return name.endswith(".gamma") or (len(shape) == 1 and name.endswith(".weight"))
 
 
-def taken(noise: Tensor, start: int, shape: torch.Size) -> Tensor:
-    """A new tensor filled with the noise from `start` on, from its beginning again at its end."""
+def taken(noise: Tensor, start: int, shape: torch.Size, scale: float) -> Tensor:
+    """A new tensor filled with `scale` times the noise from `start` on, from its beginning again at its end."""
     flat = torch.empty(shape.numel(), dtype=noise.dtype)
     done = 0
     while done < len(flat):
         piece = noise[start : start + len(flat) - done]
-        flat[done : done + len(piece)] = piece
+        torch.mul(piece, scale, out=flat[done : done + len(piece)])
         done, start = done + len(piece), 0
     return flat.reshape(shape)
 
@@ -131,13 +131,16 @@ def extras(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def write(path: Path, content: dict) -> None:
-    """A torch file, whole or not at all."""
+    """A torch file, whole or not at all; without checksums, which torch never reads and which take most of the time."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
+    checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
     try:
         torch.save(content, part)
         os.replace(part, path)
     finally:
+        torch.serialization.set_crc32_options(checksums)
         if part.exists():
             part.unlink()
 
