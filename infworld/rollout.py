@@ -267,22 +267,7 @@ class World:
 
     def check_session(self, session: Session) -> None:
         """Raises ValueError if the session is another model's or does not hang together."""
-        if session.model != self.config.name:
-            raise ValueError(
-                f"this session was made with the model {session.model!r}, but {self.config.name!r} is loaded"
-            )
-        made, channels, per_chunk = len(session.chunk_latents), self.config.vae_cfg.z_dim, self.config.chunk_latents
-        height, width = session.history.shape[-2:]
-        shapes = {
-            "picture": (session.picture, (1, height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT, 3)),
-            "history": (session.history, (1, channels, 1 + made * (per_chunk - 1), height, width)),
-            **{f"chunk {i}": (z, (1, channels, per_chunk, height, width)) for i, z in enumerate(session.chunk_latents)},
-        }
-        for name, (found, expected) in shapes.items():
-            if tuple(found.shape) != expected:
-                raise ValueError(f"the session is damaged: its {name} is {tuple(found.shape)} and not {expected}")
-        if session.num_frames != 1 + made * self.config.chunk_frames:
-            raise ValueError(f"the session is damaged: {made} chunks make no {session.num_frames} frames")
+        check_session(session, self.config)
 
     @torch.inference_mode()
     def _make_chunk(self, session: Session, tracker: _Tracker, noise: Tensor | None) -> Chunk:
@@ -362,6 +347,26 @@ class World:
     @torch.inference_mode()
     def _decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents.to(self.device))
+
+
+def check_session(session: Session, config: ModelConfig) -> None:
+    """Raises ValueError if the session is not of the model of this config or does not hang together."""
+    if session.model != config.name:
+        raise ValueError(
+            f"this session was made with the model {session.model!r}, but {config.name!r} is loaded"
+        )
+    made, channels, per_chunk = len(session.chunk_latents), config.vae_cfg.z_dim, config.chunk_latents
+    height, width = session.history.shape[-2:]
+    shapes = {
+        "picture": (session.picture, (1, height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT, 3)),
+        "history": (session.history, (1, channels, 1 + made * (per_chunk - 1), height, width)),
+        **{f"chunk {i}": (z, (1, channels, per_chunk, height, width)) for i, z in enumerate(session.chunk_latents)},
+    }
+    for name, (found, expected) in shapes.items():
+        if tuple(found.shape) != expected:
+            raise ValueError(f"the session is damaged: its {name} is {tuple(found.shape)} and not {expected}")
+    if session.num_frames != 1 + made * config.chunk_frames:
+        raise ValueError(f"the session is damaged: {made} chunks make no {session.num_frames} frames")
 
 
 def load(name: str | Path | ModelConfig = "tiny", device: str = "auto", *, text_placement: str = "auto") -> World:
