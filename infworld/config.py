@@ -15,6 +15,7 @@ import yaml
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = PROJECT_ROOT / "configs"
+MODELS = {"infinite-world": "infworld_config.yaml", "tiny": "tiny.yaml"}  # by name, in CONFIG_DIR
 FRAMES_PER_LATENT = 4  # of the causal VAE; the first latent stands for one frame alone
 BUCKET_STEP = 16  # pixels per patch: 8 per latent, 2 latents per patch
 
@@ -200,10 +201,9 @@ def load_config(name_or_path: str | Path) -> ModelConfig:
 
     Raises FileNotFoundError for a missing file, ValueError for an unknown name, an unknown key or a bad value.
     """
-    known = {"infinite-world": "infworld_config.yaml", "tiny": "tiny.yaml"}
-    path = CONFIG_DIR / known[name_or_path] if name_or_path in known else Path(name_or_path).expanduser()
+    path = CONFIG_DIR / MODELS[name_or_path] if name_or_path in MODELS else Path(name_or_path).expanduser()
     if path.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"unknown model {str(name_or_path)!r}: use {', '.join(known)} or the path of a .yaml file")
+        raise ValueError(f"unknown model {str(name_or_path)!r}: use {', '.join(MODELS)} or the path of a .yaml file")
     if not path.is_file():
         raise FileNotFoundError(f"no config file at {path}")
     try:

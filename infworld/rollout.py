@@ -352,9 +352,7 @@ class World:
 def check_session(session: Session, config: ModelConfig) -> None:
     """Raises ValueError if the session is not of the model of this config or does not hang together."""
     if session.model != config.name:
-        raise ValueError(
-            f"this session was made with the model {session.model!r}, but {config.name!r} is loaded"
-        )
+        raise ValueError(f"this session was made with the model {session.model!r}, but {config.name!r} is loaded")
     made, channels, per_chunk = len(session.chunk_latents), config.vae_cfg.z_dim, config.chunk_latents
     height, width = session.history.shape[-2:]
     shapes = {
