@@ -109,10 +109,10 @@ def upload(args: argparse.Namespace) -> int:
         missing = [file for file in files if not is_there(file, there)]
         print(f"{page} has {len(files) - len(missing)} of {len(files)} files")
         send(api, repo, kind, missing, page)
-        lost = [file.name for file in files if not is_there(file, on_hub(api, repo, kind))]
+        there = on_hub(api, repo, kind)
     except NETWORK_ERRORS as error:
         raise UploadError(refusal(error, page)) from error
-    if lost:
+    if lost := [file.name for file in files if there.get(file.name, (None,))[0] != file.size]:
         raise UploadError(f"the Hub did not take {len(lost)} files: {', '.join(lost[:4])}; see its .gitignore")
     print(f"complete: {page}")
     return 0
@@ -255,12 +255,15 @@ def is_there(file: Upload, there: dict[str, tuple[int, str]]) -> bool:
 
 def send(api: HfApi, repo: str, kind: str, files: list[Upload], page: str) -> None:
     """One commit per batch: what is committed stays, whatever happens later."""
-    parts = list(batches(files))
+    starters = [file for file in files if file.name in STARTERS]
+    parts = [*batches(file for file in files if file not in starters), *batches(starters)]
     for number, part in enumerate(parts, 1):
         size = sum(file.size for file in part)
         print(f"commit {number} of {len(parts)}: {len(part)} files, {size_text(size)}")
         message = "Upload Infinite-World" + (f" (part {number} of {len(parts)})" if len(parts) > 1 else "")
-        additions = [CommitOperationAdd(file.name, file.content or str(file.path)) for file in part]
+        additions = [
+            CommitOperationAdd(file.name, str(file.path) if file.content is None else file.content) for file in part
+        ]
         patience = Patience(lambda error: refusal(error, page))
         while True:
             try:

@@ -15,7 +15,10 @@ import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from huggingface_hub import constants
 
 LFS_SIZE = 2000
 TOKEN = "hf_" + "t" * 34  # put together here so that no file of the project looks like it holds a token
@@ -101,6 +104,19 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
 
+def connect(server: HubServer, monkeypatch, home: Path) -> None:
+    """Points huggingface_hub at the server, without a token, and at `home` for all that it keeps on the disk."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SPACE_ID", "INFWORLD_REVISION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "no token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage speaks another protocol
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
 def git_blob(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -129,8 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
         self.body = self.rfile.read(length)
-        address = urlsplit(self.path)
-        self.route, self.query = unquote(address.path), parse_qs(address.query)
+        self.route = unquote(urlsplit(self.path).path)
         # Written down before it is answered: who asks may look at the list as soon as the answer is there.
         token = self.headers.get("Authorization")
         self.request_made = Request(self.command, self.route, self.headers.get("Range"), token)

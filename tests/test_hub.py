@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL_MODEL
-from hub_server import LFS_SIZE, TOKEN, HubServer, Repo
+from hub_server import LFS_SIZE, TOKEN, HubServer, Repo, connect
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
@@ -74,18 +74,10 @@ def released(tmp_path_factory) -> dict[str, bytes]:
 @pytest.fixture
 def server(released, tmp_path, monkeypatch):
     """The Hub with both repositories; nothing on this machine is touched but `tmp_path`, and no time is waited."""
-    for name in ("HF_TOKEN", "SPACE_ID", "INFWORLD_REVISION"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("INFWORLD_CHECKPOINTS", str(tmp_path / "checkpoints"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(transfer.time, "sleep", lambda seconds: None)
     with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.file_download.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        connect(server, monkeypatch, tmp_path)
         server.repo(hub.REPO, released)
         server.repo(hub.FALLBACK_REPO, {name.removeprefix("models/"): content for name, content in released.items()})
         yield server
