@@ -1,5 +1,8 @@
 """The page: choose a picture, plan a walk, watch the film while it is made. Start it with `python app.py`.
 
+`--model` or INFWORLD_MODEL name the model; its weights are downloaded if they are not there. Without a choice it is
+the released one where its weights are and a GPU that it fits on (24 GB), else the small one that comes along.
+
 Layout and handlers; what they do is in `ui/studio.py`. What a person makes lives in a folder of its own, of which the
 page keeps only the path.
 """
@@ -22,10 +25,10 @@ import gradio as gr
 import spaces  # noqa: F401  (patches torch on a ZeroGPU Space, so before anything touches CUDA)
 from PIL import Image
 
-import infworld
 from infworld.actions import ActionScript
 from infworld.config import ModelConfig
-from infworld.rollout import Chunk, World
+from infworld.models import available, default_model, device_name, prepare
+from infworld.rollout import Chunk, Session, World
 from infworld.video import crop_image
 from ui import status
 from ui.drive import Drive, driven
@@ -33,9 +36,10 @@ from ui.editor import ActionEditor, script_of
 from ui.films import Film, FilmStore
 from ui.gallery import Gallery, find_examples
 from ui.memory_check import memory_check
+from ui.models import Models, OneModel
 from ui.picture import Picture
 from ui.player import FilmPlayer, film_value, still_value
-from ui.studio import MAX_PROMPT, MAX_STEPS, Job, Studio, Wishes
+from ui.studio import MAX_PROMPT, MAX_STEPS, Job, Loading, Making, Studio, Wishes
 from ui.walk import STEP, TURN_DEGREES
 
 log = logging.getLogger(__name__)
@@ -75,7 +79,8 @@ class Page:
 
     def __init__(self, studio: Studio):
         self.studio = studio
-        self.config = studio.config
+        self.models = studio.models
+        self.config = self.models.config(self.models.first)  # the page is laid out for the first model's lengths
         self.examples = find_examples(EXAMPLES)
 
     def blocks(self) -> gr.Blocks:
@@ -100,11 +105,21 @@ class Page:
     def _header(self) -> None:
         with gr.Row(elem_id="top"):
             gr.HTML(_read("header.html"), js_on_load=_read("header.js"), apply_default_css=False, elem_id="header")
+            self.running = gr.HTML(self._running(self.models.first), apply_default_css=False, elem_id="running")
             gr.DuplicateButton(visible="SPACE_ID" in os.environ, scale=0, min_width=160)
 
     def _scene(self) -> None:
         sampler, step = self.config.val_scheduler_cfg, self.config.chunk_frames
-        guided = sampler.text_cfg_scale != 1
+        guided = is_guided(self.config)
+        names = self.models.names
+        self.model = gr.Dropdown(
+            names,
+            value=self.models.first,
+            label="Model for new films",
+            info="A film goes on with the model that it was begun with.",
+            visible=len(names) > 1,
+            elem_id="model",
+        )
         with gr.Row():
             sources = ["upload", "clipboard", "webcam"]
             self.image = Picture(label="Picture", sources=sources, height=220, buttons=[], elem_id="picture")
@@ -134,7 +149,7 @@ class Page:
 
     def _screen(self) -> None:
         self.player = FilmPlayer(elem_id="film")
-        self.status = gr.HTML(status.message("Ready", f"The model is {self.config.name}."), elem_id="status")
+        self.status = gr.HTML(status.message("Ready"), elem_id="status")
         with gr.Row(elem_id="make"):
             self.generate = gr.Button("Generate", variant="primary", scale=3, min_width=140, elem_id="generate")
             self.stop = gr.Button("Stop", variant="stop", interactive=False, scale=1, min_width=90, elem_id="stop")
@@ -172,20 +187,28 @@ class Page:
         self.buttons = [self.generate, self.stop, self.more, self.redo, self.extra, self.session_file]
         begun = [self.film, self.job, self.outcome, self.seed, self.status, self.player, self.downloads, *self.buttons]
         settled = [self.status, self.player, self.downloads, self.editor, self.drive, *self.buttons]
-        resumed = [self.editor, self.prompt, self.negative_prompt, self.randomise, self.steps, self.guidance]
+        chosen = [self.running, self.negative_prompt, self.steps, self.guidance]
+        resumed = [self.editor, self.prompt, self.randomise, self.model, *chosen]
         # Through the queue like all, but never waiting: errors of events outside the queue are errors in the console.
         at_once = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
-        self.image.change(self.choose, [self.image, self.film], [self.preview, self.player], **at_once)
+        shown = [self.preview, self.player]
+        self.image.change(self.choose, [self.image, self.film, self.model], shown, **at_once)
+        self.model.input(self.choose_model, self.model, chosen, **at_once).then(
+            self.choose, [self.image, self.film, self.model], shown, **at_once
+        )
         self.gallery.pick(self.take_example, None, [self.image, self.prompt, self.editor, self.frames], **at_once)
         self.frames.change(self.plan_length, self.frames, self.editor, **at_once)
         starts = [
-            self.generate.click(self.begin, [self.image, self.frames, *wishes], begun, **at_once),
-            self.more.click(self.go_on, [self.film, self.extra, *wishes], [*begun, self.editor], **at_once),
-            self.redo.click(self.make_again, [self.film, *wishes], begun, **at_once),
+            self.generate.click(self.begin, [self.image, self.frames, self.model, *wishes], begun, **at_once),
+            self.more.click(self.go_on, [self.film, self.extra, self.model, *wishes], [*begun, self.editor], **at_once),
+            self.redo.click(self.make_again, [self.film, self.model, *wishes], begun, **at_once),
             self.session_file.upload(self.resume, self.session_file, [*begun, *resumed], **at_once),
             self.drive.drive(
-                self.drive_on, [self.film, self.drive, self.image, *wishes], [*begun, self.editor], **at_once
+                self.drive_on,
+                [self.film, self.drive, self.image, self.model, *wishes],
+                [*begun, self.editor],
+                **at_once,
             ),
         ]
         on_gpu = {"concurrency_limit": 1, "concurrency_id": "gpu", "api_visibility": "private"}
@@ -209,6 +232,7 @@ class Page:
                 gr.Number(1 + self.config.chunk_frames, label="frames", precision=0),
                 gr.Number(0, label="seed", precision=0),
                 gr.Textbox("", label="prompt", max_length=MAX_PROMPT),
+                gr.Textbox("", label="model"),
             ]
             gr.Button().click(
                 self.make_film,
@@ -222,13 +246,32 @@ class Page:
     # ---------------------------------------------------------------------------------------------------- handlers
 
     @plainly
-    def choose(self, image: str | None, film: Film | None) -> Update:
+    def choose(self, image: str | None, film: Film | None, model: str) -> Update:
         """Shows a picture as the model will see it."""
         if image is None:
             return {self.preview: gr.update(value=None, visible=False)}
-        cut = crop_image(image, self.config.buckets)
+        cut = crop_image(image, self.models.config(model).buckets)
         update = {self.preview: gr.update(value=cut, visible=True)}
         return update if film else update | {self.player: still_value(cut)}
+
+    @plainly
+    def choose_model(self, model: str) -> Update:
+        """Another model for new films, with its own steps, guidance and negative prompt."""
+        config = self.models.config(model)
+        sampler = config.val_scheduler_cfg
+        return self._chosen(config, config.negative_prompt, sampler.num_sampling_steps, sampler.text_cfg_scale)
+
+    def _chosen(self, config: ModelConfig, negative_prompt: str, steps: int, guidance: float) -> Update:
+        guided = is_guided(config)
+        return {
+            self.running: self._running(config.name),
+            self.negative_prompt: gr.update(value=negative_prompt, visible=guided),
+            self.steps: steps,
+            self.guidance: gr.update(value=guidance, visible=guided),
+        }
+
+    def _running(self, model: str) -> str:
+        return status.running(model, device_name(self.models.device))
 
     def take_example(self, event: gr.EventData) -> Update:
         """Picture, prompt and actions of an example, and the length that its actions need."""
@@ -246,39 +289,40 @@ class Page:
         return {self.editor: gr.update(num_frames=int(frames))}
 
     @plainly
-    def begin(self, image: str | None, frames: int, *wishes: Any) -> Update:
+    def begin(self, image: str | None, frames: int, model: str, *wishes: Any) -> Update:
         """A new film of the picture."""
         if image is None:
             raise ValueError("Choose a picture first: upload one, or take an example.")
         wishes = self._wishes(*wishes)
-        film, job = self.studio.begin(image, int(frames), wishes)
+        film, job = self.studio.begin(image, int(frames), wishes, model)
         still = still_value(Image.fromarray(job.picture))
         return self._begun(job, wishes.seed) | {self.film: film, self.player: still}
 
     @plainly
-    def go_on(self, film: Film | None, chunks: int, *wishes: Any) -> Update:
+    def go_on(self, film: Film | None, chunks: int, model: str, *wishes: Any) -> Update:
         """More chunks for the film that is there."""
-        wishes = self._wishes(*wishes)
-        job = self.studio.go_on(_there(film), int(chunks), wishes)
+        session = _there(film).session()
+        job = self.studio.go_on(film, int(chunks), for_film(self._wishes(*wishes), session, model))
         frames = film.num_frames + int(chunks) * self.config.chunk_frames
-        return self._begun(job, film.session().seed) | {self.editor: gr.update(num_frames=frames)}
+        return self._begun(job, session.seed) | {self.editor: gr.update(num_frames=frames)}
 
     @plainly
-    def make_again(self, film: Film | None, *wishes: Any) -> Update:
+    def make_again(self, film: Film | None, model: str, *wishes: Any) -> Update:
         """The film's last chunk with another seed."""
-        wishes = self._wishes(*wishes)
-        if wishes.seed == _there(film).session().seed:
+        session = _there(film).session()
+        wishes = for_film(self._wishes(*wishes), session, model)
+        if wishes.seed == session.seed:
             wishes = dataclasses.replace(wishes, seed=random.randrange(RANDOM_SEEDS))
         return self._begun(self.studio.redo(film, wishes), wishes.seed)
 
     @plainly
-    def drive_on(self, film: Film | None, value: Any, image: str | None, *wishes: Any) -> Update:
+    def drive_on(self, film: Film | None, value: Any, image: str | None, model: str, *wishes: Any) -> Update:
         """One more chunk, of what was driven; the first one of a film is made by the plan."""
         step = self.config.chunk_frames
         if film is None or not film.num_frames:
-            return self.begin(image, 1 + step, *wishes)
-        wishes = self._wishes(*wishes)
+            return self.begin(image, 1 + step, model, *wishes)
         session = film.session()
+        wishes = for_film(self._wishes(*wishes), session, model)
         actions = session.with_actions(driven(value, step)).actions
         job = self.studio.go_on(film, 1, dataclasses.replace(wishes, actions=actions))
         plan = gr.update(value=actions, num_frames=session.num_frames + step)
@@ -286,16 +330,16 @@ class Page:
 
     @plainly
     def resume(self, path: str) -> Update:
-        """The film of an uploaded session file."""
+        """The film of an uploaded session file, with its model."""
         film, session = self.studio.resume(path)
         fields = {
             self.editor: gr.update(value=session.actions, num_frames=session.num_frames),
             self.prompt: session.prompt,
-            self.negative_prompt: session.negative_prompt,
-            self.steps: session.steps,
-            self.guidance: session.guidance,
+            self.model: session.model,
         }
-        return self._begun(Job(0), session.seed) | fields | {self.film: film}
+        config = self.models.config(session.model)
+        fields |= self._chosen(config, session.negative_prompt, session.steps, session.guidance)
+        return self._begun(Job(session.model, 0), session.seed) | fields | {self.film: film}
 
     def _wishes(
         self, actions: Any, prompt: str, negative: str, seed: int | None, randomise: bool, steps: int, guidance: float
@@ -316,6 +360,8 @@ class Page:
             for news in self.studio.run(film, job):
                 if isinstance(news, Chunk):
                     yield {self.player: film_value(film)}
+                elif isinstance(news, Loading):
+                    yield {self.status: status.message("Loading", f"The model {news.model} is loaded first.")}
                 else:
                     yield {self.status: status.making(news)}
         except Exception as error:
@@ -364,6 +410,7 @@ class Page:
         frames: int = 81,
         seed: int = 0,
         prompt: str = "",
+        model: str = "",
         progress=gr.Progress(),  # noqa: B008  (how Gradio hands one over)
     ) -> str:
         """
@@ -380,15 +427,19 @@ class Page:
             frames: Length of the film in frames: 81, 161, 241 and so on.
             seed: Another number makes another film of the same walk.
             prompt: What the world looks like; may be empty.
+            model: One of the models that are here, by name; empty for the page's own.
         """
         if image is None:
             raise ValueError("there is no picture")
-        sampler = self.config.val_scheduler_cfg
+        config = self.models.config(model or self.models.first)
+        sampler = config.val_scheduler_cfg
         quality = sampler.num_sampling_steps, sampler.text_cfg_scale
-        wishes = Wishes(_script(actions), prompt, self.config.negative_prompt, seed, *quality)
-        film, job = self.studio.begin(image, frames, wishes)
+        wishes = Wishes(_script(actions), prompt, config.negative_prompt, seed, *quality)
+        film, job = self.studio.begin(image, frames, wishes, config.name)
         for news in self.studio.run(film, job):
-            if not isinstance(news, Chunk):
+            if isinstance(news, Loading):
+                progress(0, f"the model {news.model} is loaded")
+            elif isinstance(news, Making):
                 progress(news.share, f"chunk {news.chunk} of {news.chunks}")
         return str(film.finish()["film"])
 
@@ -402,6 +453,19 @@ def _there(film: Film | None) -> Film:
     if film is None:
         raise ValueError("There is no film yet: press Generate first.")
     return film
+
+
+def for_film(wishes: Wishes, session: Session, model: str) -> Wishes:
+    """Wishes for a film's further frames. Those about quality are for the model chosen now, which may be another."""
+    if model == session.model:
+        return wishes
+    kept = {name: getattr(session, name) for name in ("negative_prompt", "steps", "guidance")}
+    return dataclasses.replace(wishes, **kept)
+
+
+def is_guided(config: ModelConfig) -> bool:
+    """Whether the model uses a negative prompt."""
+    return config.val_scheduler_cfg.text_cfg_scale != 1
 
 
 def _sentence(error: Exception) -> str:
@@ -431,17 +495,18 @@ def _read(name: str) -> str:
     return (ROOT / "ui" / name).read_text(encoding="utf-8")
 
 
-def serve(world: World, films: Path = FILMS, **launching: Any) -> gr.Blocks:
-    """Builds and launches the page for a model; films go below `films`. Returns the running page."""
+def serve(models: Models | World, films: Path = FILMS, **launching: Any) -> gr.Blocks:
+    """Builds and launches the page for one or more models; films go below `films`. Returns the running page."""
+    models = OneModel(models) if isinstance(models, World) else models
     store = FilmStore(films, LIFETIME)
     store.keep_sweeping()
-    blocks = Page(Studio(world, store)).blocks()
+    blocks = Page(Studio(models, store)).blocks()
     blocks.queue(max_size=MAX_QUEUE)
     blocks.launch(
         theme=theme(),
         css=_read("page.css"),
         allowed_paths=[str(store.root)],
-        max_file_size=upload_limit(world.config),
+        max_file_size=max(upload_limit(models.config(name)) for name in models.names),
         mcp_server=importlib.util.find_spec("mcp") is not None,
         ssr_mode=False,
         footer_links=["api", "settings"],
@@ -462,18 +527,23 @@ def theme() -> gr.Theme:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The page on which a picture becomes a walk.")
-    model = os.environ.get("INFWORLD_MODEL", "tiny")
-    parser.add_argument("--model", default=model, help="tiny, infinite-world, or the path of a YAML file")
+    parser.add_argument(
+        "--model",
+        help="infinite-world, tiny, or the path of a YAML file; missing weights are downloaded. Default: "
+        "INFWORLD_MODEL, else infinite-world if its weights are here and a GPU that it fits on, else tiny",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--host", help="address to listen on: 0.0.0.0 for all (default: only this machine)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
-        world = infworld.load(args.model, args.device)
+        config = prepare(args.model or default_model(args.device))
+        others = {name: other for name, other in available().items() if name != config.name}
+        models = Models({config.name: config, **others}, args.device)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    serve(world, server_name=args.host, server_port=args.port)
+    serve(models, server_name=args.host, server_port=args.port)
 
 
 if __name__ == "__main__":

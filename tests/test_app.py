@@ -25,6 +25,7 @@ from ui.drive import driven
 from ui.films import Film, FilmStore
 from ui.gallery import find_examples
 from ui.memory_check import coverage_strip, covered_frames, memory_check, psnr
+from ui.models import OneModel
 from ui.studio import MAX_PROMPT, MAX_STEPS, Job, Studio, Wishes
 from ui.walk import revisits, walk
 
@@ -33,7 +34,7 @@ WISHES = Wishes(ActionScript.parse("forward 80, right 80"), "a hill", "", seed=3
 
 @pytest.fixture
 def studio(world, tmp_path) -> Studio:
-    return Studio(world, FilmStore(tmp_path / "films", lifetime=60))
+    return Studio(OneModel(world), FilmStore(tmp_path / "films", lifetime=60))
 
 
 def make(studio: Studio, film: Film, job: Job) -> list:
@@ -129,9 +130,9 @@ def test_a_film_stopped_in_its_first_chunk_can_go_on(studio, picture):
     assert film.num_frames == 81
 
 
-def test_an_error_in_the_middle_keeps_the_film(studio, picture, monkeypatch):
+def test_an_error_in_the_middle_keeps_the_film(studio, picture, monkeypatch, world):
     film, job = studio.begin(picture, 241, WISHES)
-    run, next_chunk, calls = studio.run(film, job), studio.world.next_chunk, []
+    run, next_chunk, calls = studio.run(film, job), world.next_chunk, []
 
     def breaks(session, callback):
         calls.append(session)
@@ -139,7 +140,7 @@ def test_an_error_in_the_middle_keeps_the_film(studio, picture, monkeypatch):
             raise RuntimeError("GPU task aborted")
         return next_chunk(session, callback)
 
-    monkeypatch.setattr(studio.world, "next_chunk", breaks)
+    monkeypatch.setattr(world, "next_chunk", breaks)
     with pytest.raises(RuntimeError, match="aborted"):
         list(run)
     assert film.num_frames == film.session().num_frames == 161
@@ -151,7 +152,7 @@ def test_a_session_file_brings_the_film_back(studio, picture, tmp_path):
     copy.write_bytes(film.finish()["session"].read_bytes())
     film.remove()
     again, session = studio.resume(copy)
-    make(studio, again, Job(0))
+    make(studio, again, Job(session.model, 0))
     assert again.num_frames == session.num_frames == 161 and not again.can_redo
     make(studio, again, studio.go_on(again, 1, Wishes.of(session)))
     assert np.array_equal(again.session().history, new_film(studio, picture, 241).session().history)
@@ -159,7 +160,7 @@ def test_a_session_file_brings_the_film_back(studio, picture, tmp_path):
 
 def test_a_resumed_film_that_was_stopped_is_shown_in_full_when_it_goes_on(studio, picture):
     again, session = studio.resume(new_film(studio, picture, 241).session_path)
-    run = studio.run(again, Job(0))
+    run = studio.run(again, Job(session.model, 0))
     next(run)
     run.close()
     assert again.num_frames == 81
@@ -314,11 +315,11 @@ def test_a_film_is_the_same_across_a_process_border(world, picture, tmp_path, mo
         return decorate
 
     monkeypatch.setattr(compute.spaces, "GPU", gpu)
-    apart = Studio(world, FilmStore(tmp_path / "apart", lifetime=60))
+    apart = Studio(OneModel(world), FilmStore(tmp_path / "apart", lifetime=60))
     film = new_film(apart, picture, 161)
     assert np.array_equal(film.session().history, new_film(studio, picture, 161).session().history)
     again, _ = apart.resume(film.session_path)
-    make(apart, again, Job(0))
+    make(apart, again, Job(world.config.name, 0))
     assert again.num_frames == 161
     assert len(asked) == 3 and all(isinstance(seconds, int) and seconds > 0 for seconds in asked)  # one call a chunk
 
@@ -352,11 +353,11 @@ def progress(step, remaining=None, seconds=0.0):
 
 
 def test_time_left_counts_the_chunks_to_come():
-    first = status.Making(1, 4, 0, 6.0, 0, Report(progress(4, remaining=4.0, seconds=6.0), "CPU", 2**30))
+    first = status.Making("small", 1, 4, 0, 6.0, 0, Report(progress(4, remaining=4.0, seconds=6.0), "CPU", 2**30))
     assert first.remaining == pytest.approx(4 + 3 * 10)
-    third = status.Making(3, 4, 160, 22.0, 0, Report(progress(1, remaining=8.0, seconds=2.0), "CPU", 2**30))
+    third = status.Making("small", 3, 4, 160, 22.0, 0, Report(progress(1, remaining=8.0, seconds=2.0), "CPU", 2**30))
     assert third.remaining == pytest.approx(8 + 10)
-    assert status.Making(1, 4, 0, 1.0, 0, Report(progress(0), "CPU", 0)).remaining is None
+    assert status.Making("small", 1, 4, 0, 1.0, 0, Report(progress(0), "CPU", 0)).remaining is None
     assert 0 < first.share < 0.25 < third.share < 0.75
 
 
@@ -393,9 +394,9 @@ def page(studio):
     return page
 
 
-def test_a_quota_error_leaves_the_film_and_continue(page, studio, picture, monkeypatch):
+def test_a_quota_error_leaves_the_film_and_continue(page, studio, picture, monkeypatch, world):
     """On ZeroGPU a call may be refused or cut off: the film so far plays, and can be continued later."""
-    next_chunk, calls = studio.world.next_chunk, []
+    next_chunk, calls = world.next_chunk, []
 
     def refused(session, callback):
         calls.append(session)
@@ -403,7 +404,7 @@ def test_a_quota_error_leaves_the_film_and_continue(page, studio, picture, monke
             raise app.gr.Error("You have exceeded your free GPU quota", title="ZeroGPU quota exceeded")
         return next_chunk(session, callback)
 
-    monkeypatch.setattr(studio.world, "next_chunk", refused)
+    monkeypatch.setattr(world, "next_chunk", refused)
     film, job = studio.begin(picture, 401, WISHES)
     *_, last = page.run(film, job)
     assert "exceeded your free GPU quota" in last[page.outcome]
@@ -424,10 +425,11 @@ def test_before_the_first_chunk_only_generate_is_offered(page, studio, picture):
     assert page.player not in settled and "no film yet" in settled[page.status]
 
 
-def test_negative_prompt_and_guidance_are_for_models_that_use_them(world, studio):
+def test_negative_prompt_and_guidance_are_for_models_that_use_them(world, studio, monkeypatch):
     def shown(scale):
         sampler = dataclasses.replace(world.config.val_scheduler_cfg, text_cfg_scale=scale)
-        studio.config = dataclasses.replace(world.config, val_scheduler_cfg=sampler, negative_prompt="fog")
+        config = dataclasses.replace(world.config, val_scheduler_cfg=sampler, negative_prompt="fog")
+        monkeypatch.setattr(studio.models, "config", lambda name: config)
         page = app.Page(studio)
         page.blocks()
         return page.negative_prompt.visible, page.guidance.visible
@@ -548,7 +550,7 @@ def test_nothing_else_is_shown_to_programs(client):
 
 def test_a_picture_on_the_server_cannot_be_named(address, picture):
     file = {"path": str(picture), "meta": {"_type": "gradio.FileData"}}
-    asked = httpx.post(f"{address}gradio_api/call/film", json={"data": [file, "", 81, 0, ""]})
+    asked = httpx.post(f"{address}gradio_api/call/film", json={"data": [file, "", 81, 0, "", ""]})
     answer = httpx.get(f"{address}gradio_api/call/film/{asked.json()['event_id']}", timeout=60).text
     assert "event: error" in answer and "event: complete" not in answer
 

@@ -18,6 +18,7 @@ import spaces  # patches torch, so before anything touches CUDA
 import torch
 
 from infworld.actions import ActionScript
+from infworld.models import device_name
 from infworld.rollout import Chunk, Progress, Session, World
 
 MIN_SECONDS, MAX_SECONDS = 20, 1200  # of one GPU call
@@ -127,10 +128,6 @@ def step_by_step(world: World, session: Session) -> Iterator[Report | Chunk]:
     finally:
         stopped.set()
         worker.join()
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def memory_used(device: torch.device) -> int:

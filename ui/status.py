@@ -17,9 +17,10 @@ DRAWING = "drawing"
 
 @dataclass(frozen=True)
 class Making:
-    """A run in the making: the chunk it is at (from 1) of its `chunks`, frames made and seconds since it began, the
-    seed, and the report of the present chunk."""
+    """A run in the making: the model, the chunk it is at (from 1) of its `chunks`, frames made and seconds since it
+    began, the seed, and the report of the present chunk."""
 
+    model: str
     chunk: int
     chunks: int
     frames: int
@@ -55,12 +56,18 @@ def making(state: Making) -> str:
         "frames made": f"{state.frames}",
         "frames a second": f"{made:.1f}" if state.frames else "…",
         "memory": f"{state.report.memory / 2**30:.1f} GB",
+        "model": state.model,
         "device": state.report.device,
         "seed": f"{state.seed}",
     }
     drawing = progress.stage == "sample" and progress.step == progress.steps
     doing = DRAWING if drawing else NOW[progress.stage]
     return _panel(title, doing, _bar(state.share, f"{title}, {left} left") + _cards(cards))
+
+
+def running(model: str, device: str) -> str:
+    """Which model new films are made with, and where."""
+    return f'<p class="running">Runs <strong>{escape(model)}</strong> on <strong>{escape(device)}</strong></p>'
 
 
 def message(title: str, text: str = "", kind: str = "") -> str:

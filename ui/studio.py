@@ -1,11 +1,14 @@
 """What the page does, without the page: checks wishes, makes films chunk by chunk. Knows no Gradio.
 
+A film belongs to the model that began it, and goes on with that one, whichever new films are begun with.
+
 A Job says what a run has to do and is small; a Film is a folder. Between two calls nothing is kept here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -15,11 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from infworld.actions import ActionScript
-from infworld.rollout import MAX_SEED, Chunk, Session, World
+from infworld.models import peak_memory
+from infworld.rollout import MAX_SEED, Chunk, Session, check_session
 from infworld.video import crop_image
-from ui.compute import Replay, Report, Scene, on_gpu
+from ui.compute import Compute, Replay, Report, Scene
 from ui.films import Film, FilmStore
+from ui.models import Models
 from ui.status import Making
+
+log = logging.getLogger(__name__)
 
 MAX_PROMPT = 1000  # characters
 MAX_STEPS = 100
@@ -67,69 +74,89 @@ class Wishes:
 @dataclass(frozen=True)
 class Job:
     """What a run does with a film: begin it with `picture` (uint8, H W 3), make its last chunk again (`redo`), or go
-    on; `chunks` in all. Without wishes it makes nothing new, but shows the film of the session that is there."""
+    on; `chunks` in all. Without wishes it makes nothing new, but shows the film of the session that is there. `model`
+    is the film's."""
 
+    model: str
     chunks: int
     wishes: Wishes | None = None
     picture: np.ndarray | None = None
     redo: bool = False
 
 
+@dataclass(frozen=True)
+class Loading:
+    """A run waits for its model, which takes up to a minute."""
+
+    model: str
+
+
 class Studio:
-    """A model and the folder of films."""
+    """The models and the folder of films."""
 
-    def __init__(self, world: World, store: FilmStore):
-        self.world = world
-        self.config = world.config
+    def __init__(self, models: Models, store: FilmStore):
+        self.models = models
         self.store = store
-        self._compute = on_gpu(world)
 
-    def begin(self, image, num_frames: int, wishes: Wishes) -> tuple[Film, Job]:
-        """A new film of a picture (path, array or PIL). ValueError for a useless picture or length."""
-        chunks = self.config.chunks_for(num_frames)
-        picture = np.array(crop_image(image, self.config.buckets))
-        return self.store.new(), Job(chunks, wishes, picture)
+    def begin(self, image, num_frames: int, wishes: Wishes, model: str | None = None) -> tuple[Film, Job]:
+        """A new film of a picture (path, array or PIL). ValueError for a useless picture, length or model."""
+        model = model or self.models.first
+        config = self.models.config(model)
+        chunks = config.chunks_for(num_frames)
+        picture = np.array(crop_image(image, config.buckets))
+        return self.store.new(), Job(model, chunks, wishes, picture)
 
     def go_on(self, film: Film, chunks: int, wishes: Wishes) -> Job:
         """More chunks for a film. ValueError if they are too many or the film is gone."""
-        self.config.chunks_for(film.session().num_frames + chunks * self.config.chunk_frames)
-        return Job(chunks, wishes)
+        session = film.session()
+        config = self.models.config(session.model)
+        config.chunks_for(session.num_frames + chunks * config.chunk_frames)
+        return Job(session.model, chunks, wishes)
 
     def redo(self, film: Film, wishes: Wishes) -> Job:
         """The last chunk again, with the seed of `wishes`. ValueError if the film has none or is gone."""
-        film.previous()
-        return Job(1, wishes, redo=True)
+        return Job(film.previous().model, 1, wishes, redo=True)
 
     def resume(self, path: str | Path) -> tuple[Film, Session]:
-        """The film of a session file. ValueError for one that is not this model's or is beyond the page's limits."""
+        """The film of a session file. ValueError for one of a model that is not here or beyond the page's limits."""
         session = Session.load(path)
-        self.world.check_session(session)
+        config = self.models.config(session.model)
+        check_session(session, config)
         Wishes.of(session)
         if session.chunk_latents:
-            self.config.chunks_for(session.num_frames)
+            config.chunks_for(session.num_frames)
         film = self.store.new()
         film.begin(session)
         return film, session
 
-    def run(self, film: Film, job: Job) -> Iterator[Making | Chunk]:
-        """Does a job, one GPU call per chunk. What is finished is in the film's folder before it is yielded."""
+    def run(self, film: Film, job: Job) -> Iterator[Loading | Making | Chunk]:
+        """Does a job, one GPU call per chunk. What is finished is in the film's folder before it is yielded.
+
+        Only one run at a time may be on.
+        """
+        if not self.models.is_loaded(job.model):
+            yield Loading(job.model)
+        compute = self.models.compute(job.model)
         began = time.monotonic()
         if job.picture is None:
-            yield from self._show(film)
+            yield from self._show(film, compute)
         task = self._first_task(film, job)
         frames = 0
         for number in range(1, job.chunks + 1):
-            for result in self._compute(task):
+            for result in compute(task):
                 if isinstance(result, Session):
                     film.begin(result)
                 elif isinstance(result, Report):
                     seconds = time.monotonic() - began
-                    yield Making(number, job.chunks, frames, seconds, task.seed, result)
+                    yield Making(job.model, number, job.chunks, frames, seconds, task.seed, result)
                 else:
                     film.add(result)
-                    frames += self.config.chunk_frames
+                    frames += self.models.config(job.model).chunk_frames
                     task = result.session
                     yield result
+        if frames:
+            seconds, memory = time.monotonic() - began, peak_memory(self.models.device)
+            log.info("%s: %d frames in %.1f s, peak memory %s", job.model, frames, seconds, memory)
 
     def _first_task(self, film: Film, job: Job) -> Scene | Session | None:
         if job.wishes is None:
@@ -140,11 +167,11 @@ class Studio:
             return job.wishes.for_rest_of(film.previous()).with_seed(job.wishes.seed)
         return job.wishes.for_rest_of(film.session())
 
-    def _show(self, film: Film) -> Iterator[Chunk]:
+    def _show(self, film: Film, compute: Compute) -> Iterator[Chunk]:
         """Decodes the chunks that the film's session has and its folder has no frames of."""
         session, there = film.session(), len(film.pieces())
         if there < len(session.chunk_latents):
-            for chunk in self._compute(Replay(session)):
+            for chunk in compute(Replay(session)):
                 if chunk.index >= there:
                     film.add_frames(chunk)
                     yield chunk
