@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import infworld
 from infworld.actions import ActionScript
 from infworld.config import load_config
+from infworld.models import default_model, device_name, peak_memory, prepare
 from infworld.video import Mp4Writer, check_output, load_image
 
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
@@ -43,7 +45,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=161, help="length of the whole film: 81, 161 (default), 241, ...")
     parser.add_argument("--out", required=True, help="the mp4 to write")
     parser.add_argument("--session", metavar="FILE", help="save the session here (.safetensors), to resume later")
-    parser.add_argument("--model", default="tiny", help="tiny (default), infinite-world, or the path of a YAML file")
+    parser.add_argument(
+        "--model",
+        help="infinite-world, tiny, or the path of a YAML file; missing weights are downloaded. Default: the resumed "
+        "session's, else INFWORLD_MODEL, else infinite-world if its weights are here and a GPU that it fits on, else tiny",
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--prompt", help="what the world looks like")
     parser.add_argument("--negative-prompt", help="what to avoid, where the model uses guidance")
@@ -58,13 +64,17 @@ def generate(args: argparse.Namespace) -> int:
     out = check_output(args.out)
     session_path = check_output(args.session or out.with_suffix(".session.safetensors"), ".safetensors")
     script = ActionScript.of(args.actions)
-    chunks = load_config(args.model).chunks_for(args.frames)
     picture = None if args.resume else load_image(args.image)
     session = resumed(args) if args.resume else None
+    name = args.model or (session.model if session else default_model(args.device))
+    chunks = load_config(name).chunks_for(args.frames)
     if session is not None and session.num_frames >= args.frames:
         raise ValueError(f"the session has {session.num_frames} frames already: ask for more with --frames")
 
-    world = infworld.load(args.model, args.device)
+    config = prepare(name)
+    began = time.monotonic()
+    world = infworld.load(config, args.device)
+    loaded = time.monotonic()
     if session is None:
         begin = {"negative_prompt": args.negative_prompt, "steps": args.steps, "guidance": args.guidance}
         session = world.start(picture, script, args.prompt or "", seed=args.seed or 0, **begin)
@@ -80,6 +90,10 @@ def generate(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             interrupted = True
     report(film, session, session_path if args.session or interrupted else None, interrupted)
+    print(
+        f"{config.name} on {device_name(world.device)}: loaded in {loaded - began:.1f} s, "
+        f"filmed in {time.monotonic() - loaded:.1f} s, peak memory {peak_memory(world.device)}"
+    )
     return INTERRUPTED if interrupted else 0
 
 
