@@ -48,7 +48,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         help="infinite-world, tiny, or the path of a YAML file; missing weights are downloaded. Default: the resumed "
-        "session's, else INFWORLD_MODEL, else infinite-world if its weights are here and a GPU that it fits on, else tiny",
+        "session's, else INFWORLD_MODEL, else infinite-world if its weights and a GPU it fits on are here, else tiny",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--prompt", help="what the world looks like")
