@@ -65,12 +65,11 @@ def show(todo: hub.Plan) -> None:
 
 def fetch(config: ModelConfig, args: argparse.Namespace) -> None:
     """Downloads and checks, with a bar; says where the files are and how to use them."""
-    with tqdm(total=0, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with tqdm(total=1, bar_format="{percentage:3.0f}% |{bar:30}| {desc}", disable=None, leave=False) as bar:
 
         def progress(transfer: hub.Transfer) -> None:
-            bar.total = transfer.total
-            bar.set_description(transfer.file, refresh=False)
-            bar.update(transfer.done - bar.n)
+            bar.total, bar.n = transfer.total, transfer.done
+            bar.set_description_str(str(transfer))
 
         placed = hub.fetch(config, progress, revision=args.revision, to=args.to)
     print(f"{config.name} is complete, and its tensors fit:")

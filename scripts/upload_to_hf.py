@@ -36,6 +36,7 @@ SECRET_NAMES = (
     *(".env", ".env.*", ".netrc", ".git-credentials", ".huggingface", "*.pem", "*.key", "id_rsa*", "id_ed25519*"),
     *("token", "*.token", "*_token", "*token.txt", "stored_tokens", "credentials*", "secrets*"),
 )
+HARDWARE_HELP = "what the Space runs on: zero-a10g, l40sx1, a100-large, ...; without it, what the account gives"
 TOKEN_TEXT = re.compile(rb"hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}")
 SEARCHED_BYTES = 10_000_000  # larger files are weights or films
 
@@ -73,7 +74,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Upload this project to the Hugging Face Hub.")
     parser.add_argument("repo", nargs="?", default=os.environ.get("HF_REPO_ID"), metavar="USER/NAME")
     parser.add_argument("--space", action="store_true", help="a Gradio Space that runs, in place of a model repository")
-    parser.add_argument("--hardware", choices=[flavor.value for flavor in SpaceHardware], metavar="FLAVOR")
+    parser.add_argument(
+        "--hardware", choices=[flavor.value for flavor in SpaceHardware], metavar="FLAVOR", help=HARDWARE_HELP
+    )
     parser.add_argument("--private", action="store_true", help="only for you, where the repository is new")
     parser.add_argument(
         "--released-weights",
@@ -271,10 +274,8 @@ def send(api: HfApi, repo: str, kind: str, files: list[Upload], page: str) -> No
                 break
             except NETWORK_ERRORS as error:
                 patience.wait(error)
-            except RuntimeError as error:  # the client's, around what stopped a large file
-                if not isinstance(error.__cause__, NETWORK_ERRORS):
-                    raise
-                patience.wait(error.__cause__)
+            except (RuntimeError, ConnectionError, TimeoutError) as error:  # the client's, of a large file
+                patience.wait(error.__cause__ if isinstance(error.__cause__, NETWORK_ERRORS) else error)
 
 
 def batches(files: Iterable[Upload]) -> Iterator[list[Upload]]:

@@ -27,6 +27,7 @@ from infworld.config import PROJECT_ROOT, ModelConfig, from_dict, load_config
 from infworld.dit import InfiniteWorldTransformer
 from infworld.rollout import build_vae
 from infworld.transfer import HubError
+from scripts import download
 
 GOLDEN = Path(__file__).parent / "golden"
 TRANSFORMER, VAE, TEXT = "checkpoints/small_world.ckpt", "checkpoints/models/Small_VAE.pth", "checkpoints/models/t5.pth"
@@ -363,6 +364,28 @@ def test_a_file_that_is_not_as_listed_is_refused(server, config, released):
         hub.fetch(config)
 
 
+# Converted files
+
+
+def test_a_converted_file_stands_in_for_its_original(server, config, released, tmp_path):
+    names = [name for name in NEEDED if name != "models/t5.pth"]
+    put(tmp_path / "checkpoints", released, *names)
+    converted = tmp_path / "checkpoints/models/t5.safetensors"
+    shutil.copy(GOLDEN / "t5_weights.safetensors", converted)
+    assert hub.find(config).text_encoder_cfg.checkpoint_path == str(converted)
+    assert hub.fetch(config) == hub.find(config)
+    assert not server.requests
+
+
+def test_a_damaged_converted_file_gives_way_to_a_new_download(server, config, released, tmp_path):
+    put(tmp_path / "checkpoints", released, *(name for name in NEEDED if name != "models/t5.pth"))
+    converted = tmp_path / "checkpoints/models/t5.safetensors"
+    converted.write_bytes((GOLDEN / "t5_weights.safetensors").read_bytes()[:-100])
+    placed = hub.fetch(config)
+    assert placed.text_encoder_cfg.checkpoint_path == str(tmp_path / "checkpoints/models/t5.pth")
+    assert hub.find(config) == placed, "the newer one of the two is taken"
+
+
 # Refusals
 
 
@@ -453,6 +476,42 @@ def test_a_disk_that_fills_up_meanwhile_is_said_and_the_part_kept(server, config
             hub.fetch(config)
     assert list((tmp_path / "checkpoints").glob(".*.part"))
     hub.fetch(config)
+
+
+# From the command line
+
+
+def test_the_script_lists_downloads_and_says_what_next(server, config, tmp_path, capsys):
+    model = ("--model", str(config.source))
+    assert download.main([*model, "--dry-run"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in NEEDED)
+    assert "5 files, 3 MB to download" in listed
+    assert not (tmp_path / "checkpoints").exists()
+
+    assert download.main([*model, "--to", str(tmp_path / "elsewhere")]) == 0
+    assert inside(tmp_path / "elsewhere") == NEEDED
+    said = capsys.readouterr().out
+    assert "small is complete, and its tensors fit" in said
+    assert f"start it with: INFWORLD_CHECKPOINTS={tmp_path / 'elsewhere'} python app.py --model" in said
+    before = len(server.requests)
+    assert download.main([*model, "--to", str(tmp_path / "elsewhere"), "--dry-run"]) == 0
+    assert "everything is there" in capsys.readouterr().out
+    assert len(server.requests) == before
+
+
+def test_the_script_says_errors_in_one_line(server, config, monkeypatch, capsys):
+    assert download.main(["--model", str(config.source), "--revision", "nosuch"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert said[0].startswith(f"error: {hub.REPO} has no revision nosuch")
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transfer.Meter, "add", stop)
+    assert download.main(["--model", str(config.source)]) == download.INTERRUPTED
+    assert "run the same again to go on" in capsys.readouterr().err
 
 
 # Progress
