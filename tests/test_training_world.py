@@ -13,7 +13,7 @@ from conftest import SMALL_MODEL
 
 import infworld
 from infworld.checkpoint import read_tensors, save_tensors
-from infworld.config import ModelConfig, RolloutConfig, from_dict
+from infworld.config import ModelConfig, RolloutConfig, SamplerConfig, from_dict
 from infworld.memory import MemoryCompressor
 from infworld.rollout import build_vae
 from infworld.sampler import MAX_TIMESTEP
@@ -24,12 +24,14 @@ from training.optim import EMA
 from training.render import render
 from training.train_world import (
     FIRST_CHUNK,
+    NOISES,
     Trainee,
     averaged,
     flow_loss,
     initialize_compressor,
     make_optimizers,
     memory_errors,
+    paint,
     pick_chunk,
     resume,
 )
@@ -97,7 +99,7 @@ def test_batches_have_the_shapes_of_inference(pool):
 @torch.no_grad()
 def test_history_target_and_actions_are_of_one_walk(pool):
     """The target begins with the last frame of the history and follows from there by the batch's own actions."""
-    batch = pool.select(torch.arange(WALKS), 1)
+    batch = pool.select(torch.arange(WALKS), torch.zeros(WALKS, dtype=torch.long), 1)
     worlds = make_worlds(range(WALKS))
     so_far = walk(worlds, spawn(worlds), *pool.actions[:, :, :CHUNK].unbind(1))
     on = walk(worlds, so_far[:, -1], batch.move[:, :-1], batch.view[:, :-1])
@@ -106,9 +108,61 @@ def test_history_target_and_actions_are_of_one_walk(pool):
         torch.testing.assert_close(pool.vae.encode(video)[0], latents, atol=1e-4, rtol=1e-4)
 
 
+def test_a_history_may_begin_inside_a_walk(pool):
+    """It begins with a fresh encoding of the chunk it begins with; its chunk and actions are those that follow."""
+    index, start = torch.tensor([2, 0]), torch.tensor([1, 0])
+    batch = pool.select(index, start, 0)
+    for row, (walk_, chunk) in enumerate(zip(index, start, strict=True)):
+        torch.testing.assert_close(
+            batch.history[row], pool.targets[walk_, chunk, :1].movedim(0, 1), atol=1e-4, rtol=1e-4
+        )
+        assert torch.equal(batch.target[row], pool.targets[walk_, chunk].movedim(0, 1))
+        assert torch.equal(batch.move[row], pool.actions[walk_, 0, chunk * CHUNK : (chunk + 1) * CHUNK + 1])
+    starts = {tuple(begun.tolist()) for begun in pool.batch(0, 64).history[:, 0, 0, 0]}
+    assert len(starts) == WALKS * CHUNKS  # every chunk of every walk is met
+
+
+@torch.no_grad()
+def test_a_painter_makes_the_histories_and_leaves_the_truth():
+    """One that paints the truth itself leaves the histories as they are, but for what the VAE loses."""
+    pool, other = make_pool(), make_pool()
+    pool.filled = pool.oldest = other.filled = other.oldest = 0
+    seen = []
+
+    def truth(batch):
+        seen.append(batch.history.shape[2])
+        return batch.target
+
+    seeds = [p.next_seed for p in (pool, other)]
+    assert seeds[0] == seeds[1]
+    pool.renew(WALKS, truth), other.renew(WALKS)
+    assert seen == [1, 3]  # each chunk from the history before it
+    assert torch.equal(pool.targets, other.targets) and torch.equal(pool.history[:, :1], other.history[:, :1])
+    assert not torch.equal(pool.history, other.history)
+
+    film = pool.vae.decode(pool.select(torch.tensor([1]), torch.tensor([0]), 0).target)
+    _, state = pool.vae.encode(pool.vae.decode(pool.targets[1:2, 0, :1].movedim(2, 1)))
+    painted, _ = pool.vae.encode(film[:, :, 1:], state)
+    torch.testing.assert_close(pool.history[1:2, 1:3].movedim(2, 1), painted, atol=1e-4, rtol=1e-4)
+
+
+def test_actions_can_be_read_off_poses():
+    """Labels of noisy poses are mostly what was done; a mixture has both."""
+    worlds = make_worlds(range(2))
+    done = torch.tensor([[1] * 60, [0] * 30 + [4] * 30])
+    poses = walk(worlds, spawn(worlds), done[:1].expand(2, -1), done[1:].expand(2, -1))[0]
+    assert train_world.make_labeller("actions", 0) is None
+    labels = train_world.make_labeller("poses", 0)(poses, done)
+    assert labels.shape == done.shape and (labels == done).float().mean() > 0.8
+    assert set(train_world.make_labeller("naive", 0)(poses, done).unique().tolist()) <= set(range(9))
+    mixed = train_world.make_labeller("mixed", 0)
+    kept = sum(torch.equal(mixed(poses, done), done) for _ in range(60))
+    assert 30 < kept < 58
+
+
 def test_captions_are_those_of_the_worlds(pool):
     ids, mask = pool.text.tokenize(captions(make_worlds(range(WALKS))))
-    batch = pool.select(torch.arange(WALKS), 0)
+    batch = pool.select(torch.arange(WALKS), torch.zeros(WALKS, dtype=torch.long), 0)
     assert torch.equal(batch.ids, ids) and torch.equal(batch.mask, mask)
 
 
@@ -163,14 +217,42 @@ def test_the_compressor_starts_by_passing_key_frames_on(frames):
 
 
 def test_an_untrained_model_does_not_know_whose_memory_it_has(model, pool):
-    assert memory_errors(model, pool)["gap"] == 1.0  # its head is silent
+    assert memory_errors(model, pool, 1)["gap"] == 1.0  # its head is silent
     torch.nn.init.normal_(model.transformer.head.head.weight)
-    assert memory_errors(model, pool)["gap"] != 1.0
+    assert memory_errors(model, pool, 1)["gap"] != 1.0
+
+
+def test_every_noise_of_a_sample_has_its_own_memory(model, pool):
+    """Two noises a sample at once give what they give one by one."""
+    torch.nn.init.normal_(model.transformer.head.head.weight)
+    batch = pool.batch(1, 3)
+    noisy, timestep = torch.randn(6, *batch.target.shape[1:]), torch.rand(6) * MAX_TIMESTEP
+    with torch.no_grad():
+        both = model(noisy, timestep, batch)
+        for k in range(2):
+            torch.testing.assert_close(both[k::2], model(noisy[k::2], timestep[k::2], batch), atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_painted_stays_near_the_truth(model, pool):
+    """A model that knows the truth paints it; one that knows nothing leaves what shows through the noise."""
+    torch.manual_seed(0)
+    batch = pool.batch(1, 16)
+    truth = batch.target
+
+    def exact(z, timestep, *_):
+        return (z - truth) / (timestep / MAX_TIMESTEP).view(-1, 1, 1, 1, 1)
+
+    sampler = SamplerConfig(shift=3.0, num_sampling_steps=8)
+    painted = paint(model, batch, sampler)  # its head is silent: nothing is taken off the noise
+    similar = torch.corrcoef(torch.stack((painted.flatten(), truth.flatten())))[0, 1]
+    assert 0 < similar < 0.7
+    model.transformer.denoise = exact
+    torch.testing.assert_close(paint(model, batch, sampler), truth, atol=1e-3, rtol=1e-3)
 
 
 def test_the_true_velocity_has_no_loss(pool):
     def perfect(noisy, timestep, batch, frozen):
-        return (noisy - batch.target) / (timestep / MAX_TIMESTEP).view(-1, 1, 1, 1, 1)
+        return (noisy - batch.target.repeat_interleave(NOISES, 0)) / (timestep / MAX_TIMESTEP).view(-1, 1, 1, 1, 1)
 
     torch.manual_seed(0)
     assert flow_loss(perfect, pool.batch(1, 16), shift=3.0, frozen=False) < 1e-6
@@ -215,7 +297,7 @@ def train(folder, vae, *more: str) -> list[dict]:
     command = ["--config", str(folder / "small.yaml"), "--vae", str(vae), "--out", str(folder), "--minutes", "60"]
     progress = iter([*torch.linspace(0, 0.9, STEPS).tolist(), 1.0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_world, "from_rank_0", lambda *_: next(progress))
+        patch.setattr(train_world, "from_rank_0", lambda *_: (next(progress), 1.0))
         train_world.main(train_world.parse_args([*command, *sizes, *more]))
     return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
 
@@ -255,7 +337,8 @@ def test_what_is_written_for_use_are_the_averaged_weights(run):
 
 
 def test_a_run_goes_on_where_another_stopped(run, tmp_path):
-    lines = train(tmp_path, run / "vae.safetensors", "--resume", str(run / "state.pt"))
+    more = ["--resume", str(run / "state.pt"), "--paint", "0", "--labels", "mixed"]
+    lines = train(tmp_path, run / "vae.safetensors", *more)
     assert lines[0]["event"] == "ready" and lines[0]["step"] == STEPS
     assert lines[-1]["step"] == 2 * STEPS and lines[-1]["samples"] == 2 * STEPS * BATCH
 

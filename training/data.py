@@ -7,6 +7,7 @@ fresh encoding of one chunk's 81 frames.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +39,16 @@ class Batch:
     mask: Tensor
 
 
+Painter = Callable[["Batch"], Tensor]
+Labeller = Callable[[Tensor, Tensor], Tensor]
+
+
 class WalkPool:
-    """`size` walks of `chunks` chunks each, as latents on `device`, drawn from world seeds `first_seed`, + 1, ..."""
+    """Up to `size` walks of `chunks` chunks each, as latents on `device`, from world seeds `first_seed`, + 1, ...
+
+    A sample is some chunk of a walk with any number of chunks before it as its history: a walk is as good as all the
+    shorter walks that lie in it.
+    """
 
     def __init__(
         self,
@@ -53,37 +62,53 @@ class WalkPool:
         first_seed: int,
         device: torch.device,
         compile: bool = False,
+        labeller: Labeller | None = None,
     ):
+        """labeller: says of a walk's poses (T, 4) and of what was done (2, T - 1) what is learned as move and view; by
+        default what was done. compile: the renderer.
+        """
         self.vae, self.text, self.config, self.mixture = vae, text, config, mixture
         self.size, self.chunks, self.device, self.compile = size, chunks, device, compile
+        self.labeller = labeller
         self.next_seed = first_seed
         self.generator = torch.Generator().manual_seed(first_seed)
-        self.oldest = 0
+        self.filled = self.oldest = 0
         height, width = config.buckets[0]
         shape = (config.vae_cfg.z_dim, height // 8, width // 8)
         made = {"dtype": vae.conv1.weight.dtype, "device": device}
-        new_latents = config.chunk_latents - 1
-        self.history = torch.zeros(size, 1 + chunks * new_latents, *shape, **made)
-        self.targets = torch.zeros(size, chunks, 1 + new_latents, *shape, **made)
+        self.new_latents = config.chunk_latents - 1
+        self.history = torch.zeros(size, 1 + chunks * self.new_latents, *shape, **made)
+        self.targets = torch.zeros(size, chunks, 1 + self.new_latents, *shape, **made)
         self.actions = torch.zeros(size, 2, chunks * config.chunk_frames + 1, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(size, 2, text.model_max_length, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def renew(self, count: int) -> float:
-        """Replaces the `count` oldest walks by new ones; returns the seconds it took."""
+    def renew(self, count: int, painter: Painter | None = None) -> float:
+        """Adds `count` walks, in place of the oldest ones once the pool is full; returns the seconds it took.
+
+        painter: paints every chunk's target anew, given its history; the walks' histories become what it painted, so
+        that a model learns from histories like its own. Targets stay the truth.
+        """
+        finish(self.device)
         began = time.monotonic()
         worlds = make_worlds(range(self.next_seed, self.next_seed + count))
         frames = self.chunks * self.config.chunk_frames + 1
         actions = torch.stack(sample_actions(self.mixture, count, frames, self.generator), 1)
         # On the CPU, where the many small steps of a walk start faster.
         poses = walk(worlds, spawn(worlds), actions[:, 0, :-1], actions[:, 1, :-1])
+        if self.labeller:
+            done = zip(poses, actions[:, :, :-1], strict=True)
+            actions[:, :, :-1] = torch.stack([self.labeller(pose, action) for pose, action in done])
         slots = torch.arange(self.oldest, self.oldest + count) % self.size
         self.next_seed, self.oldest = self.next_seed + count, int(slots[-1] + 1) % self.size
+        self.filled = min(self.size, self.filled + count)
         tokens = torch.stack(self.text.tokenize(captions(worlds)), 1)
         self.actions[slots], self.tokens[slots] = actions.to(self.device), tokens.to(self.device)
         for first in range(0, count, RENDERED_AT_ONCE):
             part = slice(first, first + RENDERED_AT_ONCE)
             self._encode(slots[part], worlds[part].to(self.device), poses[part].to(self.device))
+        if painter:
+            self._paint(slots, painter)
         finish(self.device)
         return time.monotonic() - began
 
@@ -98,23 +123,50 @@ class WalkPool:
             latents, _ = self.vae.encode(video[:, :, chunk * step : (chunk + 1) * step + 1])
             self.targets[slots, chunk] = rearrange(latents, "b c t h w -> b t c h w").to(self.targets)
 
-    def batch(self, chunk: int, count: int) -> Batch:
-        """`count` random samples of the chunk with that index: its history is the `chunk` chunks before it."""
-        return self.select(torch.randint(self.size, (count,), device=self.device), chunk)
+    def _paint(self, slots: Tensor, painter: Painter) -> None:
+        """Puts the painter's films in place of the histories of these walks, chunk after chunk as in a rollout."""
+        slots = slots.to(self.device)
+        start = torch.zeros_like(slots)
+        first = rearrange(self.targets[slots, 0, :1], "b t c h w -> b c t h w")
+        _, state = self.vae.encode(self.vae.decode(first))
+        for chunk in range(self.chunks):
+            video = self.vae.decode(painter(self.select(slots, start, chunk)).to(self.history.dtype))
+            latents, state = self.vae.encode(video[:, :, 1:], state)
+            new = slice(1 + chunk * self.new_latents, 1 + (chunk + 1) * self.new_latents)
+            self.history[slots, new] = rearrange(latents, "b c t h w -> b t c h w").to(self.history)
 
-    def select(self, index: Tensor, chunk: int) -> Batch:
-        """The samples of the walks `index` at that chunk."""
-        frames, latents = self.config.chunk_frames, self.config.chunk_latents - 1
-        move, view = self.actions[index, :, chunk * frames : (chunk + 1) * frames + 1].unbind(1)
+    def batch(self, chunks: int, count: int) -> Batch:
+        """`count` random samples with a history of that many chunks."""
+        index = torch.randint(self.filled, (count,), device=self.device)
+        return self.select(index, torch.randint(self.chunks - chunks, (count,), device=self.device), chunks)
+
+    def select(self, index: Tensor, start: Tensor, chunks: int) -> Batch:
+        """Of the walks `index` (N,): `chunks` chunks from chunk `start` (N,) on as history, the next one as target.
+
+        A history that begins inside a walk begins with that chunk's fresh encoding and goes on with the walk's own
+        latents: by then the encoder has forgotten what it saw before, but for a thousandth of their deviation.
+        """
+        end = start + chunks
+        frames = self._offsets(end * self.config.chunk_frames, self.config.chunk_frames + 1)
+        move, view = self.actions[index[:, None], :, frames].unbind(2)
         ids, mask = self.tokens[index].unbind(1)
+        known = 1 + chunks * self.new_latents
+        own = self.history[index[:, None], self._offsets(start * self.new_latents, known)]
+        fresh = self.targets[index, start][:, :known]
+        inside = (start > 0).view(-1, 1, 1, 1, 1)
+        begun = torch.where(inside, fresh, own[:, : fresh.shape[1]])
         return Batch(
-            history=rearrange(self.history[index, : 1 + chunk * latents], "b t c h w -> b c t h w").float(),
-            target=rearrange(self.targets[index, chunk], "b t c h w -> b c t h w").float(),
+            history=rearrange(torch.cat([begun, own[:, fresh.shape[1] :]], 1), "b t c h w -> b c t h w").float(),
+            target=rearrange(self.targets[index, end], "b t c h w -> b c t h w").float(),
             move=move,
             view=view,
             ids=ids,
             mask=mask,
         )
+
+    def _offsets(self, first: Tensor, count: int) -> Tensor:
+        """first (N,) -> first, first + 1, ... (N, count)."""
+        return first[:, None] + torch.arange(count, device=self.device)
 
 
 def to_video(frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -28,17 +28,17 @@ def set_up_devices() -> tuple[int, int, torch.device]:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, ranks, device
 
 
-def from_rank_0(value: float, ranks: int, device: torch.device) -> float:
-    """Rank 0's value on every rank."""
+def from_rank_0(ranks: int, *values: float) -> tuple[float, ...]:
+    """Rank 0's values on every rank. They go from CPU to CPU, so that no rank waits for its GPU."""
     if ranks == 1:
-        return value
-    shared = torch.tensor(value, device=device, dtype=torch.float32)
+        return values
+    shared = torch.tensor(values, dtype=torch.float64)
     dist.broadcast(shared, 0)
-    return shared.item()
+    return tuple(shared.tolist())
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

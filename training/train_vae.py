@@ -112,7 +112,11 @@ def main(args: argparse.Namespace) -> None:
     step, losses, renewing = done["step"], [], 0.0
     started = last_report = time.monotonic()
     seconds = max(1.0, began + 60 * args.minutes - started)
-    while (passed := from_rank_0((time.monotonic() - started) / seconds, ranks, device)) < 1:
+    while True:
+        now = time.monotonic()
+        passed, lagging = from_rank_0(ranks, (now - started) / seconds, renewing < args.renew * (now - started))
+        if passed >= 1:
+            break
         progress = done["progress"] + (1 - done["progress"]) * passed
         frames = next(frames for since, frames in reversed(CLIP_FRAMES.items()) if progress >= since)
         lr = args.lr * lr_at(progress, step - done["step"])
@@ -124,8 +128,7 @@ def main(args: argparse.Namespace) -> None:
             optimizer.step()
         ema.update()
         step += 1
-        now = time.monotonic()
-        if renewing < args.renew * (now - started):
+        if lagging:  # all ranks at once, or they would wait for each other
             renewing += pool.renew()
         if log and (step - done["step"] == 10 or now - last_report > args.report_every):
             rate = (step - done["step"]) * args.frames * ranks / (now - started)

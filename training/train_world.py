@@ -5,11 +5,12 @@
     python -m training.train_world ... --resume runs/a/world.safetensors  # from weights alone
 
 Every sample is a chunk of a walk through a procedural world with the walk so far as history. Flow matching; a share of
-the samples is pure noise, where nothing but the memory can tell what was there. The compressor starts as a
-near-identity that hands key frames on, and is frozen for the first part: it would collapse before the transformer has
-learned to read it. Whether the memory is read shows in the wrong-memory gap: the error given another world's memory
-over the error given the right one, on unseen worlds. A run that loses it (1 = memory unused) has failed, however low
-its loss.
+the samples is pure noise, where nothing but the memory can tell what was there. In the later part of a run some of the
+histories are painted by the model itself over the truth, so that long films of its own do not drift. The compressor
+starts as a near-identity that hands key frames on, and is frozen for the first part: it would collapse before the
+transformer has learned to read it. Whether the memory is read shows in the wrong-memory gap: the error given another
+world's memory over the error given the right one, on unseen worlds. A run that loses it (1 = memory unused) has failed,
+however low its loss.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from infworld.checkpoint import load_strict, read_tensors, save_tensors
-from infworld.config import ModelConfig, load_config
-from infworld.dit import InfiniteWorldTransformer
-from infworld.memory import MAX_SINGLE_PASS, MemoryCompressor
+from infworld.config import ModelConfig, SamplerConfig, load_config
+from infworld.dit import InfiniteWorldTransformer, MemoryStream, TextContext
+from infworld.memory import MAX_SINGLE_PASS, WINDOW, MemoryCompressor, window_starts
 from infworld.rollout import build_vae
-from infworld.sampler import MAX_TIMESTEP
+from infworld.sampler import MAX_TIMESTEP, sample, schedule
 from infworld.text import ByteTextEncoder
-from training.data import Batch, WalkPool, first_seed
+from training.data import Batch, Labeller, WalkPool, first_seed
+from training.labels import jitter, label_actions, naive_labels, poses_to_matrices
 from training.optim import EMA, Muon
 from training.run import Log, autocast, compute_dtype, from_rank_0, set_up_devices
 from training.walks import MIXED, VIEW_ONLY
@@ -44,13 +46,18 @@ MIXTURES = {
     "half": {kind: VIEW_ONLY.get(kind, 0) / 2 + MIXED.get(kind, 0) / 2 for kind in {**VIEW_ONLY, **MIXED}},
     "mixed": MIXED,
 }
+LABELS = ("actions", "mixed", "poses", "naive")
 PURE_NOISE = 0.4  # share of samples at timestep 1000
 NO_PROMPT = 0.3  # share of samples without their caption
 FIRST_CHUNK = 0.125  # share of steps whose history is the picture alone
-HIERARCHICAL = 0.12  # share of steps with more than 80 latents of history, where walks are long enough
+HIERARCHICAL = 0.3  # share of steps with more than 80 latents of history, where walks are long enough
 COMPRESSOR_LR = 0.1  # times the learning rate
 WARMUP = 100  # steps
+NOISES = 2  # noisy targets for every history: they share its way through compressor and transformer
+PAINT_FROM = (2, 6)  # sampler steps, of 8, before which a painted chunk may start: the truth at noise 0.9 to 0.64
+POSE_LABELS = 0.25  # share of walks whose actions are read off noisy poses, where labels are mixed
 RENEWED_AT_ONCE = 64  # walks
+UNSEEN_CHUNKS = (2, 8)  # of history, where the memory is measured
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,15 +70,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", type=Path, help="state.pt of an earlier run, or its world.safetensors (text.safetensors beside it)")
     add("--mixture", choices=MIXTURES, default="mixed")
     add("--chunks", type=int, default=4, help="length of the walks; histories reach chunks - 1")
-    add("--batch", type=int, default=96, help="per GPU")
+    add("--batch", type=int, default=128, help="noisy chunks per GPU and step")
     add("--walks", type=int, default=1024, help="kept on each GPU")
-    add("--renew", type=float, default=0.15, help="share of the time spent on new walks")
+    add("--renew", type=float, default=0.2, help="share of the time spent on new walks")
+    add("--paint", type=float, default=0.5, help="share of the run after which every other new history is painted")
+    add("--labels", choices=LABELS, default="actions", help="what was done, or what noisy poses show of it")
+    add("--new-actions", action="store_true", help="train the action encoder anew, to compare labels")
     add("--lr", type=float, default=1e-3)
     add("--decay", type=float, default=0.2, help="last share of the run, in which the learning rate falls to 0")
     add("--unfreeze", type=float, default=0.55, help="share of the run after which the compressor learns")
     add("--ema", type=float, default=0.999)
     add("--report-every", type=float, default=30, help="seconds")
-    add("--compile-render", action="store_true", help="compile the renderer, for long runs: it starts slowly")
+    add("--compile", action="store_true", help="compile blocks and renderer, for long runs: it starts slowly")
     add("--seed", type=int, default=0, help="which training worlds are met: another one for every run of a series")
     return parser.parse_args(argv)
 
@@ -91,39 +101,62 @@ def main(args: argparse.Namespace) -> None:
     optimizers = make_optimizers(model, args.lr)
     ema = EMA(model, args.ema)
     done = resume(args.resume, model, optimizers, ema) if args.resume else {"step": 0, "samples": 0}
+    if args.new_actions:
+        renew_actions(model, ema)
+    if args.compile:
+        model.transformer.compile_blocks()
     trained = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
 
     # The data.
-    shared = {"vae": vae, "text": model.text, "config": config, "device": device, "compile": args.compile_render}
+    shared = {"vae": vae, "text": model.text, "config": config, "device": device, "compile": args.compile}
+    seed = first_seed(args.seed, rank, ranks)
     pool = WalkPool(
         **shared,
         size=args.walks,
         chunks=args.chunks,
         mixture=MIXTURES[args.mixture],
-        first_seed=first_seed(args.seed, rank, ranks),
+        first_seed=seed,
+        labeller=make_labeller(args.labels, seed),
     )
-    pool.renew(pool.size)
-    unseen = WalkPool(
-        **shared,
-        size=min(64, args.batch),
-        chunks=min(3, args.chunks),
-        mixture=VIEW_ONLY,
-        first_seed=EVAL_SEEDS[len(EVAL_SEEDS) // 2],
-    )
-    unseen.renew(unseen.size)
+    pool.renew(min(pool.size, RENEWED_AT_ONCE))
     if log:
-        log.add("ready", walks=pool.size, ranks=ranks, **done)
+        unseen = WalkPool(
+            **shared,
+            size=min(RENEWED_AT_ONCE, args.batch),
+            chunks=min(1 + max(UNSEEN_CHUNKS), args.chunks),
+            mixture=VIEW_ONLY,
+            first_seed=EVAL_SEEDS[len(EVAL_SEEDS) // 2],
+        )
+        unseen.renew(unseen.size)
+        log.add("ready", walks=pool.filled, ranks=ranks, **done)
+
+    def renew(painted: bool) -> float:
+        """New walks; returns the seconds they took."""
+        count = min(pool.size, RENEWED_AT_ONCE)
+        if not painted:
+            return pool.renew(count)
+        with averaged(model, ema), autocast(device):
+            return pool.renew(count, lambda batch: paint(model, batch, config.val_scheduler_cfg))
 
     # The loop. The run's length is a time, so rank 0's clock decides for all.
     shift = config.val_scheduler_cfg.shift
-    step, samples, losses, renewing = done["step"], done["samples"], [], 0.0
+    step, samples, losses, renewing, renewals = done["step"], done["samples"], [], 0.0, 0
     started = last_report = time.monotonic()
-    while (progress := from_rank_0((time.monotonic() - began) / (60 * args.minutes), ranks, device)) < 1:
+    while True:
+        now = time.monotonic()
+        lagging = renewing < args.renew * (now - started)
+        progress, lagging = from_rank_0(ranks, (now - began) / (60 * args.minutes), lagging)
+        if progress >= 1:
+            break
+        if lagging:  # all ranks at once, or they would wait for each other
+            renewing += renew(painted=progress > args.paint and renewals % 2 == 0)
+            renewals += 1
         warmup = min(1, (step - done["step"] + 1) / WARMUP)
         set_rates(optimizers, args.lr * warmup * min(1, (1 - progress) / max(args.decay, 1e-9)))
         chunk = pick_chunk(args.chunks, config, random.Random(args.seed * 1_000_003 + step))
+        batch = pool.batch(chunk, max(1, args.batch // NOISES))
         with autocast(device):
-            loss = flow_loss(trained, pool.batch(chunk, args.batch), shift, frozen=progress < args.unfreeze)
+            loss = flow_loss(trained, batch, shift, frozen=progress < args.unfreeze)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -132,14 +165,11 @@ def main(args: argparse.Namespace) -> None:
             optimizer.step()
         ema.update()
         losses.append(loss.detach())
-        step, samples = step + 1, samples + args.batch * ranks
-        now = time.monotonic()
-        if renewing < args.renew * (now - started):
-            renewing += pool.renew(min(pool.size, RENEWED_AT_ONCE))
+        step, samples = step + 1, samples + NOISES * len(batch.history) * ranks
         if log and now - last_report > args.report_every:
             rate = (samples - done["samples"]) / (now - started)
             report(log, model, ema, unseen, args.out, step, samples, losses)
-            log.add("rate", samples_per_second=rate, renewed=pool.next_seed)
+            log.add("rate", samples_per_second=rate, renewed=pool.next_seed - seed, renewing=renewing)
             losses, last_report = [], now
 
     # What is kept: the averaged weights for use, the whole state to go on from.
@@ -147,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
         report(log, model, ema, unseen, args.out, step, samples, losses)
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "step": step, "samples": samples}
         torch.save({**state, "optimizers": [o.state_dict() for o in optimizers]}, args.out / "state.pt")
-        log.plot("samples", ["loss", "error_right", "error_wrong"], ["gap"], scale="log")
+        log.plot("samples", ["loss", "error_right", "error_wrong"], ["gap", "far_gap"], scale="log")
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -157,6 +187,7 @@ class Trainee(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.config = config
         self.transformer = InfiniteWorldTransformer(config.model_cfg)
         self.text = ByteTextEncoder(config.text_encoder_cfg)
         initialize(self.transformer)
@@ -164,11 +195,26 @@ class Trainee(nn.Module):
     def forward(
         self, noisy: Tensor, timestep: Tensor, batch: Batch, *, frozen: bool = False, wrong_memory: bool = False
     ) -> Tensor:
-        """Velocity of `noisy` (B, 16, 21, h, w) at `timestep` (B,) in 0..1000.
+        """Velocity of `noisy` (n B, 16, 21, h, w) at `timestep` (n B,) in 0..1000: n for each of the batch's B samples,
+        side by side.
 
         frozen: the compressor gets no gradient. wrong_memory: every sample gets the compressed memory of its
         neighbour in the batch, and its own last latent.
         """
+        noises = len(noisy) // len(batch.history)
+        stream, actions, context = self.condition(batch, frozen, wrong_memory)
+
+        def each(x: Tensor) -> Tensor:
+            return x if noises == 1 else x.repeat_interleave(noises, dim=0)
+
+        stream = MemoryStream(tuple(map(each, stream.tokens)), stream.latents)
+        context = TextContext(tuple((each(keys), each(values)) for keys, values in context.keys_values))
+        return self.transformer.denoise(noisy, timestep, stream, each(actions), context)
+
+    def condition(
+        self, batch: Batch, frozen: bool = False, wrong_memory: bool = False
+    ) -> tuple[MemoryStream, Tensor, TextContext]:
+        """What a batch's velocities depend on besides the noise: memory, actions and text."""
         context = self.transformer.embed_text(self.text(batch.ids, batch.mask), batch.mask)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             compressed = self.transformer.latent_encoder.compress(batch.history)
@@ -176,30 +222,59 @@ class Trainee(nn.Module):
             compressed = compressed.roll(1, dims=0)
         memory = torch.cat([compressed, batch.history[:, :, -1:].to(compressed.dtype)], dim=2)
         stream = self.transformer.encode_memory(memory, context)
-        actions = self.transformer.action_encoder(batch.move, batch.view)
-        return self.transformer.denoise(noisy, timestep, stream, actions, context)
+        return stream, self.transformer.action_encoder(batch.move, batch.view), context
 
 
 def flow_loss(model: nn.Module, batch: Batch, shift: float, frozen: bool) -> Tensor:
-    """Mean squared error of the velocity (noise minus data) at timesteps drawn as the sampler's schedule has them."""
-    count, device = len(batch.target), batch.target.device
+    """Mean squared error of the velocity (noise minus data) at timesteps drawn as the sampler's schedule has them.
+
+    Every sample is met with `NOISES` noises.
+    """
+    drop = torch.rand(len(batch.target), 1, device=batch.target.device) < NO_PROMPT
+    target = batch.target.repeat_interleave(NOISES, dim=0)
+    count, device = len(target), target.device
     u = torch.rand(count, device=device)
     t = shift * u / (1 + (shift - 1) * u)
     t = torch.where(torch.rand(count, device=device) < PURE_NOISE, 1.0, t).view(-1, 1, 1, 1, 1)
-    noise = torch.randn_like(batch.target)
-    drop = torch.rand(count, 1, device=device) < NO_PROMPT
+    noise = torch.randn_like(target)
     empty = (torch.arange(batch.mask.shape[1], device=device) == 0).long()  # the start token alone: an empty prompt
     batch.mask = torch.where(drop, empty, batch.mask)
-    velocity = model((1 - t) * batch.target + t * noise, MAX_TIMESTEP * t.flatten(), batch, frozen=frozen)
-    return F.mse_loss(velocity, noise - batch.target)
+    velocity = model((1 - t) * target + t * noise, MAX_TIMESTEP * t.flatten(), batch, frozen=frozen)
+    return F.mse_loss(velocity, noise - target)
 
 
 @torch.no_grad()
-def memory_errors(model: Trainee, unseen: WalkPool) -> dict[str, float]:
-    """On unseen worlds, at pure noise, over the last quarter of the last chunk: the error with the right memory, with
-    another world's, and their ratio; with the compressor's spread across worlds and its correlation with key frames."""
+def paint(model: Trainee, batch: Batch, sampler: SamplerConfig) -> Tensor:
+    """The batch's targets (B, 16, 21, h, w) noised to a random level and denoised again: the truth in the model's hand.
+
+    What the model could not know stays as it was, since some of it shows through the noise.
+    """
+    timesteps = schedule(sampler, sampler.num_sampling_steps)
+    timesteps = timesteps[int(torch.randint(*PAINT_FROM, ())) * sampler.num_sampling_steps // 8 :]
+    t = timesteps[0].item() / MAX_TIMESTEP
+    stream, actions, context = model.condition(batch)
+
+    def velocity(z: Tensor, timestep: Tensor) -> Tensor:
+        return model.transformer.denoise(z, timestep.expand(len(z)), stream, actions, context)
+
+    return sample(velocity, (1 - t) * batch.target + t * torch.randn_like(batch.target), timesteps)
+
+
+def memory_report(model: Trainee, unseen: WalkPool) -> dict[str, float]:
+    """`memory_errors` with a short history, and their ratio with a long one as `far_gap`."""
+    histories = [chunks for chunks in UNSEEN_CHUNKS if chunks < unseen.chunks] or [unseen.chunks - 1]
+    errors = [memory_errors(model, unseen, chunks) for chunks in histories]
+    return errors[0] | {"far_gap": errors[-1]["gap"]}
+
+
+@torch.no_grad()
+def memory_errors(model: Trainee, unseen: WalkPool, chunks: int) -> dict[str, float]:
+    """On unseen worlds, at pure noise, over the last quarter of the chunk after `chunks` chunks: the error with the
+    right memory, with another world's, and their ratio; with the compressor's spread across worlds and its correlation
+    with key frames."""
     device = unseen.device
-    batch = unseen.select(torch.arange(unseen.size, device=device), unseen.chunks - 1)
+    index = torch.arange(unseen.size, device=device)
+    batch = unseen.select(index, torch.zeros_like(index), chunks)
     noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)).to(device)
     timestep = torch.full((unseen.size,), MAX_TIMESTEP, device=device)
     last = 3 * batch.target.shape[2] // 4
@@ -209,7 +284,7 @@ def memory_errors(model: Trainee, unseen: WalkPool) -> dict[str, float]:
             velocity = model(noise, timestep, batch, wrong_memory=wrong)
             errors.append(F.mse_loss(velocity[:, :, last:], (noise - batch.target)[:, :, last:]).item())
         compressed = model.transformer.latent_encoder.compress(batch.history).float()
-    keys = batch.history[:, :, ::4][:, :, : compressed.shape[2]]
+    keys = batch.history[:, :, key_latents(batch.history.shape[2])]
     correlation = torch.corrcoef(torch.stack((compressed.flatten(), keys.flatten())))[0, 1]
     return {
         "error_right": errors[0],
@@ -220,12 +295,20 @@ def memory_errors(model: Trainee, unseen: WalkPool) -> dict[str, float]:
     }
 
 
+def key_latents(count: int) -> list[int]:
+    """Which latents of a history of `count` a compressor that only picks would hand on."""
+    starts = window_starts(count)
+    if len(starts) == 1:
+        return list(range(0, count, 4))
+    return [start + i for start in starts for i in range(0, WINDOW, 4)][::4]
+
+
 def report(
     log: Log, model: Trainee, ema: EMA, unseen: WalkPool, out: Path, step: int, samples: int, losses: list[Tensor]
 ) -> None:
     """Logs the loss and the averaged weights' memory errors, and saves those weights for use."""
     with averaged(model, ema):
-        errors = memory_errors(model, unseen)
+        errors = memory_report(model, unseen)
         halves = {name: tensor.half() for name, tensor in model.state_dict().items()}
     loss = torch.stack(losses).mean().item() if losses else None
     log.add("report", step=step, samples=samples, loss=loss, **errors)
@@ -243,6 +326,29 @@ def averaged(model: nn.Module, ema: EMA):
         yield
     finally:
         model.load_state_dict(own)
+
+
+def make_labeller(labels: str, seed: int) -> Labeller | None:
+    """What tells a walk's actions: "actions" what was done, "poses" and "naive" labels of noisy poses with and without
+    *uncertain* between the thresholds, "mixed" of some walks the first and of some the second."""
+    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+
+    def label(poses: Tensor, done: Tensor) -> Tensor:
+        if labels == "mixed" and rng.random() > POSE_LABELS:
+            return done
+        noisy = jitter(poses_to_matrices(poses.double()), generator)
+        return torch.stack(naive_labels(noisy) if labels == "naive" else label_actions(noisy))
+
+    return None if labels == "actions" else label
+
+
+def renew_actions(model: Trainee, ema: EMA) -> None:
+    """Forgets the action encoder, in the average as well."""
+    device = next(model.parameters()).device
+    fresh = Trainee(model.config).transformer.action_encoder.state_dict()
+    model.transformer.action_encoder.load_state_dict(fresh)
+    for name, tensor in fresh.items():
+        ema.average[f"transformer.action_encoder.{name}"].copy_(tensor.to(device))
 
 
 def resume(path: Path, model: Trainee, optimizers: list, ema: EMA) -> dict[str, int]:

@@ -72,6 +72,18 @@ def _retrace(rng: random.Random) -> list[Segment]:
     return way + _pause(rng) + inverse(way) + _pause(rng)
 
 
+def _far_return(rng: random.Random) -> list[Segment]:
+    """Away from a place, long elsewhere and back there, and to the place again by the same way."""
+    side = rng.choice((LEFT, RIGHT))
+    away = [(STILL, side, rng.randint(QUARTER // 2, 2 * QUARTER))]
+    if rng.random() < 0.5:
+        away.append((FORWARD, STILL, rng.randint(24, 90)))
+    elsewhere, long = [], rng.randint(240, 640)
+    while sum(segment[2] for segment in elsewhere) < long:
+        elsewhere += rng.choice((_retrace, _go_return, _turn_return))(rng)
+    return away + elsewhere + inverse(away) + _pause(rng)
+
+
 def inverse(segments: list[Segment]) -> list[Segment]:
     """The segments that undo `segments`, as long as nothing was bumped into."""
     return [(OPPOSITE_MOVE[move], OPPOSITE_VIEW[view], frames) for move, view, frames in reversed(segments)]
@@ -112,18 +124,20 @@ KINDS: dict[str, Callable[[random.Random], list[Segment]]] = {
     "go_return": _go_return,
     "loop": _loop,
     "retrace": _retrace,
+    "far_return": _far_return,
 }
 
 VIEW_ONLY = {"turn_return": 0.55, "look": 0.15, "long_turn": 0.15, "circle": 0.15}
 MIXED = {
-    "random": 0.24,
+    "random": 0.20,
     "look": 0.06,
-    "turn_return": 0.20,
+    "turn_return": 0.18,
     "long_turn": 0.05,
-    "circle": 0.07,
-    "go_return": 0.18,
+    "circle": 0.08,
+    "go_return": 0.16,
     "loop": 0.06,
-    "retrace": 0.14,
+    "retrace": 0.11,
+    "far_return": 0.10,
 }
 
 
