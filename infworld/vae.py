@@ -1,7 +1,9 @@
 """Causal video VAE: between video (B 3 T H W in [-1, 1]) and latents (B 16 T' H/8 W/8), spec section 4.
 
 The first frame makes the first latent, every four further frames one more. All time padding is on the left, so a clip
-can be continued: each pass hands on the last frames that the temporal layers saw, as an explicit `state`.
+can be continued: each pass hands on the last frames that the temporal layers saw, their tails, as an explicit `state`.
+Between two calls the large tails, those of the encoder's layers that see every frame, are left out of it: the clip's
+last 19 frames, which make them again, are a nineteenth of their size.
 Inside this file frames lie as B T H W C, the memory order in which convolutions, norms and attention are fastest.
 """
 
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from infworld.config import FRAMES_PER_LATENT, RELEASED_LATENTS_MEAN, RELEASED_LATENTS_STD
 
 PIXELS_PER_LATENT = 8  # along height and width
+FRAMES = "frames"  # name of a clip's last frames in an encoder's state
+OLD_STATE_FRAMES = 20  # that must follow a state without them, so that the next state has them all
 
 # Numbers in one full-resolution activation of one pass; some ten such activations are alive at once.
 # A CPU is fastest near its caches; a GPU wants large passes, but the transformer shares its memory.
@@ -59,21 +63,26 @@ class VideoVAE(nn.Module):
         video: B 3 T H W in [-1, 1], H and W multiples of 8; T = 1 + 4n without `state`, 4n with it.
         slab: latents per pass, which never changes the result; by default bounded by memory.
         Returns the normalised mean latents, B z_dim T' H/8 W/8 with T' = 1 + n or n, in the dtype of `video`, and the
-        state to continue with: named tensors in the dtype of the weights, detached.
+        state to continue with: named tensors in the dtype of the weights, detached. A state may come from a VAE of
+        another dtype or device, or be an earlier version's, which had all tails in it.
         Raises ValueError for any other shape and for a state of another batch or picture size.
         """
         _check_video(video, state)
         x = video.movedim(1, -1).to(self.conv1.weight.dtype)
         slab = slab or self._default_slab(x.device, x[0, 0, ..., 0].numel() * len(x))
+        carried = {name: tensor.to(x) for name, tensor in (state or {}).items()}
+        seen = carried.pop(FRAMES, x[:, :0])
+        if seen.shape[1]:
+            carried |= self.encoder.full_rate_tails(seen)
         means = []
         for part in _split(x, first=0 if state else 1, size=slab * FRAMES_PER_LATENT):
-            tails = Tails(state)
+            tails = Tails(carried)
             mean, _ = _pointwise(self.encoder(part, tails), self.conv1).chunk(2, dim=-1)
             means.append(mean)
-            state = tails.state
+            carried = tails.state
         mean = torch.cat(means, dim=1).to(video.dtype)
         mean = (mean - mean.new_tensor(self.latents_mean)) / mean.new_tensor(self.latents_std)
-        return mean.movedim(-1, 1).contiguous(), state
+        return mean.movedim(-1, 1).contiguous(), self.encoder.state(torch.cat([seen, x], dim=1), carried)
 
     def decode(self, latents: Tensor, slab: int | None = None) -> Tensor:
         """Decodes a whole clip of normalised latents, B z_dim T' h w.
@@ -134,13 +143,39 @@ class Encoder(nn.Module):
                 self.downsamples.append(Downsample(width, temporal=level > 0))
         self.middle = nn.ModuleList([ResidualBlock(width, width), Attention(width), ResidualBlock(width, width)])
         self.head = nn.ModuleDict({"0": Norm(width), "2": CausalConv3d(width, out_dim, 3)})
+        halved = next(i for i, layer in enumerate(self.downsamples) if getattr(layer, "time_conv", None) is not None)
+        self._full_rate = 1 + halved  # layers that see every frame: conv1 and those before time is first halved
 
     def forward(self, x: Tensor, tails: "Tails") -> Tensor:
-        x = self.conv1(x, tails)
-        for layer in (*self.downsamples, *self.middle):
+        for layer in self._layers():
             x = layer(x, tails)
         norm, conv = self.head.values()
         return conv(norm(x), tails)
+
+    def state(self, frames: Tensor, tails: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a clip, of which these are the last frames (B T H W 3), is continued with after a pass left `tails`."""
+        convolutions = self._full_rate_convolutions()
+        kept = {name: tail for name, tail in tails.items() if name not in map(_tail_name, range(convolutions))}
+        return {FRAMES: frames[:, -(1 + 2 * convolutions) :].detach().clone(), **kept}
+
+    def full_rate_tails(self, frames: Tensor) -> dict[str, Tensor]:
+        """The tails that `state` left out, made again from the frames that it kept.
+
+        Each convolution needs two more frames than it gives, so that one frame comes out at the end; fewer are a clip
+        from its first frame on.
+        """
+        whole = frames.shape[1] < 1 + 2 * self._full_rate_convolutions()
+        tails = Tails(padded=whole)
+        for layer in self._layers()[: self._full_rate]:
+            frames = layer(frames, tails)
+        return tails.state
+
+    def _layers(self) -> list[nn.Module]:
+        return [self.conv1, *self.downsamples, *self.middle]
+
+    def _full_rate_convolutions(self) -> int:
+        layers = self._layers()[: self._full_rate]
+        return sum(isinstance(module, CausalConv3d) for layer in layers for module in layer.modules())
 
 
 class Decoder(nn.Module):
@@ -173,10 +208,13 @@ class Tails:
     """What the temporal layers carry from one pass to the next: their last input frames, in the order of the layers.
 
     `state`: the last pass's `Tails.state`, or None at the start of a clip. keep: whether another pass will follow.
+    padded: without a state, whether zeros stand before the first frame, as at a clip's start; else what has not two
+    frames before it does not come out.
     """
 
-    def __init__(self, state: dict[str, Tensor] | None = None, keep: bool = True):
+    def __init__(self, state: dict[str, Tensor] | None = None, keep: bool = True, padded: bool = True):
         self.at_start = not state
+        self.padded = padded
         self.state: dict[str, Tensor] = {}
         self._past = state or {}
         self._keep = keep
@@ -203,7 +241,9 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, tails: Tails) -> Tensor:
         past = tails.swap(x, 2)
-        return _convolve(torch.cat([_zeros(x, 2) if past is None else past, x], dim=1), self)
+        if past is None and tails.padded:
+            past = _zeros(x, 2)
+        return _convolve(x if past is None else torch.cat([past, x], dim=1), self)
 
 
 class ResidualBlock(nn.Module):
@@ -224,6 +264,7 @@ class ResidualBlock(nn.Module):
         norm1, conv1, norm2, conv2 = self.residual.values()
         y = conv1(norm1(x), tails)
         y = conv2(norm2(y), tails)
+        x = x[:, -y.shape[1] :]  # all of it, unless nothing is padded
         return y + (x if self.shortcut is None else _pointwise(x, self.shortcut))
 
 
@@ -368,10 +409,14 @@ def _check_video(video: Tensor, state: dict[str, Tensor] | None) -> None:
         return
     if frames % FRAMES_PER_LATENT or not frames:
         raise ValueError(f"a clip is continued by {FRAMES_PER_LATENT}n frames, got {frames}")
-    first = state.get(_tail_name(0))
-    if first is None or first.shape != (batch, 2, height, width, 3):
-        seen = "nothing" if first is None else tuple(first.shape)
-        raise ValueError(f"state is of {seen}, not of a clip of batch {batch} and size {height}x{width}")
+    seen = state.get(FRAMES, state.get(_tail_name(0)))
+    if seen is None or seen.dim() != 5 or seen.shape[:1] + seen.shape[2:] != (batch, height, width, 3):
+        shape = "nothing" if seen is None else tuple(seen.shape)
+        raise ValueError(f"state is of {shape}, not of a clip of batch {batch} and size {height}x{width}")
+    if FRAMES not in state and frames < OLD_STATE_FRAMES:
+        raise ValueError(
+            f"a state of an earlier version is continued by {OLD_STATE_FRAMES} frames or more, not {frames}"
+        )
 
 
 def _check_latents(latents: Tensor, z_dim: int) -> None:

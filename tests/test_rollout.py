@@ -200,7 +200,8 @@ def test_a_network_of_the_other_sign_makes_the_same_film_with_the_flag_off(world
         parameter.data.neg_()
     text_encoder = load_text_encoder(config, world.device, world.transformer.dtype)
     other = World(config, negated, world.vae, text_encoder)
-    assert torch.equal(other.next_chunk(session).latents, film[2].latents)
+    # Not bit for bit: copied weights lie otherwise in memory than mapped ones, and a CPU's matrix products mind that.
+    torch.testing.assert_close(other.next_chunk(session).latents, film[2].latents, atol=1e-5, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------- a session is a value

@@ -91,6 +91,52 @@ def test_one_state_serves_two_continuations_and_survives_copies(vae):
     assert difference(other, whole[:, :, 2:]) > 1e-2
 
 
+def all_tails(vae: VideoVAE, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What every layer of the encoder carries on after a clip: an earlier version's state."""
+    tails = Tails()
+    vae.encoder(x.movedim(1, -1), tails)
+    return tails.state
+
+
+@pytest.mark.parametrize("frames", [1, 5, 17, 21, 29])
+def test_the_tails_that_a_state_leaves_out_come_back(vae, frames):
+    x = video(frames)
+    _, state = vae.encode(x)
+    assert state["frames"].shape[1] == min(frames, 19)
+    tails = all_tails(vae, x)
+    made = vae.encoder.full_rate_tails(state["frames"])
+    assert made.keys() | state.keys() == tails.keys() | {"frames"} and not made.keys() & state.keys()
+    assert all(difference(tail, tails[name]) < 1e-12 for name, tail in made.items() if tails[name].any())
+
+
+def test_a_state_of_the_released_sizes_is_a_quarter_of_the_tails():
+    with torch.device("meta"):
+        vae, x = VideoVAE(), torch.empty(1, 3, 21, 448, 896)
+        states = vae.encode(x)[1], all_tails(vae, x)
+    sizes = [sum(tensor.numel() for tensor in state.values()) for state in states]
+    assert sizes[0] <= 0.25 * sizes[1] and sizes[0] == 140_894_208
+
+
+def test_a_state_of_an_earlier_version_still_serves(vae):
+    x = video(49)
+    whole, state = vae.encode(x)
+    added, now = vae.encode(x[:, :, 29:], all_tails(vae, x[:, :, :29]))
+    assert difference(added, whole[:, :, 8:]) < 1e-12
+    assert all(difference(now[name], state[name]) < 1e-12 for name in state)
+    with pytest.raises(ValueError, match="earlier version is continued by 20 frames or more, not 16"):
+        vae.encode(x[:, :, 29:45], all_tails(vae, x[:, :, :29]))
+
+
+def test_a_state_may_come_from_another_dtype(vae):
+    x = video(29)
+    whole, _ = vae.encode(x)
+    _, half = golden_vae().bfloat16().encode(x[:, :, :9].float())
+    added, state = golden_vae().encode(x[:, :, 9:].float(), half)
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert (added - whole[:, :, 3:]).square().mean() < 1e-3 * whole.square().mean()
+
+
 def test_state_shares_no_memory_with_the_video(vae):
     _, state = vae.encode(video(17), slab=100)
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in state.values())
