@@ -33,7 +33,7 @@ _ZIP_HEADER = 30  # bytes of the header before each of its members, of which the
 _ZIP_END = 22  # bytes of the record at its end
 _NAMED = 4  # names per kind of mismatch in an error
 _AGAIN = "download it again (the released files: python scripts/download.py)"
-_PIECE = 2**26  # numbers that are converted and written at a time
+_PIECE = 2**24  # numbers that are converted and written at a time
 
 _SAFETENSORS_DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},

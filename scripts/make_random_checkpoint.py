@@ -67,17 +67,13 @@ def make(out: Path, config: ModelConfig, seed: int = 0, overwrite: bool = False)
         raise ValueError(f"text_encoder_cfg.type must be umt5, as the released one's is, not {text.type!r}")
     if (out / SETTINGS).exists() and not overwrite:
         raise ValueError(f"{out / SETTINGS} is there already: use --overwrite to replace all files")
-    with torch.device("meta"):
-        transformer, vae = InfiniteWorldTransformer(config.model_cfg), build_vae(config)
-    jobs: list[tuple[str, Shapes, torch.dtype]] = [
-        (TRANSFORMER, shapes_of(transformer), torch.float32),
-        (VAE, shapes_of(vae), torch.float32),
-        (TEXT, umt5_shapes(text), torch.bfloat16),
-    ]
+    files = weight_files(config)
     out.mkdir(parents=True, exist_ok=True)
-    check_room(out, sum(shape.numel() * dtype.itemsize for _, shapes, dtype in jobs for shape in shapes.values()))
+    check_room(
+        out, sum(shape.numel() * dtype.itemsize for shapes, dtype in files.values() for shape in shapes.values())
+    )
     noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(seed))
-    for name, shapes, dtype in jobs:
+    for name, (shapes, dtype) in files.items():
         began = time.monotonic()
         tensors = random_tensors(shapes, noise.to(dtype))
         write(out / name, {"state_dict": tensors | extras(config)} if name == TRANSFORMER else tensors)
@@ -87,6 +83,17 @@ def make(out: Path, config: ModelConfig, seed: int = 0, overwrite: bool = False)
     make_tokenizer(out / TOKENIZER, text.vocab)
     (out / SETTINGS).write_text(settings_text(config), encoding="utf-8")
     return out / SETTINGS
+
+
+def weight_files(config: ModelConfig) -> dict[str, tuple[Shapes, torch.dtype]]:
+    """By file: what is in it, and in which dtype."""
+    with torch.device("meta"):
+        transformer, vae = InfiniteWorldTransformer(config.model_cfg), build_vae(config)
+    return {
+        TRANSFORMER: (shapes_of(transformer), torch.float32),
+        VAE: (shapes_of(vae), torch.float32),
+        TEXT: (umt5_shapes(config.text_encoder_cfg), torch.bfloat16),
+    }
 
 
 def shapes_of(module: torch.nn.Module) -> dict[str, torch.Size]:

@@ -46,6 +46,44 @@ SMALL_MODEL = {
 }
 
 
+# The same with the text encoder of the released model, and guidance.
+SMALL_UMT5_MODEL = {
+    **SMALL_MODEL,
+    "name": "small-umt5",
+    "text_encoder_cfg": {
+        "type": "umt5",
+        "model_max_length": 32,
+        "vocab": 800,
+        "dim": 64,
+        "dim_attn": 64,
+        "dim_ffn": 128,
+        "num_heads": 4,
+        "num_layers": 2,
+    },
+    "val_scheduler_cfg": {"shift": 3.0, "num_sampling_steps": 2, "text_cfg_scale": 5.0},
+    "model_cfg": {**SMALL_MODEL["model_cfg"], "caption_channels": 64},
+    "vae_cfg": {"dim": 4},
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Nothing is remembered from one test run to the next, or in a person's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("INFWORLD_MODEL", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory) -> Path:
+    """Path of the config of a small model whose files have the released names and formats. Not to be changed."""
+    from scripts.make_random_checkpoint import make
+
+    folder = tmp_path_factory.mktemp("random_model")
+    return make(folder, from_dict(ModelConfig, SMALL_UMT5_MODEL, "SMALL_UMT5_MODEL"))
+
+
 def make_small_model(folder: Path) -> Path:
     """Writes the config and random weights of SMALL_MODEL; returns the path that `infworld.load` takes."""
     from infworld.dit import InfiniteWorldTransformer

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -213,6 +215,47 @@ def test_failed_save_names_the_place_and_leaves_what_was_there(tmp_path):
 def test_metadata_is_only_in_safetensors(tmp_path):
     with pytest.raises(ValueError, match="only a .safetensors file has metadata"):
         read_metadata(write(tmp_path, "w.ckpt"))
+
+
+LOADING = """
+import sys, threading, time, torch
+from torch import nn
+from infworld.checkpoint import load_strict, read_tensors, save_tensors
+
+def held():  # bytes that are this process's own; pages of mapped files are not, the system may drop them
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def watch():
+    global most
+    while True:
+        most = max(most, held())
+        time.sleep(0.001)
+
+path, action = sys.argv[1:]
+build = lambda: nn.ModuleList(nn.Linear(4096, 4096, bias=False) for _ in range(4))
+torch.ones(9, 9) @ torch.ones(9, 9)
+before = most = held()
+threading.Thread(target=watch, daemon=True).start()
+if action == "load":
+    net = load_strict(build, read_tensors(path), where=path)
+    sum(p.sum() for p in net.parameters())
+else:
+    save_tensors(action, read_tensors(path), dtype=torch.bfloat16)
+print((most - before) / 2**20)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of memory")
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_file_is_never_whole_in_memory(tmp_path, suffix):
+    """Of 256 MB, loading needs next to nothing, and converting one piece at a time."""
+    path = tmp_path / f"w{suffix}"
+    weights = {f"{i}.weight": torch.ones(4096, 4096) for i in range(4)}
+    (save_file if suffix == ".safetensors" else torch.save)(weights, path)
+    for action, most in (("load", 64), (tmp_path / "converted.safetensors", 150)):
+        command = [sys.executable, "-c", LOADING, str(path), str(action)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+        assert float(done.stdout) < most
 
 
 @pytest.mark.parametrize(
