@@ -138,17 +138,23 @@ def chromium() -> str:
 
 
 @pytest.fixture(scope="session")
-def serve(world):
+def serve(world, serve_models):
     """Starts the page for the small model in this process: serve(films folder) -> its address, with a slash."""
+    return lambda films: serve_models(world, films)
+
+
+@pytest.fixture(scope="session")
+def serve_models():
+    """The same for any models: serve_models(what app.serve takes, films folder) -> address."""
     import app
 
     pages = []
 
-    def start(films: Path) -> str:
+    def start(models, films: Path) -> str:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        page = app.serve(world, films, server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)
+        page = app.serve(models, films, server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)
         pages.append(page)
         return page.local_url
 

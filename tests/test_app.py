@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import pickle
+import re
+import socket
+import subprocess
+import sys
 import threading
 import time
+import weakref
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import app
+import infworld
+from infworld import models
 from infworld.actions import ActionScript
+from infworld.config import load_config
 from infworld.rollout import Chunk, Progress, Session
 from infworld.video import read_mp4
 from ui import compute, status
+from ui import models as ui_models
 from ui.compute import Replay, Report, gpu_seconds
 from ui.drive import driven
 from ui.films import Film, FilmStore
 from ui.gallery import find_examples
 from ui.memory_check import coverage_strip, covered_frames, memory_check, psnr
-from ui.models import OneModel
-from ui.studio import MAX_PROMPT, MAX_STEPS, Job, Studio, Wishes
+from ui.models import Models, OneModel
+from ui.studio import MAX_PROMPT, MAX_STEPS, Job, Loading, Studio, Wishes
 from ui.walk import revisits, walk
 
 WISHES = Wishes(ActionScript.parse("forward 80, right 80"), "a hill", "", seed=3, steps=2, guidance=1.0)
@@ -449,6 +462,238 @@ def test_a_missing_model_is_named_at_the_start(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         app.main()
     assert "gone.yaml" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- more than one model
+
+
+@pytest.fixture(scope="module")
+def two_configs(small_model, tmp_path_factory) -> dict:
+    """The small model, and one that differs in name, picture, guidance and steps."""
+    other = yaml.safe_load(small_model.read_text()) | {"name": "other", "buckets": [[64, 64]], "negative_prompt": "fog"}
+    other["val_scheduler_cfg"] = {"shift": 3.0, "num_sampling_steps": 3, "text_cfg_scale": 4.0}
+    for part, key in (("vae_cfg", "vae_pth"), ("text_encoder_cfg", "checkpoint_path")):
+        other[part] = other[part] | {key: str(small_model.parent / other[part][key])}
+    other["checkpoint_path"] = str(small_model.parent / other["checkpoint_path"])
+    path = tmp_path_factory.mktemp("other") / "other.yaml"
+    path.write_text(yaml.safe_dump(other))
+    return {"small": load_config(small_model), "other": load_config(path)}
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> list:
+    """Names of the models in the order they are loaded; each must be gone when the next one comes."""
+    names, alive, load = [], [], infworld.load
+
+    def counted(config, device, text_placement):
+        assert all(world() is None for world in alive), "two models at once"
+        world = load(config, device)
+        names.append(config.name)
+        alive.append(weakref.ref(world))
+        return world
+
+    monkeypatch.setattr(ui_models.infworld, "load", counted)
+    return names
+
+
+@pytest.fixture
+def two(two_configs, tmp_path, loaded) -> Studio:
+    return Studio(Models(two_configs, "cpu"), FilmStore(tmp_path / "films", lifetime=60))
+
+
+def test_the_first_model_is_loaded_at_once_and_the_other_when_it_is_needed_alone(two, picture, loaded):
+    assert two.models.names == ["small", "other"] and loaded == ["small"]
+    film, job = two.begin(picture, 81, WISHES, "other")
+    news = make(two, film, job)
+    assert isinstance(news[0], Loading) and news[0].model == "other" and loaded == ["small", "other"]
+    assert film.session().model == "other" and film.session().history.shape[-2:] == (8, 8)
+    assert {item.model for item in news if isinstance(item, status.Making)} == {"other"}
+    film, job = two.begin(picture, 81, WISHES)
+    assert isinstance(make(two, film, job)[0], Loading) and film.session().model == "small"
+    make(two, film, two.redo(film, WISHES))
+    assert loaded == ["small", "other", "small"]
+
+
+def test_a_film_goes_on_with_the_model_that_began_it(two, picture):
+    wishes = dataclasses.replace(WISHES, steps=3, guidance=4.0, negative_prompt="fog")
+    page = app.Page(two)
+    page.blocks()
+    film, job = two.begin(picture, 81, WISHES)
+    make(two, film, job)
+    page_wishes = [{"segments": [[0, 4, 160]]}, "night", "fog", 5, False, 3, 4.0]  # as set for the other model
+    begun = page.go_on(film, 1, "other", *page_wishes)
+    make(two, film, begun[page.job])
+    session = film.session()
+    assert (session.model, session.num_frames, session.prompt) == ("small", 161, "night")
+    assert (session.steps, session.guidance, session.negative_prompt) == (2, 1.0, "")
+    again = page.make_again(film, "small", *page_wishes)[page.job]
+    assert (again.model, again.wishes.steps, again.wishes.guidance) == ("small", 3, 4.0)  # chosen for this one
+    driven_on = page.drive_on(film, {"script": "left 80", "number": 1}, None, "other", *page_wishes)[page.job]
+    assert (driven_on.model, driven_on.wishes.steps) == ("small", 2)
+    assert page.begin(picture, 81, "other", *page_wishes)[page.job].model == "other"
+    assert app.for_film(wishes, session, "small") == wishes
+
+
+def test_choosing_a_model_brings_its_own_settings_and_says_what_runs(two, picture):
+    page = app.Page(two)
+    page.blocks()
+    assert page.model.visible and "small" in page.running.value and "CPU" in page.running.value
+    chosen = page.choose_model("other")
+    assert "other" in chosen[page.running] and "CPU" in chosen[page.running] and chosen[page.steps] == 3
+    assert chosen[page.guidance] == {"value": 4.0, "visible": True, "__type__": "update"}
+    assert chosen[page.negative_prompt]["value"] == "fog" and chosen[page.negative_prompt]["visible"]
+    assert not page.choose_model("small")[page.guidance]["visible"]
+    sizes = {name: page.choose(picture, None, name)[page.preview]["value"].size for name in two.models.names}
+    assert sizes == {"small": (48, 32), "other": (64, 64)}
+    with pytest.raises(app.gr.Error, match="'huge' is not here: there is small and other"):
+        page.choose_model("huge")
+
+
+def test_a_single_model_is_no_choice_and_is_named(page):
+    assert not page.model.visible and "small" in page.running.value
+
+
+def test_a_session_brings_its_model_back(two, picture):
+    page = app.Page(two)
+    page.blocks()
+    film, job = two.begin(picture, 81, dataclasses.replace(WISHES, guidance=2.0), "other")
+    make(two, film, job)
+    resumed = page.resume(film.session_path)
+    assert resumed[page.model] == "other" and resumed[page.job] == Job("other", 0)
+    assert resumed[page.guidance]["value"] == 2.0 and resumed[page.guidance]["visible"] and resumed[page.steps] == 2
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_run_and_not_the_page(two_configs, two, picture, monkeypatch, loaded):
+    def broken(config, device, text_placement):
+        raise ValueError("world.safetensors is truncated")
+
+    page = app.Page(two)
+    page.blocks()
+    film, job = two.begin(picture, 81, WISHES, "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(ui_models.infworld, "load", broken)
+        *_, last = page.run(film, job)
+    assert last[page.outcome] == "World.safetensors is truncated"
+    film, job = two.begin(picture, 81, WISHES)
+    make(two, film, job)
+    assert film.num_frames == 81
+
+
+def test_only_models_of_the_same_lengths_are_offered_together(two_configs, loaded):
+    rollout = dataclasses.replace(two_configs["other"].validation_data, num_frames=41)
+    shorter = dataclasses.replace(two_configs["other"], validation_data=rollout)
+    assert Models({"small": two_configs["small"], "other": shorter}, "cpu").names == ["small"]
+
+
+def test_zero_gpu_has_one_model_with_its_text_encoder_on_the_gpu(two_configs, world, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ui_models, "ON_ZERO_GPU", True)
+    monkeypatch.setattr(ui_models.infworld, "load", lambda *args, **kwargs: asked.append(kwargs) or world)
+    assert Models(two_configs, "cpu").names == ["small"]
+    assert asked == [{"text_placement": "gpu"}]
+
+
+def test_programs_may_name_a_model(serve_models, two_configs, picture, tmp_path):
+    from gradio_client import Client, handle_file
+    from gradio_client.exceptions import AppError
+
+    client = Client(serve_models(Models(two_configs, "cpu"), tmp_path / "films"), verbose=False)
+
+    def film(model):
+        return read_mp4(client.predict(handle_file(picture), "", 81, 0, "", model, api_name="/film"))
+
+    assert film("other").shape == (81, 64, 64, 3) and film("").shape == film("small").shape == (81, 32, 48, 3)
+    with pytest.raises(AppError, match="(?i)the model 'huge' is not here"):
+        film("huge")
+
+
+@pytest.mark.parametrize(
+    ("argument", "variable", "best", "expected"),
+    [
+        (None, None, "tiny", ["tiny", "infinite-world"]),
+        (None, None, "infinite-world", ["infinite-world", "tiny"]),
+        (None, "tiny", "infinite-world", ["tiny", "infinite-world"]),
+        ("tiny", "infinite-world", "infinite-world", ["tiny", "infinite-world"]),
+        ("other.yaml", None, "tiny", ["other", "infinite-world", "tiny"]),
+    ],
+)
+def test_the_model_is_the_one_asked_for_else_the_best(
+    two_configs, world, monkeypatch, argument, variable, best, expected
+):
+    known = {name: dataclasses.replace(two_configs["small"], name=name) for name in ("infinite-world", "tiny")}
+    served = []
+    monkeypatch.setattr("sys.argv", ["app.py", *(["--model", argument] if argument else [])])
+    monkeypatch.setattr(models, "fits", lambda device: best == "infinite-world")
+    monkeypatch.setattr(models.hub, "find", lambda config: known[config.name])
+    monkeypatch.setattr(app, "prepare", lambda name: known.get(name) or two_configs["other"])
+    monkeypatch.setattr(ui_models.infworld, "load", lambda config, *args, **kwargs: world)
+    monkeypatch.setattr(app, "serve", lambda models, **launching: served.extend(models.names))
+    if variable:
+        monkeypatch.setenv("INFWORLD_MODEL", variable)
+    app.main()
+    assert served == expected
+
+
+# ------------------------------------------------------------------------------------------------------ as on a Space
+
+
+class DeviceService(BaseHTTPRequestHandler):
+    """What a ZeroGPU Space asks for devices; it lends none."""
+
+    def do_POST(self):
+        self.server.asked.append(self.path)
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def page_of(environment: dict[str, str], log: Path) -> str:
+    """The page of `python app.py` in this environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "app.py", "--port", str(port)]
+    environment = os.environ | {"SPACE_ID": "person/space", "GRADIO_ANALYTICS_ENABLED": "0"} | environment
+    with log.open("wb") as output, subprocess.Popen(command, cwd=app.ROOT, env=environment, stderr=output) as process:
+        try:
+            for _ in range(240):
+                time.sleep(0.5)
+                assert process.poll() is None, log.read_text()
+                with contextlib.suppress(httpx.TransportError):
+                    return httpx.get(f"http://127.0.0.1:{port}/", timeout=30).text
+            raise AssertionError(log.read_text())
+        finally:
+            process.kill()
+
+
+def test_the_page_starts_on_a_cpu_space(tmp_path):
+    text = page_of({"CUDA_VISIBLE_DEVICES": ""}, tmp_path / "log")
+    assert re.search(r"Runs .{1,20}tiny.{1,60}CPU", text)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="ZeroGPU needs a build of torch for CUDA")
+def test_the_page_starts_on_zero_gpu_with_all_weights_packed_for_the_gpu(tmp_path, random_model):
+    """`spaces` makes believe that there is a GPU, and at the launch packs what is on it, to lend it to each call."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), DeviceService) as service:
+        service.asked = []
+        threading.Thread(target=service.serve_forever, daemon=True).start()
+        environment = {
+            "SPACES_ZERO_GPU": "true",
+            "SPACES_ZERO_DEVICE_API_URL": f"http://127.0.0.1:{service.server_port}",
+            "ZEROGPU_OFFLOAD_DIR": str(tmp_path / "packed"),
+            "INFWORLD_MODEL": str(random_model),
+        }
+        text = page_of(environment, tmp_path / "log")
+        service.shutdown()
+    assert re.search(r"Runs .{1,20}small-umt5-random.{1,60}NVIDIA", text)
+    assert service.asked == ["/startup-report"]
+    folder = random_model.parent / "models"
+    weights = sum(path.stat().st_size for path in folder.glob("*.pth"))  # float32 and bfloat16, as they are used
+    packed = sum(path.stat().st_size for path in (tmp_path / "packed").rglob("*") if path.is_file())
+    assert packed > 0.9 * weights
 
 
 # ---------------------------------------------------------------------------------------------------------- the server
