@@ -81,7 +81,7 @@ class InfiniteWorldTransformer(nn.Module):
         """The memory latents' (B, 16, M, h, w) way through all blocks, modulated for timestep 0."""
         _, modulation = self._embed_time(memory.new_zeros(1))
         x = self._patchify(memory.to(self.dtype), mask_value=1)
-        rope = self._rope(0, memory)
+        rope = self._rope(memory, memory.shape[2])
         _of_any_length(x, rope)
         tokens = [x]
         for block, keys_values in zip(self.blocks[:-1], context.keys_values, strict=False):
@@ -96,11 +96,10 @@ class InfiniteWorldTransformer(nn.Module):
         time, modulation = self._embed_time(timestep)
         x = rearrange(self._patchify(noisy.to(self.dtype), mask_value=0), "b (t n) c -> b t n c", t=noisy.shape[2])
         x = rearrange(x + actions.unsqueeze(2), "b t n c -> b (t n) c")
-        rope_memory = self._rope(0, noisy, stream.latents)
-        rope = self._rope(stream.latents, noisy)
-        _of_any_length(rope_memory, *stream.tokens)
+        rope = self._rope(noisy, stream.latents + noisy.shape[2])
+        _of_any_length(rope, *stream.tokens)
         for block, memory, keys_values in zip(self.blocks, stream.tokens, context.keys_values, strict=True):
-            x = block.noisy_step(x, memory, modulation, rope, rope_memory, keys_values)
+            x = block.noisy_step(x, memory, modulation, rope, keys_values)
         return self._unpatchify(self.head(x, time), noisy.shape)
 
     def compile_blocks(self, **options) -> None:
@@ -140,11 +139,11 @@ class InfiniteWorldTransformer(nn.Module):
         t, h, w = shape[2:]
         return rearrange(x, "b (t h w) (p q c) -> b c t (h p) (w q)", t=t, h=h // PATCH, w=w // PATCH, p=PATCH, q=PATCH)
 
-    def _rope(self, start: int, latents: Tensor, frames: int | None = None) -> Tensor:
-        """Rotary angles of the latents' patches at time positions start, start + 1, ..."""
-        t, h, w = latents.shape[2:]
-        frames = range(start, start + (t if frames is None else frames))
-        return rope_3d(frames, h // PATCH, w // PATCH, self.config.dim // self.config.num_heads, latents.device)
+    def _rope(self, latents: Tensor, frames: int) -> Tensor:
+        """Rotary angles of the patches of so many latents of this size."""
+        h, w = latents.shape[3:]
+        head_dim = self.config.dim // self.config.num_heads
+        return rope_3d(range(frames), h // PATCH, w // PATCH, head_dim, latents.device)
 
 
 def _of_any_length(*tensors: Tensor) -> None:
@@ -177,31 +176,22 @@ class Block(nn.Module):
         memory: Tensor,
         modulation: Tensor,
         rope: Tensor,
-        rope_memory: Tensor,
         text: tuple[Tensor, Tensor],
     ) -> Tensor:
         """Noisy tokens attend to memory and noisy tokens together, both modulated for the step's timestep.
 
-        `memory` are the memory tokens as they entered this block.
+        `memory` are the memory tokens as they entered this block. `rope` is of both, memory first.
         """
         vectors = self._vectors(modulation)
-        x = modulate(noisy, vectors[0], vectors[1])
-        memory_keys, memory_values = self.self_attn.keys_values(modulate(memory, vectors[0], vectors[1]), rope_memory)
-        keys, values = self.self_attn.keys_values(x, rope)
-        attended = self.self_attn.attend(
-            self.self_attn.queries(x, rope),
-            torch.cat([memory_keys, keys], dim=2),
-            torch.cat([memory_values, values], dim=2),
-        )
+        x = modulate(torch.cat([memory, noisy], dim=1), vectors[0], vectors[1])
+        own = memory.shape[1]
+        queries = self.self_attn.queries(x[:, own:], rope[:, own:])
+        attended = self.self_attn.attend(queries, *self.self_attn.keys_values(x, rope))
         return self._text_and_ffn(gated_add(noisy, attended, vectors[2]), vectors, text)
 
     def _text_and_ffn(self, x: Tensor, vectors: tuple[Tensor, ...], text: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.cross_attn.attend(self.cross_attn.queries(self._norm_text(x)), *text)
+        x = x + self.cross_attn.attend(self.cross_attn.queries(self.norm3(x).to(x.dtype)), *text)
         return gated_add(x, self.ffn(modulate(x, vectors[3], vectors[4])), vectors[5])
-
-    def _norm_text(self, x: Tensor) -> Tensor:
-        norm = self.norm3
-        return F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps).to(x.dtype)
 
     def _vectors(self, modulation: Tensor) -> tuple[Tensor, ...]:
         """shift1, scale1, gate1, shift2, scale2, gate2, each float32 (B, 1, dim)."""

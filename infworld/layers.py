@@ -1,8 +1,9 @@
 """The shared leaf under memory.py and dit.py: norms, rotary embedding, attention, modulation.
 
 Norm statistics, modulation and rotation are computed in float32 and results returned in the input's dtype, as the
-released model was trained (spec section 7, "Precision"). What the blocks call is plain torch, so that torch.compile
-can trace it with a memory of any length.
+released model was trained (spec section 7, "Precision"); torch's own norms do so inside, and only autocast, in
+training, makes them return float32. What the blocks call is plain torch, so that torch.compile can trace it with a
+memory of any length.
 """
 
 from __future__ import annotations
@@ -27,22 +28,30 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype) * self.weight.to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], eps=EPS).to(x.dtype) * self.weight.to(x.dtype)
 
 
 def layer_norm(x: Tensor) -> Tensor:
     """LayerNorm over the last axis without weights."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], eps=EPS).to(x.dtype)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm, then scale and shift: x (B, L, C), shift and scale float32 (B, 1, C)."""
-    return (layer_norm(x).float() * (1 + scale) + shift).to(x.dtype)
+    return add_product(shift, layer_norm(x), 1 + scale, x.dtype)
 
 
 def gated_add(x: Tensor, result: Tensor, gate: Tensor) -> Tensor:
     """x + gate * result, summed in float32: x, result (B, L, C), gate float32 (B, 1, C)."""
-    return (x.float() + result.float() * gate).to(x.dtype)
+    return add_product(x, result, gate, x.dtype)
+
+
+def add_product(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+    """a + b * c in the widest of their dtypes, rounded once; b has the result's shape."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.addcmul(a, b, c).to(dtype)
+    # Rounded while it is written, where a result in float32 would be written and read once more.
+    return torch.addcmul(a, b, c, out=torch.empty_like(b, dtype=dtype))
 
 
 class Attention(nn.Module):
@@ -81,7 +90,7 @@ class Attention(nn.Module):
 @lru_cache(maxsize=8)  # the same few grids at every step of a film
 @torch.inference_mode(False)  # so that what is kept serves training too
 def rope_3d(frames: range, height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
-    """Cosines and sines of the 3-D rotary embedding, (2, frames * height * width, head_dim / 2) float32.
+    """Cosines and sines of the 3-D rotary embedding, (1, frames * height * width, head_dim / 2, 2) float32.
 
     head_dim d is split into d - 4 floor(d/6) for time and 2 floor(d/6) each for height and width; base 10000; angles
     in float64 (spec section 7). `frames` are the time positions.
@@ -96,14 +105,18 @@ def rope_3d(frames: range, height: int, width: int, head_dim: int, device: torch
         ],
         dim=1,
     )
-    return torch.stack([angles.cos(), angles.sin()]).float().to(device)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).unsqueeze(0).float().to(device)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotates consecutive pairs of x (B, heads, L, d) by the angles whose cosines and sines are `rope` (2, L, d/2)."""
-    cos, sin = rope
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    """Rotates consecutive pairs of x (B, heads, L, d) by the angles whose cosines and sines are `rope` of `rope_3d`."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which fuses real numbers only
+        (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return rotated.flatten(-2).to(x.dtype)
 
 
 @contextmanager

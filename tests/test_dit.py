@@ -146,7 +146,7 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
         return float((rotate(q, cos_sin[0]) * rotate(k, cos_sin[1])).sum())
 
     rope = rope_3d(range(3, 5), 2, 3, 14, torch.device("cpu"))
-    assert rope.shape == (2, 12, 7)
+    assert rope.shape == (1, 12, 7, 2)
     x = torch.randn(1, 2, 12, 14)
     assert torch.allclose(rotate(x, rope).norm(dim=-1), x.norm(dim=-1), atol=1e-5)
     assert product(3, 8) == pytest.approx(product(20, 25), abs=1e-5)
