@@ -367,12 +367,19 @@ def check_session(session: Session, config: ModelConfig) -> None:
         raise ValueError(f"the session is damaged: {made} chunks make no {session.num_frames} frames")
 
 
-def load(name: str | Path | ModelConfig = "tiny", device: str = "auto", *, text_placement: str = "auto") -> World:
+def load(
+    name: str | Path | ModelConfig = "tiny",
+    device: str = "auto",
+    *,
+    text_placement: str = "auto",
+    compile: bool = False,
+) -> World:
     """Loads a model: "tiny", "infinite-world", the path of a config YAML, or the config itself.
 
     device: "auto" (the GPU if there is one), "cuda", "cuda:1", "cpu". text_placement: where a large text encoder works
-    and whether it stays: "auto", "gpu" or "cpu", see `UMT5OnDemand`. Raises FileNotFoundError or ValueError for
-    missing, truncated or foreign weights, naming the file.
+    and whether it stays: "auto", "gpu" or "cpu", see `UMT5OnDemand`. compile: whether torch.compile makes the
+    transformer's blocks faster, which the first chunk waits for (docs/performance.md). Raises FileNotFoundError or
+    ValueError for missing, truncated or foreign weights, naming the file.
     """
     began = time.monotonic()
     config = name if isinstance(name, ModelConfig) else load_config(name)
@@ -388,6 +395,8 @@ def load(name: str | Path | ModelConfig = "tiny", device: str = "auto", *, text_
         dtype=dtype,
         drop=RELEASED_EXTRAS,
     )
+    if compile:
+        transformer.compile_blocks()
     vae = load_strict(
         lambda: build_vae(config),
         read_tensors(vae_path),

@@ -9,8 +9,10 @@ import argparse
 import dataclasses
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -51,6 +53,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "session's, else INFWORLD_MODEL, else infinite-world if its weights and a GPU it fits on are here, else tiny",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--compile", action="store_true", help="for long films on a GPU: faster, after a slow start")
     parser.add_argument("--prompt", help="what the world looks like")
     parser.add_argument("--negative-prompt", help="what to avoid, where the model uses guidance")
     parser.add_argument("--seed", type=int, help="another number, another film (default 0)")
@@ -73,20 +76,20 @@ def generate(args: argparse.Namespace) -> int:
 
     config = prepare(name)
     began = time.monotonic()
-    world = infworld.load(config, args.device)
+    world = infworld.load(config, args.device, compile=args.compile)
     loaded = time.monotonic()
     if session is None:
         begin = {"negative_prompt": args.negative_prompt, "steps": args.steps, "guidance": args.guidance}
         session = world.start(picture, script, args.prompt or "", seed=args.seed or 0, **begin)
     interrupted = False
-    with Mp4Writer(out, world.config.validation_data.fps) as film:
+    with Mp4Writer(out, world.config.validation_data.fps) as film, Behind(film) as writer:
         try:
             for chunk in world.replay(session):
-                film.write(chunk.frames)
+                writer.write(chunk.frames)
             with Bar(session.steps, chunks - len(session.chunk_latents)) as bar:
                 for chunk in world.extend(session, bar.chunks, bar.show):
                     session = chunk.session
-                    film.write(chunk.frames)
+                    writer.write(chunk.frames)
         except KeyboardInterrupt:
             interrupted = True
     report(film, session, session_path if args.session or interrupted else None, interrupted)
@@ -108,6 +111,34 @@ def resumed(args: argparse.Namespace) -> infworld.Session:
         session = session.with_seed(args.seed)
     changes = {"steps": args.steps, "guidance": args.guidance}
     return dataclasses.replace(session, **{name: value for name, value in changes.items() if value is not None})
+
+
+class Behind:
+    """Writes a film's frames in another thread, so that the next chunk does not wait for them.
+
+    What goes wrong there is raised by the next `write`, or at the end.
+    """
+
+    def __init__(self, film: Mp4Writer):
+        self._film = film
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future | None = None
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, kind, *exception) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self._finish()
+
+    def write(self, frames: np.ndarray) -> None:
+        self._finish()
+        self._writing = self._thread.submit(self._film.write, frames)
+
+    def _finish(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
 
 
 class Bar:

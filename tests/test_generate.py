@@ -22,7 +22,7 @@ def run(*arguments):
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch, world):
     """The model is loaded by the session's fixture; `infworld.load` has its own tests."""
-    monkeypatch.setattr(generate.infworld, "load", lambda name, device: world)
+    monkeypatch.setattr(generate.infworld, "load", lambda name, device, compile: world)
 
 
 @pytest.fixture
@@ -72,6 +72,17 @@ def test_a_resumed_film_takes_new_wishes_for_what_comes(begin, small_model, tmp_
     session = Session.load(path)
     assert session.actions.text() == "forward 80, back 80"
     assert (session.prompt, session.seed, session.steps, session.guidance) == ("night", 5, 1, 2.0)
+
+
+def test_what_goes_wrong_while_writing_is_raised_by_the_next_write_or_at_the_end():
+    class Full:
+        def write(self, frames):
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"), generate.Behind(Full()) as writer:
+        writer.write(None)
+        with pytest.raises(OSError, match="full"):
+            writer.write(None)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
