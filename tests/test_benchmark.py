@@ -1,0 +1,125 @@
+"""scripts/benchmark.py: every figure is there, the fast way equals the plain one, and a short budget is kept."""
+
+import json
+
+import pytest
+
+from scripts import benchmark
+from scripts.bench_record import Record, fill, goals, number, table
+
+
+def run(tmp_path, model, *arguments) -> dict:
+    out = tmp_path / "benchmark.json"
+    settings = ["--device", "cpu", "--guidance", "3", "--steps", "2", "--chunks", "2", "--histories", "1,101"]
+    assert benchmark.main(["--model", str(model), "--out", str(out), *settings, *arguments]) == 0
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def results(small_model, tmp_path_factory) -> dict:
+    """Of every part but compilation, which takes a C++ compiler and most of a minute."""
+    parts = [part for part in benchmark.PARTS if part != "compiled"]
+    return run(tmp_path_factory.mktemp("benchmark"), small_model, "--budget", "300", "--parts", ",".join(parts))
+
+
+def test_every_figure_is_there(results):
+    found = results["figures"].keys()
+    expected = {
+        "ceiling: matrix product",
+        "ceiling: attention, flash",
+        "exact: share of the ceilings in a step, longest history",
+        *(f"{way}: step, history {history}" for way in ("exact", "naive") for history in (1, 21, 101)),
+        *(f"exact: prepare, history {history}" for history in (1, 21, 101)),
+        *(f"{way}: {what} a chunk" for way in ("exact", "naive") for what in ("decode", "encode")),
+        *(f"{way}: film" for way in ("exact", "naive")),
+        "exact: chunk, longest history",
+        "exact: film, measured",
+        "exact: encoder state of a session",
+        "error of a chunk, float32 at small size",
+        "error of a chunk, float32",
+        "vae quality: float32 against the film",
+        "choice: step with both texts as a batch",
+        "choice: projections q, k, v of one block as one",
+        "choice: projections q, k, v of one block as three",
+        "exact: step, longest history, once more at the end",
+    }
+    assert expected <= found
+    assert results["left out"] == {}
+    assert all(figure["value"] > 0 for figure in results["figures"].values())
+    assert len(results["profiles"]) == 4
+
+
+def test_the_fast_way_equals_the_plain_one(results):
+    figures = results["figures"]
+    assert figures["error of a chunk, float32 at small size"]["value"] < 1e-4
+    assert figures["error of a chunk, float32"]["value"] < 1e-4
+
+
+def test_the_fast_way_is_faster(results):
+    """By far, as the naive one compresses 101 latents of history at every step."""
+    assert {what: found for what, found, *_ in goals(results)}["steady step, naive / exact"] > 2.8
+
+
+def test_a_film_is_the_sum_of_its_chunks(results):
+    value = {name: figure["value"] for name, figure in results["figures"].items()}
+    chunks = [
+        2 * value[f"exact: step, history {h}"] + value[f"exact: prepare, history {h}"] for h in (1, 21)
+    ]  # of two steps each
+    stages = 2 * (value["exact: decode a chunk"] + value["exact: encode a chunk"])
+    assert value["exact: film"] == pytest.approx(sum(chunks) + stages)
+    # Naive: the first chunk encodes one frame, the second 81.
+    stages = 2 * value["naive: decode a chunk"] + (1 + 1 / 81) * value["naive: encode a chunk"]
+    steps = 2 * (value["naive: step, history 1"] + value["naive: step, history 21"])
+    assert value["naive: film"] == pytest.approx(steps + stages)
+
+
+def test_the_record_says_how_it_was_made(results, small_model):
+    assert results["command"].startswith(f"python scripts/benchmark.py --model {small_model}")
+    assert results["machine"].keys() >= {"device", "torch", "commit"}
+    assert results["settings"]["transformer"] == "float32" and results["settings"]["longest history"] == 101
+
+
+def test_without_time_everything_is_named_as_left_out(small_model, tmp_path):
+    results = run(tmp_path, small_model, "--budget", "1", "--parts", "steady,vae,chunk,film")
+    assert not any(name.startswith(("exact: step", "naive: step")) for name in results["figures"])
+    assert {"exact: step, history 101", "exact: chunk, longest history", "exact: film"} <= results["left out"].keys()
+
+
+def test_unknown_parts_and_histories_are_named(small_model, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--parts", "steady,dreams"])
+    assert "unknown part 'dreams'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="a history has 1 . 20 n latents, not 30"):
+        run(tmp_path, small_model, "--histories", "30", "--parts", "steady")
+
+
+def test_the_table_has_every_goal_and_figure(results, tmp_path, capsys):
+    text = table(results)
+    assert all(f"| {name} | " in text for name in results["figures"])
+    assert all(f"| {what} | {number(found)} | " in text for what, found, *_ in goals(results))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- benchmark gpu -->\nold\n<!-- end of benchmark gpu -->\nafter\n")
+    record = Record(tmp_path / "b.json", 10, {key: results[key] for key in ("command", "machine", "settings")})
+    record.results |= results
+    record.write()
+    assert benchmark.main(["--table", str(tmp_path / "b.json"), "--docs", str(page)]) == 0
+    filled = page.read_text()
+    assert filled.startswith("before\n") and filled.endswith("after\n") and "old" not in filled and text[:40] in filled
+    with pytest.raises(ValueError, match="no place for it: add the lines '<!-- benchmark h200 -->'"):
+        fill(page, "h200", text)
+
+
+def test_a_goal_is_reached_from_the_right_side():
+    figures = {
+        "naive: step, history 241": 5.0,
+        "exact: step, history 241": 2.0,
+        "exact: peak memory of a chunk": 23.0,
+        "error of a chunk, bfloat16": 0.03,
+    }
+    results = {"settings": {"longest history": 241}, "figures": {n: {"value": v} for n, v in figures.items()}}
+    reached = {what: ok for what, _, _, ok in goals(results)}
+    assert reached == {
+        "steady step, naive / exact": False,
+        "peak GPU memory of a chunk, GiB": True,
+        "error of a chunk's latents, bfloat16": False,
+    }
