@@ -70,7 +70,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most memory that this process has held so far, in words. CPU memory counts files that are mapped from disk."""
+    """The most memory that this process has held so far, in words. CPU memory counts files mapped from the disk."""
     gpu = f"GPU {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB, " if device.type == "cuda" else ""
     return f"{gpu}CPU {_peak_resident() / 1e9:.1f} GB"
 
