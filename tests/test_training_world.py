@@ -27,6 +27,7 @@ from training.train_world import (
     NOISES,
     Trainee,
     averaged,
+    clip_gradients,
     flow_loss,
     initialize_compressor,
     make_optimizers,
@@ -272,6 +273,17 @@ def test_a_frozen_compressor_gets_no_gradient(model, pool, frozen):
 def test_every_parameter_has_one_optimizer(model):
     owned = [p for o in make_optimizers(model, 1e-3) for group in o.param_groups for p in group["params"]]
     assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
+
+
+def test_a_step_whose_gradients_are_not_finite_changes_nothing(model):
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    clip_gradients(model)
+    norm = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
+    assert norm == pytest.approx(1.0, abs=1e-3)
+    model.transformer.head.head.bias.grad[0] = torch.inf
+    clip_gradients(model)
+    assert all(not p.grad.any() for p in model.parameters())
 
 
 def test_averaged_weights_are_lent(model):

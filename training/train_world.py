@@ -16,6 +16,7 @@ however low its loss.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import time
 from contextlib import contextmanager
@@ -160,7 +161,7 @@ def main(args: argparse.Namespace) -> None:
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_gradients(model)
         for optimizer in optimizers:
             optimizer.step()
         ema.update()
@@ -310,8 +311,9 @@ def report(
     with averaged(model, ema):
         errors = memory_report(model, unseen)
         halves = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    loss = torch.stack(losses).mean().item() if losses else None
-    log.add("report", step=step, samples=samples, loss=loss, **errors)
+    finite = [loss for loss in torch.stack(losses).tolist() if math.isfinite(loss)] if losses else []
+    loss = sum(finite) / len(finite) if finite else None
+    log.add("report", step=step, samples=samples, loss=loss, lost_steps=len(losses) - len(finite), **errors)
     for part in ("transformer", "text"):
         tensors = {k.removeprefix(f"{part}."): v for k, v in halves.items() if k.startswith(f"{part}.")}
         save_tensors(out / ("world.safetensors" if part == "transformer" else "text.safetensors"), tensors)
@@ -425,6 +427,15 @@ def set_rates(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("factor", 1.0)
+
+
+def clip_gradients(model: nn.Module, most: float = 1.0) -> None:
+    """Scales all gradients down to a norm of `most` together; gradients that are not finite count as none, so that one
+    bad step costs no run."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), most)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(~norm.isfinite(), 0)  # without waiting for the GPU
 
 
 def pick_chunk(chunks: int, config: ModelConfig, rng: random.Random) -> int:
