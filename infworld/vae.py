@@ -353,12 +353,19 @@ def normalize(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
 
 def _convolve(x: Tensor, conv: nn.Conv3d) -> Tensor:
     """x (B T H W C) through the convolution, without padding in time and with zeros around the picture."""
-    stride, _, _ = conv.stride
-    pad = conv.kernel_size[-1] // 2
-    if x.device.type != "cpu":
-        y = F.conv3d(x.movedim(-1, 1), conv.weight, conv.bias, stride=conv.stride, padding=(0, pad, pad))
-        return y.movedim(1, -1)
     # On a CPU the 2-D convolutions of torch are several times faster than its 3-D one for the few frames of a pass.
+    return _convolve_by_frame(x, conv) if x.device.type == "cpu" else _convolve_3d(x, conv)
+
+
+def _convolve_3d(x: Tensor, conv: nn.Conv3d) -> Tensor:
+    pad = conv.kernel_size[-1] // 2
+    y = F.conv3d(x.movedim(-1, 1), conv.weight, conv.bias, stride=conv.stride, padding=(0, pad, pad))
+    return y.movedim(1, -1)
+
+
+def _convolve_by_frame(x: Tensor, conv: nn.Conv3d) -> Tensor:
+    """One 2-D convolution for each of the frames that an output frame sees, added up."""
+    stride, pad = conv.stride[0], conv.kernel_size[-1] // 2
     frames = (x.shape[1] - conv.kernel_size[0]) // stride + 1
     total = None
     for k, weight in enumerate(conv.weight.unbind(2)):

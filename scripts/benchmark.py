@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import infworld.vae
 from infworld.checkpoint import load_strict, read_tensors
 from infworld.config import FRAMES_PER_LATENT, PROJECT_ROOT, ModelConfig, TextConfig, TransformerConfig, load_config
 from infworld.dit import InfiniteWorldTransformer
@@ -412,6 +414,7 @@ def choices(bench: Bench) -> None:
     """What the engine chose between, each way measured."""
     two_texts_at_once(bench)
     fused_projections(bench)
+    fused_gelu(bench)
     attention_backends(bench)
     vae_ways(bench)
 
@@ -444,6 +447,17 @@ def fused_projections(bench: Bench) -> None:
     )
 
 
+def fused_gelu(bench: Bench) -> None:
+    """The first half of a block's feed-forward with GELU inside the matrix product (a private function of torch)."""
+    config, tokens = bench.config.model_cfg, tokens_of(bench, bench.config.chunk_latents)
+    x, w = (torch.randn(n, config.dim, device=bench.device).to(bench.dtype) for n in (tokens, config.ffn_dim))
+    b = torch.zeros(config.ffn_dim, device=bench.device).to(bench.dtype)
+    together = lambda: torch._addmm_activation(b, x, w.T, use_gelu=True)  # noqa: E731
+    bench.seconds("choice: half a feed-forward of one block, GELU inside", together, repeats=20)
+    apart = lambda: F.gelu(F.linear(x, w, b), approximate="tanh")  # noqa: E731
+    bench.seconds("choice: half a feed-forward of one block, GELU after", apart, repeats=20)
+
+
 def attention_backends(bench: Bench) -> None:
     if bench.device.type != "cuda":
         return
@@ -460,16 +474,27 @@ def attention_backends(bench: Bench) -> None:
 
 
 def vae_ways(bench: Bench) -> None:
-    """The VAE's dtype, and cuDNN's own search for the fastest convolution."""
+    """Other ways through the VAE on a GPU: dtype, form of the convolutions, latents per pass, compiled norms."""
     if bench.device.type != "cuda":
         return
-    latents, video = bench.noise(bench.config.chunk_latents), clip(bench, bench.config.chunk_frames + 1)
+    vae, latents = bench.world.vae, bench.noise(bench.config.chunk_latents)
+    video = clip(bench, bench.config.chunk_frames + 1)
     with torch.inference_mode():
-        bench.seconds("choice: decode a chunk in float32", lambda: bench.naive_vae.decode(latents), repeats=1)
+        bench.seconds("choice: decode a chunk, float32", lambda: bench.naive_vae.decode(latents), repeats=1)
+        for slab in (1, 2, 4):
+            with bench.peak_memory(f"choice: peak memory, decode {slab} latents at a time"):
+                bench.seconds(
+                    f"choice: decode a chunk, {slab} latents at a time", lambda n=slab: vae.decode(latents, slab=n)
+                )
+        for slab in (1, 4):
+            bench.seconds(f"choice: encode a chunk, {slab} latents at a time", lambda n=slab: vae.encode(video, slab=n))
         with torch.backends.cudnn.flags(benchmark=True, allow_tf32=True):
-            note = "the first time, when cuDNN searches, not counted"
-            bench.seconds("choice: decode a chunk, searched", lambda: bench.world.vae.decode(latents), note)
-            bench.seconds("choice: encode a chunk, searched", lambda: bench.world.vae.encode(video), note)
+            bench.seconds("choice: decode a chunk, cuDNN searching", lambda: vae.decode(latents), "after the search")
+        with mock.patch.object(infworld.vae, "_convolve", infworld.vae._convolve_by_frame):
+            bench.seconds("choice: decode a chunk, 2-D convolutions", lambda: vae.decode(latents))
+            bench.seconds("choice: encode a chunk, 2-D convolutions", lambda: vae.encode(video))
+        with mock.patch.object(infworld.vae, "normalize", torch.compile(infworld.vae.normalize, dynamic=True)):
+            bench.seconds("choice: decode a chunk, norms compiled", lambda: vae.decode(latents))
 
 
 def compiled(bench: Bench) -> None:
