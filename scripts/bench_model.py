@@ -74,6 +74,7 @@ def plain_velocity(world: World, session: Session) -> Callable[[Tensor, Tensor],
     move, view = torch.tensor(pairs, device=device).T.unsqueeze(1)
     history = session.history.to(device)
 
+    @torch.inference_mode()
     def velocity(z: Tensor, timestep: Tensor) -> Tensor:
         batch = [x.expand(len(prompts), *x.shape[1:]) for x in (z, timestep.reshape(1), history, move, view)]
         v = model(*batch, texts.hidden, texts.mask)

@@ -68,7 +68,7 @@ class Record:
 
 def machine(device: torch.device) -> dict[str, str]:
     """Card and versions, for the record."""
-    found = {"device": platform.processor() or platform.machine(), "threads": str(torch.get_num_threads())}
+    found = {"device": f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         found = {"device": f"{card.name}, {card.total_memory / GIB:.0f} GiB", "CUDA": str(torch.version.cuda)}
