@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from infworld.checkpoint import load_strict, read_tensors, save_tensors
@@ -216,7 +217,10 @@ class Trainee(nn.Module):
         self, batch: Batch, frozen: bool = False, wrong_memory: bool = False
     ) -> tuple[MemoryStream, Tensor, TextContext]:
         """What a batch's velocities depend on besides the noise: memory, actions and text."""
-        context = self.transformer.embed_text(self.text(batch.ids, batch.mask), batch.mask)
+        # cuDNN's attention has wrong gradients under a mask of 64 tokens (pytorch issue 196678).
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            text = self.text(batch.ids, batch.mask)
+        context = self.transformer.embed_text(text, batch.mask)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             compressed = self.transformer.latent_encoder.compress(batch.history)
         if wrong_memory:
