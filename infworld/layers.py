@@ -8,7 +8,7 @@ memory of any length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EPS = 1e-6  # of every norm in the transformer and the compressor
+
+Attending = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values (B, heads, L, d) -> as queries
 
 
 class RMSNorm(nn.Module):
@@ -78,9 +80,13 @@ class Attention(nn.Module):
         """(B, L, C) -> twice (B, heads, L, C / heads)."""
         return self._heads(self.norm_k(self.k(x)), rope), self._heads(self.v(x))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Softmax attention, unmasked, and the output projection: -> (B, L, C)."""
-        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: Attending | None = None) -> Tensor:
+        """Softmax attention, unmasked, and the output projection: -> (B, L, C).
+
+        attention: what takes the place of torch's own, where tokens are elsewhere (`parallel.Sequence`).
+        """
+        attended = (attention or F.scaled_dot_product_attention)(q, k, v)
+        return self.o(attended.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         x = x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
