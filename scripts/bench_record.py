@@ -52,7 +52,8 @@ class Record:
         if seconds is None:
             self.leave_out(name, "a figure that it rests on is not there")
         elif seconds > self.left:
-            self.leave_out(name, f"it would take {seconds:.0f} of the {max(0, self.left):.0f} seconds left")
+            need = f"it would take {seconds:.0f} s, and " if seconds else ""
+            self.leave_out(name, f"{need}{max(0, self.left):.0f} s are left")
         return seconds is not None and seconds <= self.left
 
     def write(self) -> None:

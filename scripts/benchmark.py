@@ -532,15 +532,18 @@ def compiled_copy(world: World) -> World:
 
 def repeated_step(bench: Bench) -> None:
     """The steady step once more, at the end: how much the machine itself varies."""
+    name = "exact: step, longest history, once more at the end"
+    if not bench.record.allows(name, 0):
+        return
     session, z, t = bench.session(bench.histories[0]), bench.noise(bench.config.chunk_latents), timestep(bench)
     velocity = bench.world.velocity(session)
-    bench.seconds(
-        "exact: step, longest history, once more at the end", lambda: velocity(z, t), "the machine's own spread"
-    )
+    bench.seconds(name, lambda: velocity(z, t), "the machine's own spread")
 
 
 def profile(bench: Bench) -> None:
     """The kernels that a steady step, decoding and encoding spend their time in."""
+    if not bench.record.allows("profile", 0):
+        return
     session, z, t = bench.session(bench.histories[0]), bench.noise(bench.config.chunk_latents), timestep(bench)
     latents, video = bench.noise(bench.config.chunk_latents), clip(bench, bench.config.chunk_frames + 1)
     velocity = bench.world.velocity(session)
