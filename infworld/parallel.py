@@ -23,7 +23,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from itertools import accumulate
 from multiprocessing.connection import Client, Connection, Listener, wait
 from queue import SimpleQueue
 from typing import TypeVar
@@ -47,7 +46,7 @@ class Abandoned(Exception):
     """Raised on the other ranks when rank 0 has ended what they do together."""
 
 
-# ----------------------------------------------------------------------------------------------------- splitting tensors
+# ---------------------------------------------------------------------------------------------------- splitting tensors
 
 
 def shares(total: int, parts: int) -> list[int]:
@@ -224,12 +223,14 @@ class Team:
         """The way to share out a picture of so many rows of latents; None if they are too few to be shared."""
         return Rows(self._everyone, shares(rows, self.size)) if rows >= self.size else None
 
-    def each(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        """`function` of a batch whose elements do not depend on each other, each computed by one rank."""
-        sizes = shares(len(batch), self.size)
-        own = self._everyone.own(batch, 0, sizes)
-        result = function(own if len(own) else batch[:1])  # where there are more ranks than elements, for the shape
-        return self._everyone.whole(result[: len(own)], 0, sizes)
+    def each(self, function: Callable[[Tensor], Tensor], items: list[Tensor]) -> list[Tensor]:
+        """`function` of every item, each computed by one rank. All results have one shape."""
+        sizes = shares(len(items), self.size)
+        begin = sum(sizes[: self._everyone.place])
+        own = items[begin : begin + sizes[self._everyone.place]]
+        # Where there are more ranks than items, one is computed for the shape.
+        results = torch.stack([function(item) for item in own or items[:1]])
+        return list(self._everyone.whole(results[: len(own)], 0, sizes).unbind())
 
     # --------------------------------------------------------------------------------------------------- deciding
 

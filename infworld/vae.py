@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infworld.config import FRAMES_PER_LATENT, RELEASED_LATENTS_MEAN, RELEASED_LATENTS_STD
+from infworld.parallel import Rows
 
 PIXELS_PER_LATENT = 8  # along height and width
 FRAMES = "frames"  # name of a clip's last frames in an encoder's state
@@ -56,12 +57,17 @@ class VideoVAE(nn.Module):
         self.decoder = Decoder(widths, z_dim, num_res_blocks + 1)
 
     def encode(
-        self, video: Tensor, state: dict[str, Tensor] | None = None, slab: int | None = None
+        self,
+        video: Tensor,
+        state: dict[str, Tensor] | None = None,
+        slab: int | None = None,
+        rows: Rows | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Encodes a clip, or further frames of the clip whose `state` an earlier call returned.
 
         video: B 3 T H W in [-1, 1], H and W multiples of 8; T = 1 + 4n without `state`, 4n with it.
-        slab: latents per pass, which never changes the result; by default bounded by memory.
+        slab: latents per pass, which never changes the result; by default bounded by memory. rows: over which devices
+        the rows of the picture are split, if they are; then video, state and results are this one's rows.
         Returns the normalised mean latents, B z_dim T' H/8 W/8 with T' = 1 + n or n, in the dtype of `video`, and the
         state to continue with: named tensors in the dtype of the weights, detached. A state may come from a VAE of
         another dtype or device, or be an earlier version's, which had all tails in it.
@@ -69,14 +75,14 @@ class VideoVAE(nn.Module):
         """
         _check_video(video, state)
         x = video.movedim(1, -1).to(self.conv1.weight.dtype)
-        slab = slab or self._default_slab(x.device, x[0, 0, ..., 0].numel() * len(x))
+        slab = slab or self._default_slab(x.device, x[0, 0, ..., 0].numel() * len(x), rows)
         carried = {name: tensor.to(x) for name, tensor in (state or {}).items()}
         seen = carried.pop(FRAMES, x[:, :0])
         if seen.shape[1]:
-            carried |= self.encoder.full_rate_tails(seen)
+            carried |= self.encoder.full_rate_tails(seen, rows)
         means = []
         for part in _split(x, first=0 if state else 1, size=slab * FRAMES_PER_LATENT):
-            tails = Tails(carried)
+            tails = Tails(carried, rows=rows)
             mean, _ = _pointwise(self.encoder(part, tails), self.conv1).chunk(2, dim=-1)
             means.append(mean)
             carried = tails.state
@@ -84,10 +90,10 @@ class VideoVAE(nn.Module):
         mean = (mean - mean.new_tensor(self.latents_mean)) / mean.new_tensor(self.latents_std)
         return mean.movedim(-1, 1).contiguous(), self.encoder.state(torch.cat([seen, x], dim=1), carried)
 
-    def decode(self, latents: Tensor, slab: int | None = None) -> Tensor:
+    def decode(self, latents: Tensor, slab: int | None = None, rows: Rows | None = None) -> Tensor:
         """Decodes a whole clip of normalised latents, B z_dim T' h w.
 
-        slab: latents per pass, which never changes the result; by default bounded by memory.
+        slab, rows: as for `encode`.
         Returns video, B 3 T 8h 8w with T = 1 + 4(T' - 1), in [-1, 1] and in the dtype of `latents`.
         Raises ValueError for another number of dimensions or channels and for no latents.
         """
@@ -95,10 +101,10 @@ class VideoVAE(nn.Module):
         z = latents.movedim(1, -1)
         z = z * z.new_tensor(self.latents_std) + z.new_tensor(self.latents_mean)
         z = _pointwise(z.to(self.conv2.weight.dtype), self.conv2)
-        slab = slab or self._default_slab(z.device, z[0, 0, ..., 0].numel() * len(z) * PIXELS_PER_LATENT**2)
+        slab = slab or self._default_slab(z.device, z[0, 0, ..., 0].numel() * len(z) * PIXELS_PER_LATENT**2, rows)
         state, video = None, []
         for part in _split(z, first=1, size=slab):
-            tails = Tails(state)
+            tails = Tails(state, rows=rows)
             video.append(self.decoder(part, tails).clamp(-1, 1))
             state = tails.state
         return torch.cat(video, dim=1).to(latents.dtype).movedim(-1, 1).contiguous()
@@ -121,7 +127,9 @@ class VideoVAE(nn.Module):
         _check_latents(z, self.z_dim)
         return self.decoder(_pointwise(z.movedim(1, -1), self.conv2), Tails(keep=False)).movedim(-1, 1)
 
-    def _default_slab(self, device: torch.device, pixels: int) -> int:
+    def _default_slab(self, device: torch.device, pixels: int, rows: Rows | None) -> int:
+        if rows is not None:
+            pixels = rows.largest(pixels)  # as all devices pass the same latents together
         pass_size = PASS_SIZE_CPU if device.type == "cpu" else PASS_SIZE_GPU
         return max(1, pass_size // (self.dim * pixels * FRAMES_PER_LATENT))
 
@@ -158,14 +166,14 @@ class Encoder(nn.Module):
         kept = {name: tail for name, tail in tails.items() if name not in map(_tail_name, range(convolutions))}
         return {FRAMES: frames[:, -(1 + 2 * convolutions) :].detach().clone(), **kept}
 
-    def full_rate_tails(self, frames: Tensor) -> dict[str, Tensor]:
+    def full_rate_tails(self, frames: Tensor, rows: Rows | None) -> dict[str, Tensor]:
         """The tails that `state` left out, made again from the frames that it kept.
 
         Each convolution needs two more frames than it gives, so that one frame comes out at the end; fewer are a clip
         from its first frame on.
         """
         whole = frames.shape[1] < 1 + 2 * self._full_rate_convolutions()
-        tails = Tails(padded=whole)
+        tails = Tails(padded=whole, rows=rows)
         for layer in self._layers()[: self._full_rate]:
             frames = layer(frames, tails)
         return tails.state
@@ -209,12 +217,19 @@ class Tails:
 
     `state`: the last pass's `Tails.state`, or None at the start of a clip. keep: whether another pass will follow.
     padded: without a state, whether zeros stand before the first frame, as at a clip's start; else what has not two
-    frames before it does not come out.
+    frames before it does not come out. rows: the neighbours of the picture's rows, where other devices have those.
     """
 
-    def __init__(self, state: dict[str, Tensor] | None = None, keep: bool = True, padded: bool = True):
+    def __init__(
+        self,
+        state: dict[str, Tensor] | None = None,
+        keep: bool = True,
+        padded: bool = True,
+        rows: Rows | None = None,
+    ):
         self.at_start = not state
         self.padded = padded
+        self.rows = rows
         self.state: dict[str, Tensor] = {}
         self._past = state or {}
         self._keep = keep
@@ -243,7 +258,7 @@ class CausalConv3d(nn.Conv3d):
         past = tails.swap(x, 2)
         if past is None and tails.padded:
             past = _zeros(x, 2)
-        return _convolve(x if past is None else torch.cat([past, x], dim=1), self)
+        return _convolve(x if past is None else torch.cat([past, x], dim=1), self, tails.rows)
 
 
 class ResidualBlock(nn.Module):
@@ -280,6 +295,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, tails: Tails) -> Tensor:
         tokens = self.norm(x).flatten(0, 1).flatten(1, 2)  # (B T) (H W) C
         q, k, v = _pointwise(tokens, self.to_qkv).unsqueeze(1).chunk(3, dim=-1)
+        if tails.rows is not None:
+            k, v = tails.rows.whole(k, 2), tails.rows.whole(v, 2)
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         return x + _pointwise(y, self.proj).view(x.shape)
 
@@ -293,7 +310,10 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, tails: Tails) -> Tensor:
-        x = _by_frame(self.resample, x)
+        if tails.rows is None:
+            x = _by_frame(self.resample, x)
+        else:  # the row below is the neighbour's, and only the column beside the picture is padded
+            x = _by_frame(lambda frame: self.resample[1](F.pad(frame, (0, 1))), tails.rows.bordered(x)[:, :, 1:])
         return x if self.time_conv is None else self._halve_time(x, tails)
 
     def _halve_time(self, x: Tensor, tails: Tails) -> Tensor:
@@ -314,7 +334,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, tails: Tails) -> Tensor:
         x = x if self.time_conv is None else self._double_time(x, tails)
-        return _by_frame(self.resample, x)
+        if tails.rows is None:
+            return _by_frame(self.resample, x)
+        return _by_frame(self.resample, tails.rows.bordered(x))[:, :, 2:-2]
 
     def _double_time(self, x: Tensor, tails: Tails) -> Tensor:
         if not tails.at_start:
@@ -351,8 +373,10 @@ def normalize(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
     return F.silu(y) if silu else y
 
 
-def _convolve(x: Tensor, conv: nn.Conv3d) -> Tensor:
+def _convolve(x: Tensor, conv: nn.Conv3d, rows: Rows | None = None) -> Tensor:
     """x (B T H W C) through the convolution, without padding in time and with zeros around the picture."""
+    if rows is not None and conv.kernel_size[1] > 1:
+        return _convolve(rows.bordered(x), conv)[:, :, 1:-1]
     # On a CPU the 2-D convolutions of torch are several times faster than its 3-D one for the few frames of a pass.
     return _convolve_by_frame(x, conv) if x.device.type == "cpu" else _convolve_3d(x, conv)
 
