@@ -32,6 +32,7 @@ from torch import Tensor
 
 from infworld.actions import MOVES, VIEWS, Segment, words
 from infworld.config import FRAMES_PER_LATENT
+from infworld.dit import TextContext
 from infworld.rollout import World, load, pick_dtype
 from infworld.text import load_text_encoder
 from training.data import to_frames, to_video
@@ -47,7 +48,7 @@ from training.films import (
     true_film,
     true_walk,
 )
-from training.measures import Figure, contrast, psnr, ratio, saturation, sharpness, summarize, to_db
+from training.measures import Figure, colours, contrast, psnr, ratio, saturation, sharpness, summarize, to_db
 from training.report import DRIFT_CHUNKS, ROWS, Results, Strip, strips, table, write_sheet
 from training.walks import MIXED
 from training.worlds import EVAL_SEEDS, STEP, walk
@@ -221,6 +222,28 @@ def best_walk(frames: Tensor, walks: Tensor, first: int, reach: int) -> Tensor:
     return best.mean(1).argmax(1)
 
 
+def measure_words(bench: Bench) -> Outcome:
+    """Turn right 80 from one picture, prompted with the world's own caption and with its neighbour's.
+
+    "value": the share of worlds in which the neighbour's words bring the colours of what comes into sight nearer to
+    those of the neighbour's world; 50 % is chance. "own words": PSNR against the truth over that with the neighbour's.
+    """
+    script = same_script(bench, f"right {bench.chunk}")
+    truth = true_walk(bench, script)
+    film = true_film(bench, truth[:, :1])
+    others = TextContext(tuple((keys.roll(1, 0), values.roll(1, 0)) for keys, values in bench.context.keys_values))
+    own = to_frames(next_chunk(bench, film, script))
+    other = to_frames(next_chunk(dataclasses.replace(bench, context=others), film, script))
+    part = slice(-(bench.chunk // 4), None)
+    wanted = colours(truth[:, part]).roll(1, 0)
+    nearer = (colours(other[:, part]) - wanted).norm(dim=1) < (colours(own[:, part]) - wanted).norm(dim=1)
+    gain = psnr(own[:, part], truth[:, part]).mean(1) - psnr(other[:, part], truth[:, part]).mean(1)
+    rows = {"true": truth, "own words": own, "neighbour's words": other}
+    return Outcome(
+        {"value": 100 * nearer.float(), "own words": gain}, strips(rows, range(0, bench.chunk + 1, bench.chunk // 8))
+    )
+
+
 def measure_drift(bench: Bench) -> Outcome:
     """The model's own rollout of 1041 frames: contrast, saturation and sharpness of every chunk over the truth's."""
     script = random_script(bench, MIXED, DRIFT_CHUNKS * bench.chunk)
@@ -272,6 +295,7 @@ TESTS: dict[str, Callable[[Bench], Outcome]] = {
     "far_true": measure_far_true,
     "view": measure_view,
     "move": measure_move,
+    "words": measure_words,
     "rollouts": measure_rollouts,
     "drift": measure_drift,
 }

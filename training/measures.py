@@ -44,6 +44,12 @@ def saturation(frames: Tensor) -> Tensor:
     return ((most - least) / most.clamp(min=1)).flatten(1).mean(1)
 
 
+def colours(frames: Tensor) -> Tensor:
+    """Mean colour of a picture's upper and lower half, over frames: (B, T, H, W, 3) -> (B, 6) in 0..1."""
+    halves = frames.float().div(255).unflatten(2, (2, -1))
+    return halves.mean((1, 3, 4)).flatten(1)
+
+
 def ratio(measure: Callable[[Tensor], Tensor], frames: Tensor, reference: Tensor) -> Tensor:
     """A measure of frames and of their reference, (B, 2): the means over worlds are divided, not world by world."""
     return torch.stack([measure(frames), measure(reference)], dim=1)

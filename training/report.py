@@ -43,6 +43,8 @@ ROWS = (
     Row("far_true", "the same, all but the return true"),
     Row("view", "view obeyed, of nine", "%", bar=97, aim=99.5),
     Row("move", "move obeyed, of nine", "%", bar=93, aim=98),
+    Row("words", "colours follow another caption, 50 is chance", "%"),
+    Row("words", "own caption over another's, 80 right of one picture", measure="own words"),
     Row("drift", "contrast of chunk 13 over the truth's", "", f"contrast {DRIFT_CHUNKS}", bar=0.85, aim=0.95),
     Row("drift", "saturation of chunk 13 over the truth's", "", f"saturation {DRIFT_CHUNKS}", bar=0.85, aim=0.95),
     Row("drift", "sharpness of chunk 13 over the truth's", "", f"sharpness {DRIFT_CHUNKS}", bar=0.75, aim=0.9),
