@@ -20,7 +20,8 @@ from PIL import Image
 import infworld
 from infworld.actions import ActionScript
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
-from infworld.rollout import MAX_SEED, Chunk, Session, World
+from infworld.dit import InfiniteWorldTransformer
+from infworld.rollout import MAX_SEED, Chunk, Session, World, pick_vae_dtype
 from infworld.text import load_text_encoder
 from infworld.video import prepare_image, to_uint8
 from training.render import render
@@ -506,6 +507,22 @@ def test_devices_that_are_not_there_are_named(small_model, device):
 def test_auto_takes_what_is_there(small_model):
     world = infworld.load(small_model)
     assert world.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_blocks_are_compiled_on_request_alone(small_model, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(InfiniteWorldTransformer, "compile_blocks", lambda self: compiled.append(self))
+    infworld.load(small_model, device="cpu")
+    assert compiled == []
+    world = infworld.load(small_model, device="cpu", compile=True)
+    assert compiled == [world.transformer]
+
+
+def test_the_vae_is_rounded_where_a_gpu_rounds_the_transformer():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert pick_vae_dtype(gpu, torch.bfloat16) == torch.bfloat16
+    assert pick_vae_dtype(gpu, torch.float16) == pick_vae_dtype(gpu, torch.float32) == torch.float32
+    assert pick_vae_dtype(cpu, torch.bfloat16) == torch.float32
 
 
 def test_unknown_models_are_named():
