@@ -23,9 +23,10 @@ from torch import Tensor
 from infworld.actions import ActionScript, Segment
 from infworld.checkpoint import RELEASED_EXTRAS, check_file, load_strict, read_metadata, read_tensors, save_tensors
 from infworld.config import ModelConfig, load_config
-from infworld.dit import InfiniteWorldTransformer
+from infworld.dit import InfiniteWorldTransformer, MemoryStream, TextContext
 from infworld.layers import fastest_attention
-from infworld.sampler import guide, sample, schedule
+from infworld.presets import EXACT, find_preset
+from infworld.sampler import guided, sample, schedule
 from infworld.text import TextEmbedding, open_text_encoder
 from infworld.vae import PIXELS_PER_LATENT, VideoVAE
 from infworld.video import prepare_image, to_uint8
@@ -81,6 +82,7 @@ class Session:
     steps: int
     guidance: float
     num_frames: int = 1
+    preset: str = EXACT.name
 
     def with_actions(self, actions) -> Session:
         """The same film with other actions for the frames to come (anything `ActionScript.of` takes)."""
@@ -113,7 +115,7 @@ class Session:
             raise ValueError(f"{path} is not a session file of this program (format {SESSION_FORMAT})")
         tensors = read_tensors(path)
         try:
-            values = json.loads(metadata["session"])
+            values = _OLDER | json.loads(metadata["session"])
             _check_values(values)
             actions = ActionScript(tuple(Segment(*segment) for segment in values.pop("actions")))
             session = Session(
@@ -135,8 +137,9 @@ class Session:
 
 _PLAIN_FIELDS = {
     **{"model": str, "prompt": str, "negative_prompt": str},
-    **{"seed": int, "steps": int, "guidance": (int, float), "num_frames": int},
+    **{"seed": int, "steps": int, "guidance": (int, float), "num_frames": int, "preset": str},
 }
+_OLDER = {"preset": EXACT.name}  # what files say that were saved before there was such a field
 
 
 def _check_values(values: object) -> None:
@@ -146,6 +149,7 @@ def _check_values(values: object) -> None:
     for name, kind in _PLAIN_FIELDS.items():
         if not isinstance(values[name], kind):
             raise ValueError(f"{name} is {values[name]!r}")
+    find_preset(values["preset"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,18 +189,19 @@ class World:
         negative_prompt: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        preset: str = EXACT.name,
     ) -> Iterator[Chunk]:
         """Films a walk from a picture, yielding each chunk as soon as it is there.
 
         image: PIL picture, array (H W 3 uint8) or path. actions: list of {"move", "view"} per frame, ActionScript,
         script text or JSON path; past its end nothing is done. num_frames: 1 + whole chunks of 80. callback hears a
-        Progress after every stage and step; what it raises ends the film and is passed on. Left out, the negative
-        prompt, steps and guidance are the model's own. Bad input is a ValueError before anything is computed.
+        Progress after every stage and step; what it raises ends the film and is passed on. preset: one of
+        `presets.PRESETS`: "exact", or faster ones. Left out, the steps are the preset's, the negative prompt and the
+        guidance the model's own. Bad input is a ValueError before anything is computed.
         """
         chunks = self.config.chunks_for(num_frames)
-        session = self.start(
-            image, actions, prompt, negative_prompt=negative_prompt, seed=seed, steps=steps, guidance=guidance
-        )
+        wishes = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "preset": preset}
+        session = self.start(image, actions, prompt, seed=seed, **wishes)
         return self.extend(session, chunks, callback)
 
     def start(
@@ -209,10 +214,12 @@ class World:
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
+        preset: str = EXACT.name,
     ) -> Session:
         """A film of one frame, the picture. Arguments as for `rollout`."""
         defaults = self.config.val_scheduler_cfg
-        steps = defaults.num_sampling_steps if steps is None else steps
+        own_steps = find_preset(preset).steps_of(defaults)
+        steps = own_steps if steps is None else steps
         guidance = defaults.text_cfg_scale if guidance is None else guidance
         schedule(defaults, steps)
         if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
@@ -234,6 +241,7 @@ class World:
             seed=seed,
             steps=steps,
             guidance=float(guidance),
+            preset=preset,
         )
 
     def extend(self, session: Session, chunks: int, callback: Callback | None = None) -> Iterator[Chunk]:
@@ -299,14 +307,16 @@ class World:
     def _sample(self, session: Session, noise: Tensor, tracker: _Tracker) -> Tensor:
         """The latents of the session's next chunk. Apart, so that what served them is freed before they are decoded."""
         velocity = self.velocity(session, tracker.done)
+        preset = find_preset(session.preset)
         timesteps = schedule(self.config.val_scheduler_cfg, session.steps)
-        return sample(velocity, noise, timesteps, partial(tracker.done, "sample"))
+        return sample(velocity, noise, timesteps, partial(tracker.done, "sample"), order=preset.order)
 
     @torch.inference_mode()
     def velocity(
         self, session: Session, on_stage: Callable[[str], None] = lambda stage: None
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """The guided velocity of the session's next chunk as a function of noisy latents and timestep.
+        """The guided velocity of the session's next chunk as a function of noisy latents and timestep, to be asked for
+        step by step: what a preset saves depends on the steps before.
 
         Both on the model's device: (1, 16, 21, h, w) and a scalar. Everything that does not depend on them is computed
         here, once: the compressed memory, each text's keys and values, and the memory's way through the transformer
@@ -328,13 +338,14 @@ class World:
 
         @torch.inference_mode()
         @fastest_attention(device)
-        def velocity(z: Tensor, timestep: Tensor) -> Tensor:
-            # One text after the other: both at once would need twice the memory for the same arithmetic.
-            t = timestep.reshape(1)
-            v = [model.denoise(z, t, s, actions, c) for s, c in zip(streams, contexts, strict=True)]
-            return sign * (v[0] if len(v) == 1 else guide(*v, session.guidance))
+        def velocity(stream: MemoryStream, context: TextContext, z: Tensor, timestep: Tensor) -> Tensor:
+            return sign * model.denoise(z, timestep.reshape(1), stream, actions, context)
 
-        return velocity
+        # One text after the other: both at once would need twice the memory for the same arithmetic.
+        of_texts = [partial(velocity, *text) for text in zip(streams, contexts, strict=True)]
+        if len(of_texts) == 1:
+            return of_texts[0]
+        return guided(*of_texts, session.guidance, find_preset(session.preset).guided)
 
     @torch.inference_mode()
     def _encode(self, video: Tensor, state: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,7 +1,8 @@
-"""Noise -> latents: rectified flow with Euler steps and guidance (spec section 8). Knows no transformer."""
+"""Noise -> latents: rectified flow with Euler steps and guidance (spec section 8), or fewer. Knows no transformer."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from infworld.config import SamplerConfig
 
 MAX_TIMESTEP = 1000.0
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # noisy latents and timestep (a scalar) -> noise minus data
 
 
 def schedule(config: SamplerConfig, steps: int) -> Tensor:
@@ -23,22 +26,52 @@ def schedule(config: SamplerConfig, steps: int) -> Tensor:
 
 
 def sample(
-    velocity: Callable[[Tensor, Tensor], Tensor],
+    velocity: Velocity,
     noise: Tensor,
     timesteps: Tensor,
     on_step: Callable[[int], None] = lambda step: None,
+    *,
+    order: int = 1,
 ) -> Tensor:
     """Integrates from noise to data: `velocity(z, t)` is noise minus data at timestep t, a scalar tensor.
 
     timesteps: on the CPU, as `schedule` makes them. `on_step` hears how many steps are done after each one; on a GPU
-    the last of them may still be under way then.
+    the last of them may still be under way then. order: 1 is Euler, as the spec has it; 2 is Adams and Bashforth's,
+    which goes on with what the velocity changed by since the step before, and needs no more velocities than Euler.
     """
-    z = noise
+    if order not in (1, 2):
+        raise ValueError(f"the solver's order must be 1 or 2, not {order!r}")
+    z, last = noise, None
     fed = timesteps.to(noise.device)  # all at once: copying one to a GPU at every step would wait for the step before
     for step in range(len(timesteps) - 1):
-        z = z - velocity(z, fed[step]) * (timesteps[step] - timesteps[step + 1]) / MAX_TIMESTEP
+        mean = here = velocity(z, fed[step])  # mean: the velocity's over the step, as well as it is known
+        length = timesteps[step] - timesteps[step + 1]
+        if order == 2 and last is not None:
+            mean = here + (here - last) * (length / (2 * (timesteps[step - 1] - timesteps[step])))
+        z, last = z - mean * length / MAX_TIMESTEP, here
         on_step(step + 1)
     return z
+
+
+def guided(positive: Velocity, negative: Velocity, scale: float, every: int = 1) -> Velocity:
+    """The guided velocity of one chunk, to be asked for step by step, from two texts' velocities.
+
+    The negative prompt's is asked for at every `every`-th step only: between, the texts' difference, which changes
+    slowly, is taken to be what it was.
+    """
+    steps = itertools.count()
+    difference = None
+
+    def velocity(z: Tensor, timestep: Tensor) -> Tensor:
+        nonlocal difference
+        v = positive(z, timestep)
+        if next(steps) % every:
+            return v + (scale - 1) * difference
+        other = negative(z, timestep)
+        difference = v - other
+        return guide(v, other, scale)
+
+    return velocity
 
 
 def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
