@@ -76,14 +76,16 @@ def machine(device: torch.device) -> dict[str, str]:
         found["cuDNN"] = str(torch.backends.cudnn.version())
         found["driver"] = said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
     versions = {"torch": torch.__version__, "Python": platform.python_version(), "system": platform.platform()}
-    return {**found, **versions, "commit": said_by("git", "-C", str(PROJECT_ROOT), "rev-parse", "--short", "HEAD")}
+    commit = said_by("git", "-C", str(PROJECT_ROOT), "rev-parse", "--short", "HEAD")
+    return {name: value for name, value in {**found, **versions, "commit": commit}.items() if value}
 
 
 def said_by(*command: str) -> str:
+    """What a program prints, or nothing if it cannot be run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return ""
 
 
 def goals(results: dict) -> list[tuple[str, float, float, bool]]:
