@@ -7,7 +7,9 @@ reference, and what training uses.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,16 @@ from torch import Tensor, nn
 
 from infworld.actions import MOVES, VIEWS
 from infworld.config import TransformerConfig
-from infworld.layers import EPS, Attention, gated_add, linear_float32, modulate, rope_3d
+from infworld.layers import EPS, Attending, Attention, gated_add, linear_float32, modulate, rope_3d
 from infworld.memory import MemoryCompressor
+from infworld.offload import MadeAgain, PassingBlocks, PassingTensors
+from infworld.parallel import Sequence
 
 PATCH = 2  # latents are cut into patches of 1 x 2 x 2
 ACTION_GROUPS, ACTION_EPS = 2, 1e-5
+
+# Where a memory stream is kept: with the model, in the CPU's memory, or nowhere and made again at each step.
+KEEP = {"gpu": tuple, "cpu": PassingTensors, "nowhere": lambda tokens: tokens}
 
 
 @dataclass(frozen=True)
@@ -32,9 +39,12 @@ class TextContext:
 
 @dataclass(frozen=True)
 class MemoryStream:
-    """What the noisy tokens read of the memory: its tokens (B, M h w / 4, dim) as they enter each block."""
+    """What the noisy tokens read of the memory: its tokens (B, M h w / 4, dim) as they enter each block.
 
-    tokens: tuple[Tensor, ...]
+    `tokens` can be gone through any number of times; where they are not kept on the GPU, each is good until the next.
+    """
+
+    tokens: Iterable[Tensor]
     latents: int  # M
 
 
@@ -77,30 +87,44 @@ class InfiniteWorldTransformer(nn.Module):
         tokens = self.text_embedding((text * mask.unsqueeze(-1)).to(self.dtype))
         return TextContext(tuple(block.cross_attn.keys_values(tokens) for block in self.blocks))
 
-    def encode_memory(self, memory: Tensor, context: TextContext) -> MemoryStream:
-        """The memory latents' (B, 16, M, h, w) way through all blocks, modulated for timestep 0."""
-        _, modulation = self._embed_time(memory.new_zeros(1))
-        x = self._patchify(memory.to(self.dtype), mask_value=1)
-        rope = self._rope(memory, memory.shape[2])
-        _of_any_length(x, rope)
-        tokens = [x]
-        for block, keys_values in zip(self.blocks[:-1], context.keys_values, strict=False):
-            x = block.memory_step(x, modulation, rope, keys_values)
-            tokens.append(x)
-        return MemoryStream(tuple(tokens), memory.shape[2])
+    def encode_memory(
+        self, memory: Tensor, context: TextContext, keep: str = "gpu", sequence: Sequence | None = None
+    ) -> MemoryStream:
+        """The memory latents' (B, 16, M, h, w) way through all blocks, modulated for timestep 0.
+
+        keep: "gpu", "cpu" or "nowhere", see `KEEP`. sequence: over which devices the tokens are split, if they are.
+        """
+        tokens = MadeAgain(partial(self._memory_tokens, memory, context, sequence))
+        return MemoryStream(KEEP[keep](tokens), memory.shape[2])
 
     def denoise(
-        self, noisy: Tensor, timestep: Tensor, stream: MemoryStream, actions: Tensor, context: TextContext
+        self,
+        noisy: Tensor,
+        timestep: Tensor,
+        stream: MemoryStream,
+        actions: Tensor,
+        context: TextContext,
+        sequence: Sequence | None = None,
     ) -> Tensor:
-        """Velocity (B, 16, T, h, w) of noisy latents at `timestep` (B,), given memory, actions (B, T, dim) and text."""
+        """Velocity (B, 16, T, h, w) of noisy latents at `timestep` (B,), given memory, actions (B, T, dim) and text.
+
+        sequence: over which devices the tokens are split, those of `stream` among them.
+        """
         time, modulation = self._embed_time(timestep)
         x = rearrange(self._patchify(noisy.to(self.dtype), mask_value=0), "b (t n) c -> b t n c", t=noisy.shape[2])
         x = rearrange(x + actions.unsqueeze(2), "b t n c -> b (t n) c")
         rope = self._rope(noisy, stream.latents + noisy.shape[2])
-        _of_any_length(rope, *stream.tokens)
+        length, attention = x.shape[1], None
+        if sequence is not None:
+            known = rope.shape[1] - length
+            attention = sequence.attention(known, length)
+            x, rope = sequence.own(x), torch.cat([sequence.own(rope[:, :known]), sequence.own(rope[:, known:])], dim=1)
+        _of_any_length(rope)
         for block, memory, keys_values in zip(self.blocks, stream.tokens, context.keys_values, strict=True):
-            x = block.noisy_step(x, memory, modulation, rope, keys_values)
-        return self._unpatchify(self.head(x, time), noisy.shape)
+            _of_any_length(memory)
+            x = block.noisy_step(x, memory, modulation, rope, keys_values, attention)
+        x = self.head(x, time)
+        return self._unpatchify(x if sequence is None else sequence.whole(x, length), noisy.shape)
 
     def compile_blocks(self, **options) -> None:
         """Compiles the two steps of a block, once for all blocks and for memories of any length.
@@ -111,9 +135,35 @@ class InfiniteWorldTransformer(nn.Module):
             block.memory_step = torch.compile(block.memory_step, fullgraph=True, **options)
             block.noisy_step = torch.compile(block.noisy_step, fullgraph=True, **options)
 
+    def offload_blocks(self) -> None:
+        """Moves the blocks to the CPU's memory, from where they pass through the model's device one after the other.
+
+        They compute the same, and are compiled no more.
+        """
+        for block in self.blocks:
+            for step in ("memory_step", "noisy_step"):
+                vars(block).pop(step, None)
+        self.blocks = PassingBlocks(self.blocks, self.patch_embedding.weight.device)
+
     @property
     def dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
+
+    def _memory_tokens(self, memory: Tensor, context: TextContext, sequence: Sequence | None) -> Iterator[Tensor]:
+        """The memory's tokens as they enter each block; this device's part of them."""
+        _, modulation = self._embed_time(memory.new_zeros(1))
+        x = self._patchify(memory.to(self.dtype), mask_value=1)
+        rope = self._rope(memory, memory.shape[2])
+        attention = None
+        if sequence is not None:
+            attention = sequence.attention(x.shape[1])
+            x, rope = sequence.own(x), sequence.own(rope)
+        _of_any_length(x, rope)
+        last = len(self.blocks) - 1  # nothing reads the tokens that leave it
+        for i, (block, keys_values) in enumerate(zip(self.blocks, context.keys_values, strict=True)):
+            yield x
+            if i < last:
+                x = block.memory_step(x, modulation, rope, keys_values, attention)
 
     def _embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) in 0..1000 -> time vector (B, dim) and the six modulation vectors (B, 6, dim), float32.
@@ -163,11 +213,19 @@ class Block(nn.Module):
         self.cross_attn = Attention(dim, num_heads)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
 
-    def memory_step(self, memory: Tensor, modulation: Tensor, rope: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+    def memory_step(
+        self,
+        memory: Tensor,
+        modulation: Tensor,
+        rope: Tensor,
+        text: tuple[Tensor, Tensor],
+        attention: Attending | None = None,
+    ) -> Tensor:
         """Memory tokens attend to memory tokens alone; `modulation` (B or 1, 6, dim) is that of timestep 0."""
         vectors = self._vectors(modulation)
         x = modulate(memory, vectors[0], vectors[1])
-        attended = self.self_attn.attend(self.self_attn.queries(x, rope), *self.self_attn.keys_values(x, rope))
+        queries = self.self_attn.queries(x, rope)
+        attended = self.self_attn.attend(queries, *self.self_attn.keys_values(x, rope), attention)
         return self._text_and_ffn(gated_add(memory, attended, vectors[2]), vectors, text)
 
     def noisy_step(
@@ -177,6 +235,7 @@ class Block(nn.Module):
         modulation: Tensor,
         rope: Tensor,
         text: tuple[Tensor, Tensor],
+        attention: Attending | None = None,
     ) -> Tensor:
         """Noisy tokens attend to memory and noisy tokens together, both modulated for the step's timestep.
 
@@ -186,7 +245,7 @@ class Block(nn.Module):
         x = modulate(torch.cat([memory, noisy], dim=1), vectors[0], vectors[1])
         own = memory.shape[1]
         queries = self.self_attn.queries(x[:, own:], rope[:, own:])
-        attended = self.self_attn.attend(queries, *self.self_attn.keys_values(x, rope))
+        attended = self.self_attn.attend(queries, *self.self_attn.keys_values(x, rope), attention)
         return self._text_and_ffn(gated_add(noisy, attended, vectors[2]), vectors, text)
 
     def _text_and_ffn(self, x: Tensor, vectors: tuple[Tensor, ...], text: tuple[Tensor, Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from infworld.layers import EPS, Attention, layer_norm, rope_3d
+from infworld.parallel import Team
 
 GROUPS = 32  # of every GroupNorm
 MAX_SINGLE_PASS = 80  # latents; longer histories go through in windows
@@ -27,21 +28,23 @@ class MemoryCompressor(nn.Module):
         self.norm_out = nn.GroupNorm(GROUPS, hidden, eps=EPS)
         self.conv_out = nn.Conv3d(hidden, channels, 3, padding=1)
 
-    def forward(self, history: Tensor) -> Tensor:
+    def forward(self, history: Tensor, team: Team | None = None) -> Tensor:
         """(B, 16, T, h, w) latents of everything seen -> (B, 16, M, h, w) memory, M <= 21.
 
-        The compressed history comes first; the last latent is appended as it is (the local memory).
+        The compressed history comes first; the last latent is appended as it is (the local memory). team: who shares
+        out the windows of a long history, if there are several devices.
         """
-        return torch.cat([self.compress(history), history[:, :, -1:]], dim=2)
+        return torch.cat([self.compress(history, team), history[:, :, -1:]], dim=2)
 
-    def compress(self, history: Tensor) -> Tensor:
+    def compress(self, history: Tensor, team: Team | None = None) -> Tensor:
         """(B, 16, T, h, w) -> (B, 16, ceil(ceil(T/2)/2), h, w) up to T = 80, 20 latents beyond."""
         starts = window_starts(history.shape[2])
         if len(starts) == 1:
             return self.encode(history)
-        windows = torch.cat([history[:, :, start : start + WINDOW] for start in starts])
-        compressed = rearrange(self.encode(windows), "(n b) c t h w -> b c (n t) h w", n=len(starts))
-        return self.encode(compressed)
+        # One by one, as together they take five times the memory.
+        windows = [history[:, :, start : start + WINDOW] for start in starts]
+        compressed = [self.encode(window) for window in windows] if team is None else team.each(self.encode, windows)
+        return self.encode(torch.cat(compressed, dim=2))
 
     def encode(self, latents: Tensor) -> Tensor:
         """One pass of the convolutional encoder: (B, 16, T, h, w) -> (B, 16, ceil(ceil(T/2)/2), h, w)."""
