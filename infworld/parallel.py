@@ -173,17 +173,19 @@ class Rows:
 
 @dataclass(frozen=True)
 class Split:
-    """How the branches (one per text) of a film are shared out: this rank's are `own`, each over `sequence`."""
+    """How the branches (one per text) of a film are shared out: this rank's are `own`, each over `sequence`.
+
+    pair: who has the other branch, where there is one and it is another rank's.
+    """
 
     own: slice
     sequence: Sequence | None
     pair: Members | None
 
-    def all(self, velocities: list[Tensor]) -> list[Tensor]:
-        """The velocities of all branches, from those of this rank's."""
-        if self.pair is None:
-            return velocities
-        return list(self.pair.whole(torch.stack(velocities), 0, [1, 1]).unbind())
+    def both(self, velocity: Tensor) -> tuple[Tensor, Tensor]:
+        """The velocities of both branches of a pair, from that of this rank's."""
+        positive, negative = self.pair.whole(velocity.unsqueeze(0), 0, [1, 1]).unbind()
+        return positive, negative
 
 
 # ------------------------------------------------------------------------------------------------------------- the team
@@ -212,9 +214,9 @@ class Team:
         """Whether this is rank 0, which decides."""
         return self._link.rank == 0
 
-    def split(self, branches: int) -> Split:
-        """The way to share out a film with so many texts: 1, or 2 with guidance."""
-        if branches == 2 and self._halves:
+    def split(self, guided: bool) -> Split:
+        """The way to share out a film, which may be guided at every step and so have two branches of equal work."""
+        if guided and self._halves:
             pair, half = self._halves
             return Split(slice(pair.place, pair.place + 1), Sequence(half) if half.size > 1 else None, pair)
         return Split(slice(None), Sequence(self._everyone), None)
@@ -247,6 +249,19 @@ class Team:
             raise
         self._link.send(True, value)
         return value
+
+    def by_first(self, function: Callable[[str], T]) -> Callable[[str], T]:
+        """`function` computed by rank 0 for every rank."""
+        return lambda text: self.from_first(lambda: function(text))
+
+    def heard(self, callback: Callable[[T], object] | None) -> Callable[[T], None]:
+        """A callback of rank 0 that all ranks call: what it raises ends what they do, at the same place."""
+
+        def hear(news: T) -> None:
+            if callback is not None:
+                callback(news)
+
+        return lambda news: self.from_first(lambda: hear(news))
 
     def together(self, items: Iterator[T]) -> Iterator[T]:
         """The items, made on every rank as long as rank 0 asks for them."""
