@@ -14,30 +14,34 @@ from infworld.config import SamplerConfig
 
 @dataclass(frozen=True)
 class Preset:
-    """steps: part of the model's own sampler steps. order: of the solver, see `sampler.sample`. guided: every how many
-    steps the negative prompt is asked, see `sampler.guided`."""
+    """steps: part of a model's own sampler steps, but at `least` so many unless the model has fewer. even: where the
+    steps end, see `sampler.schedule`. order: of the solver, see `sampler.sample`. guided: every how many steps the
+    negative prompt is asked, see `sampler.guided`."""
 
     name: str
-    steps: float
-    order: int
-    guided: int
+    steps: float = 1.0
+    least: int = 1
+    even: bool = False
+    order: int = 1
+    guided: int = 1
 
     def steps_of(self, sampler: SamplerConfig) -> int:
         """Sampler steps per chunk for a model: 30, 15 and 8 for the released one."""
-        return math.ceil(self.steps * sampler.num_sampling_steps)
+        own = sampler.num_sampling_steps
+        return min(own, max(self.least, math.ceil(self.steps * own)))
 
     def passes(self, steps: int, guidance: float) -> int:
         """How often the transformer runs for a chunk of so many steps: what its time goes with."""
         return steps if guidance == 1 else steps + math.ceil(steps / self.guided)
 
 
-EXACT = Preset("exact", steps=1, order=1, guided=1)
+EXACT = Preset("exact")
 PRESETS = {
     preset.name: preset
     for preset in (
         EXACT,
-        Preset("balanced", steps=1 / 2, order=2, guided=2),
-        Preset("fast", steps=1 / 4, order=2, guided=2),
+        Preset("balanced", steps=1 / 2, least=5, even=True, order=2, guided=2),
+        Preset("fast", steps=1 / 4, least=4, even=True, order=2, guided=2),
     )
 }
 

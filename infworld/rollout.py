@@ -308,7 +308,7 @@ class World:
         """The latents of the session's next chunk. Apart, so that what served them is freed before they are decoded."""
         velocity = self.velocity(session, tracker.done)
         preset = find_preset(session.preset)
-        timesteps = schedule(self.config.val_scheduler_cfg, session.steps)
+        timesteps = schedule(self.config.val_scheduler_cfg, session.steps, even=preset.even)
         return sample(velocity, noise, timesteps, partial(tracker.done, "sample"), order=preset.order)
 
     @torch.inference_mode()

@@ -15,11 +15,16 @@ MAX_TIMESTEP = 1000.0
 Velocity = Callable[[Tensor, Tensor], Tensor]  # noisy latents and timestep (a scalar) -> noise minus data
 
 
-def schedule(config: SamplerConfig, steps: int) -> Tensor:
-    """The timesteps of `steps` Euler steps and the final 0, (steps + 1,) float32, falling from 1000."""
+def schedule(config: SamplerConfig, steps: int, *, even: bool = False) -> Tensor:
+    """The timesteps of so many steps and the final 0, (steps + 1,) float32, falling from 1000.
+
+    Before the shift they go evenly to 1 and then to 0, as the spec has it: a last step over next to nothing. `even`:
+    evenly to 0 itself.
+    """
     if type(steps) is not int or not 1 <= steps <= MAX_TIMESTEP:
         raise ValueError(f"sampling steps must be a whole number from 1 to {MAX_TIMESTEP:.0f}, not {steps!r}")
-    u = torch.linspace(MAX_TIMESTEP, 1, steps, dtype=torch.float64) / MAX_TIMESTEP
+    points = torch.linspace(MAX_TIMESTEP, 0 if even else 1, steps + even, dtype=torch.float64)[:steps]
+    u = points / MAX_TIMESTEP
     if config.use_timestep_transform:
         u = config.shift * u / (1 + (config.shift - 1) * u)
     return torch.cat([u, torch.zeros(1)]).mul(MAX_TIMESTEP).float()

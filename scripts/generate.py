@@ -21,6 +21,7 @@ import infworld
 from infworld.actions import ActionScript
 from infworld.config import load_config
 from infworld.models import default_model, device_name, peak_memory, prepare
+from infworld.presets import EXACT, PRESETS, find_preset
 from infworld.video import Mp4Writer, check_output, load_image
 
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
@@ -57,7 +58,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", help="what the world looks like")
     parser.add_argument("--negative-prompt", help="what to avoid, where the model uses guidance")
     parser.add_argument("--seed", type=int, help="another number, another film (default 0)")
-    parser.add_argument("--steps", type=int, help="sampler steps per chunk; default: the model's own")
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="exact (default), or faster and less exact; docs/performance.md says how much"
+    )
+    parser.add_argument("--steps", type=int, help="sampler steps per chunk; default: the preset's")
     parser.add_argument("--guidance", type=float, help="how closely to follow the prompt; default: the model's own")
     return parser.parse_args(arguments)
 
@@ -80,6 +84,7 @@ def generate(args: argparse.Namespace) -> int:
     loaded = time.monotonic()
     if session is None:
         begin = {"negative_prompt": args.negative_prompt, "steps": args.steps, "guidance": args.guidance}
+        begin["preset"] = args.preset or EXACT.name
         session = world.start(picture, script, args.prompt or "", seed=args.seed or 0, **begin)
     interrupted = False
     with Mp4Writer(out, world.config.validation_data.fps) as film, Behind(film) as writer:
@@ -109,7 +114,10 @@ def resumed(args: argparse.Namespace) -> infworld.Session:
         session = session.with_prompt(session.prompt if args.prompt is None else args.prompt, args.negative_prompt)
     if args.seed is not None:
         session = session.with_seed(args.seed)
-    changes = {"steps": args.steps, "guidance": args.guidance}
+    steps = args.steps
+    if args.preset is not None and steps is None:
+        steps = find_preset(args.preset).steps_of(load_config(args.model or session.model).val_scheduler_cfg)
+    changes = {"steps": steps, "guidance": args.guidance, "preset": args.preset}
     return dataclasses.replace(session, **{name: value for name, value in changes.items() if value is not None})
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
-from infworld.config import load_config
+from infworld.config import SamplerConfig, load_config
 from infworld.presets import EXACT, PRESETS, Preset, find_preset
 from infworld.rollout import Session
 from infworld.sampler import guide, guided, sample, schedule
@@ -49,6 +49,14 @@ def test_one_step_is_eulers_whatever_the_order():
     noise, timesteps = torch.randn(1, 4), torch.tensor([1000.0, 0.0])
     velocity = lambda z, t: z.sin()  # noqa: E731
     assert torch.equal(sample(velocity, noise, timesteps, order=2), sample(velocity, noise, timesteps))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 1000])
+def test_even_steps_end_at_0_without_a_step_over_next_to_nothing(steps):
+    u = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
+    timesteps = schedule(SamplerConfig(shift=7.0), steps, even=True)
+    torch.testing.assert_close(timesteps.double(), 1000 * 7 * u / (1 + 6 * u), rtol=1e-6, atol=1e-4)
+    assert timesteps[0] == 1000 and timesteps[-1] == 0 and timesteps.dtype == torch.float32
 
 
 def test_any_order_takes_one_velocity_a_step():
@@ -139,7 +147,12 @@ def test_steps_are_the_presets_unless_given(world, picture):
     for preset in PRESETS.values():
         assert world.start(picture, preset=preset.name).steps == preset.steps_of(world.config.val_scheduler_cfg)
         assert world.start(picture, preset=preset.name, steps=7).steps == 7
-    assert Preset("half", 0.5, 2, 1).steps_of(dataclasses.replace(world.config.val_scheduler_cfg, num_sampling_steps=1))
+
+
+def test_steps_are_a_part_of_the_models_own_but_not_too_few():
+    preset = Preset("half", steps=1 / 2, least=5)
+    for own, steps in ((30, 15), (31, 16), (9, 5), (8, 5), (3, 3), (1, 1)):
+        assert preset.steps_of(SamplerConfig(num_sampling_steps=own)) == steps
 
 
 def test_an_unknown_preset_is_named_with_those_there_are(world, picture):

@@ -33,6 +33,7 @@ from torch import Tensor
 from infworld.actions import MOVES, VIEWS, Segment, words
 from infworld.config import FRAMES_PER_LATENT
 from infworld.dit import TextContext
+from infworld.presets import EXACT, PRESETS
 from infworld.rollout import World, load, pick_dtype
 from infworld.text import load_text_encoder
 from training.data import to_frames, to_video
@@ -313,11 +314,13 @@ def run_test(name: str, benches: Sequence[Bench]) -> tuple[dict[str, Figure], li
     return {key: summarize(values) for key, values in measures.items()}, outcomes[0].sheet
 
 
-def make_benches(model: World, text_encoder, worlds: int, batch: int, seed: int, steps: int | None) -> list[Bench]:
+def make_benches(
+    model: World, text_encoder, worlds: int, batch: int, seed: int, steps: int | None, preset: str = EXACT.name
+) -> list[Bench]:
     """The first evaluation worlds in batches of nearly equal size, at most `batch` each unless one would be alone."""
     count = max(1, min(-(-worlds // batch), worlds // 2))
     parts = np.array_split(np.array(EVAL_SEEDS[:worlds]), count)
-    return [make_bench(model, text_encoder, part.tolist(), seed, steps) for part in parts]
+    return [make_bench(model, text_encoder, part.tolist(), seed, steps, preset) for part in parts]
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -330,7 +333,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tests", default="", help=f"all, or some of {','.join(TESTS)}; by default all but {','.join(SLOW_TESTS)}")
     add("--drift-worlds", type=int, default=16, help="worlds of the drift test, at most --worlds")
     add("--sheet-worlds", type=int, default=6, help="worlds of the rollouts sheet, at most --worlds")
-    add("--steps", type=int, help="of the sampler; by default the model's own")
+    add("--preset", choices=PRESETS, default=EXACT.name, help="of the sampler; by default exact")
+    add("--steps", type=int, help="of the sampler; by default the preset's")
     add("--seed", type=int, default=0, help="of the noise and the random walks")
     add("--out", type=Path, default=Path("runs/evaluation"))
     return parser.parse_args(arguments)
@@ -362,7 +366,8 @@ def evaluate(args: argparse.Namespace, model: World, text_encoder) -> bool:
         began, worlds = time.monotonic(), sizes.get(name, args.worlds)
         try:
             if worlds not in benches:
-                benches[worlds] = make_benches(model, text_encoder, worlds, args.batch, args.seed, args.steps)
+                sampler = args.seed, args.steps, args.preset
+                benches[worlds] = make_benches(model, text_encoder, worlds, args.batch, *sampler)
             figures, sheet = run_test(name, benches[worlds])
         except Exception:  # the other tests are worth having: this run may be on a rented machine
             print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)

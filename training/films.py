@@ -14,6 +14,7 @@ from torch import Tensor
 from infworld.actions import NO_OP, ActionScript
 from infworld.config import FRAMES_PER_LATENT
 from infworld.dit import TextContext
+from infworld.presets import EXACT, Preset, find_preset
 from infworld.rollout import World
 from infworld.sampler import sample, schedule
 from training.data import to_frames, to_video
@@ -33,6 +34,7 @@ class Bench:
     context: TextContext  # of the worlds' captions
     seed: int
     steps: int
+    preset: Preset = EXACT
 
     @property
     def chunk(self) -> int:
@@ -53,11 +55,18 @@ class Film:
     state: dict[str, Tensor]
 
 
-def make_bench(model: World, text_encoder, seeds: Sequence[int], seed: int = 0, steps: int | None = None) -> Bench:
+def make_bench(
+    model: World,
+    text_encoder,
+    seeds: Sequence[int],
+    seed: int = 0,
+    steps: int | None = None,
+    preset: str = EXACT.name,
+) -> Bench:
     """A bench on the model's device.
 
     seeds: of the worlds, at least two, as each lends its memory to the next. seed: of the noise and of random walks.
-    steps: of the sampler, the model's own if None. Raises ValueError for fewer worlds and for a model with guidance.
+    steps: of the sampler, the preset's if None. Raises ValueError for fewer worlds and for a model with guidance.
     """
     settings = model.config.val_scheduler_cfg
     if len(seeds) < 2:
@@ -70,7 +79,8 @@ def make_bench(model: World, text_encoder, seeds: Sequence[int], seed: int = 0, 
     with torch.inference_mode():
         text = text_encoder.encode(captions(worlds))
         context = model.transformer.embed_text(text.hidden, text.mask)
-    return Bench(model, worlds.to(model.device), context, seed, steps or settings.num_sampling_steps)
+    preset = find_preset(preset)
+    return Bench(model, worlds.to(model.device), context, seed, steps or preset.steps_of(settings), preset)
 
 
 def true_film(bench: Bench, frames: Tensor) -> Film:
@@ -118,7 +128,8 @@ def next_chunk(
     def velocity(z: Tensor, timestep: Tensor) -> Tensor:
         return sign * model.denoise(z, timestep.to(z.device).reshape(1), stream, actions, bench.context)
 
-    latents = sample(velocity, draw_noise(bench, film), schedule(config.val_scheduler_cfg, bench.steps))
+    timesteps = schedule(config.val_scheduler_cfg, bench.steps, even=bench.preset.even)
+    latents = sample(velocity, draw_noise(bench, film), timesteps, order=bench.preset.order)
     kept = latents.shape[2] if frames is None else 1 + frames // FRAMES_PER_LATENT
     return bench.model.vae.decode(latents[:, :, :kept])
 
