@@ -215,7 +215,8 @@ class Decoder(nn.Module):
 class Tails:
     """What the temporal layers carry from one pass to the next: their last input frames, in the order of the layers.
 
-    `state`: the last pass's `Tails.state`, or None at the start of a clip. keep: whether another pass will follow.
+    `state`: the last pass's `Tails.state`, or None at the start of a clip; each tail leaves it with its layer, to
+    free it. keep: whether another pass will follow.
     padded: without a state, whether zeros stand before the first frame, as at a clip's start; else what has not two
     frames before it does not come out. rows: the neighbours of the picture's rows, where other devices have those.
     """
@@ -242,7 +243,7 @@ class Tails:
         """
         name = _tail_name(self._layer)
         self._layer += 1
-        past = self._past.get(name)
+        past = self._past.pop(name, None)
         if self._keep:
             missing = frames - x.shape[1]
             if missing > 0:
