@@ -25,8 +25,9 @@ from infworld.checkpoint import RELEASED_EXTRAS, check_file, load_strict, read_m
 from infworld.config import ModelConfig, load_config
 from infworld.dit import InfiniteWorldTransformer, MemoryStream, TextContext
 from infworld.layers import fastest_attention
+from infworld.parallel import Rows, Team
 from infworld.presets import EXACT, find_preset
-from infworld.sampler import guided, sample, schedule
+from infworld.sampler import guide, guided, sample, schedule
 from infworld.text import TextEmbedding, open_text_encoder
 from infworld.vae import PIXELS_PER_LATENT, VideoVAE
 from infworld.video import prepare_image, to_uint8
@@ -167,11 +168,23 @@ class Chunk:
 class World:
     """A loaded model, ready to film. Make it with `load`; it is shared freely, since it keeps nothing of a film."""
 
-    def __init__(self, config: ModelConfig, transformer: InfiniteWorldTransformer, vae: VideoVAE, text_encoder):
+    def __init__(
+        self,
+        config: ModelConfig,
+        transformer: InfiniteWorldTransformer,
+        vae: VideoVAE,
+        text_encoder,
+        team: Team | None = None,
+    ):
         self.config = config
         self.transformer = transformer
         self.vae = vae
-        self._encode_text = lru_cache(maxsize=16)(lambda text: text_encoder.encode([text]).to("cpu"))
+        self.team = team
+
+        def encode(text: str) -> TextEmbedding:
+            return text_encoder.encode([text]).to("cpu")
+
+        self._encode_text = lru_cache(maxsize=16)(encode if team is None else team.by_first(encode))
 
     @property
     def device(self) -> torch.device:
@@ -227,7 +240,8 @@ class World:
         generator_state = _generator_state(seed)
         script = ActionScript.of(actions)
         video = prepare_image(image, self.config.buckets)
-        history, state = self._encode(video, None)
+        rows = None if self.team is None else self.team.rows(video.shape[3] // PIXELS_PER_LATENT)
+        history, state = self._encode(video if rows is None else rows.own(video, 3), None, rows)
         return Session(
             model=self.config.name,
             picture=to_uint8(video),
@@ -246,8 +260,12 @@ class World:
 
     def extend(self, session: Session, chunks: int, callback: Callback | None = None) -> Iterator[Chunk]:
         """Adds chunks to a film; each Chunk's session can be saved, or extended again."""
+        made = self._extend(session, chunks, callback)
+        return made if self.team is None else self.team.together(made)
+
+    def _extend(self, session: Session, chunks: int, callback: Callback | None) -> Iterator[Chunk]:
         self.check_session(session)
-        tracker = _Tracker(callback, chunks, session, self.config.chunk_frames)
+        tracker = self._tracker(callback, chunks, session)
         for _ in range(chunks):
             chunk = self._make_chunk(session, tracker, None)
             session = chunk.session
@@ -259,18 +277,23 @@ class World:
         noise: (1, 16, 21, h, w) in place of what the session's generator would draw.
         """
         self.check_session(session)
-        return self._make_chunk(session, _Tracker(callback, 1, session, self.config.chunk_frames), noise)
+        return self._make_chunk(session, self._tracker(callback, 1, session), noise)
 
     def replay(self, session: Session) -> Iterator[Chunk]:
         """The film so far once more, from its stored latents: a film after a restart needs no computing anew.
 
         Pixels may differ by rounding, as the stored latents are float16.
         """
+        shown = self._replay(session)
+        return shown if self.team is None else self.team.together(shown)
+
+    def _replay(self, session: Session) -> Iterator[Chunk]:
         self.check_session(session)
+        rows = self._rows(session.history)
         for index, latents in enumerate(session.chunk_latents):
             began = time.monotonic()
-            video = self._decode(latents.float())
-            frames = _new_frames(index, session.picture, video)
+            video = self._decode(latents.float().to(self.device), rows)
+            frames = _new_frames(index, session.picture, _whole(video, rows))
             yield Chunk(index, frames, latents.float(), time.monotonic() - began, session)
 
     def check_session(self, session: Session) -> None:
@@ -286,10 +309,11 @@ class World:
             shape = (*session.history.shape[:2], self.config.chunk_latents, *session.history.shape[3:])
             noise = torch.randn(shape, generator=generator)
         latents = self._sample(session, noise.to(self.device), tracker)
-        video = self.vae.decode(latents)
+        rows = self._rows(latents)
+        video = self._decode(latents, rows)
         tracker.done("decode")
         # The picture's own frame is known already: the decoded first frame repeats it.
-        added, state = self._encode(video[:, :, 1:], session.encoder_state)
+        added, state = self._encode(video[:, :, 1:], session.encoder_state, rows)
         tracker.done("encode")
         latents = latents.cpu()
         after = dataclasses.replace(
@@ -301,7 +325,7 @@ class World:
             num_frames=session.num_frames + self.config.chunk_frames,
         )
         index = len(session.chunk_latents)
-        frames = _new_frames(index, session.picture, video)
+        frames = _new_frames(index, session.picture, _whole(video, rows))
         return Chunk(index, frames, latents, time.monotonic() - began, after)
 
     def _sample(self, session: Session, noise: Tensor, tracker: _Tracker) -> Tensor:
@@ -322,42 +346,61 @@ class World:
         here, once: the compressed memory, each text's keys and values, and the memory's way through the transformer
         for each text. `on_stage` hears "text" and "memory".
         """
-        model, device = self.transformer, self.device
+        model, device, preset = self.transformer, self.device, find_preset(session.preset)
         prompts = [session.prompt] if session.guidance == 1 else [session.prompt, session.negative_prompt]
         texts: list[TextEmbedding] = [self._encode_text(prompt).to(device) for prompt in prompts]
+        split = self.team and self.team.split(guided=len(prompts) == 2 and preset.guided == 1)
+        sequence = split and split.sequence
+        texts = texts[split.own] if split else texts
         on_stage("text")
         pairs = session.actions.pairs(session.num_frames - 1, session.num_frames + self.config.chunk_frames)
         move, view = torch.tensor(pairs, device=device).T.unsqueeze(1)
         with fastest_attention(device):
             actions = model.action_encoder(move, view)
-            memory = model.latent_encoder(session.history.to(device, model.dtype))
+            memory = model.latent_encoder(session.history.to(device, model.dtype), self.team)
             contexts = [model.embed_text(text.hidden, text.mask) for text in texts]
-            streams = [model.encode_memory(memory, context) for context in contexts]
+            streams = [model.encode_memory(memory, context, sequence=sequence) for context in contexts]
         on_stage("memory")
         sign = 1 if self.config.val_scheduler_cfg.use_reversed_velocity else -1
 
         @torch.inference_mode()
         @fastest_attention(device)
         def velocity(stream: MemoryStream, context: TextContext, z: Tensor, timestep: Tensor) -> Tensor:
-            return sign * model.denoise(z, timestep.reshape(1), stream, actions, context)
+            return sign * model.denoise(z, timestep.reshape(1), stream, actions, context, sequence)
 
         # One text after the other: both at once would need twice the memory for the same arithmetic.
         of_texts = [partial(velocity, *text) for text in zip(streams, contexts, strict=True)]
+        if split and split.pair:
+            return lambda z, timestep: guide(*split.both(of_texts[0](z, timestep)), session.guidance)
         if len(of_texts) == 1:
             return of_texts[0]
-        return guided(*of_texts, session.guidance, find_preset(session.preset).guided)
+        return guided(*of_texts, session.guidance, preset.guided)
+
+    def _tracker(self, callback: Callback | None, chunks: int, session: Session) -> _Tracker:
+        heard = callback if self.team is None else self.team.heard(callback)
+        return _Tracker(heard, chunks, session, self.config.chunk_frames)
+
+    def _rows(self, latents: Tensor) -> Rows | None:
+        """Over which devices the rows of a picture of these latents are split; None if they are not."""
+        return None if self.team is None else self.team.rows(latents.shape[3])
 
     @torch.inference_mode()
-    def _encode(self, video: Tensor, state: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Appends frames to the encoder's state; all results on the CPU."""
+    def _encode(
+        self, video: Tensor, state: dict[str, Tensor] | None, rows: Rows | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Appends frames, this device's rows of them, to the encoder's whole state; all results whole on the CPU."""
         if state is not None:
-            state = {name: tensor.to(self.device) for name, tensor in state.items()}
-        latents, state = self.vae.encode(video.to(self.device), state)
+            own = state if rows is None else {name: rows.own(tensor, 2) for name, tensor in state.items()}
+            state = {name: tensor.to(self.device) for name, tensor in own.items()}
+        latents, state = self.vae.encode(video.to(self.device), state, rows=rows)
+        if rows is not None:
+            latents, state = rows.whole(latents, 3), {name: rows.whole(tensor, 2) for name, tensor in state.items()}
         return latents.cpu(), {name: tensor.cpu() for name, tensor in state.items()}
 
     @torch.inference_mode()
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents.to(self.device))
+    def _decode(self, latents: Tensor, rows: Rows | None) -> Tensor:
+        """Whole latents on the device -> this device's rows of the video."""
+        return self.vae.decode(latents if rows is None else rows.own(latents, 3), rows=rows)
 
 
 def check_session(session: Session, config: ModelConfig) -> None:
@@ -384,20 +427,24 @@ def load(
     *,
     text_placement: str = "auto",
     compile: bool = False,
+    team: Team | None = None,
 ) -> World:
     """Loads a model: "tiny", "infinite-world", the path of a config YAML, or the config itself.
 
     device: "auto" (the GPU if there is one), "cuda", "cuda:1", "cpu". text_placement: where a large text encoder works
     and whether it stays: "auto", "gpu" or "cpu", see `UMT5OnDemand`. compile: whether torch.compile makes the
-    transformer's blocks faster, which the first chunk waits for (docs/performance.md). Raises FileNotFoundError or
+    transformer's blocks faster, which the first chunk waits for (docs/performance.md). team: of `parallel.joined`, to
+    film together with other processes; its device is used. Raises FileNotFoundError or
     ValueError for missing, truncated or foreign weights, naming the file.
     """
     began = time.monotonic()
     config = name if isinstance(name, ModelConfig) else load_config(name)
-    device = pick_device(device)
+    device = pick_device(device) if team is None else team.device
     dtype = pick_dtype(device, getattr(torch, config.amp_dtype))
     path, vae_path = check_file(config.path(config.checkpoint_path)), check_file(config.path(config.vae_cfg.vae_pth))
-    text_encoder = open_text_encoder(config, device, dtype, text_placement)  # first, as it may be the one that is cut
+    text_encoder = None  # except on the device that encodes for all
+    if team is None or team.first:  # before the transformer, as it may be the one that is cut
+        text_encoder = open_text_encoder(config, device, dtype, text_placement)
     transformer = load_strict(
         lambda: InfiniteWorldTransformer(config.model_cfg),
         read_tensors(path),
@@ -416,7 +463,7 @@ def load(
         dtype=pick_vae_dtype(device, dtype),
     )
     log.info("%s from %s on %s (%s) in %.1f s", config.name, path, device, dtype, time.monotonic() - began)
-    return World(config, transformer, vae, text_encoder)
+    return World(config, transformer, vae, text_encoder, team)
 
 
 def build_vae(config: ModelConfig) -> VideoVAE:
@@ -520,6 +567,10 @@ def _new_frames(index: int, picture: np.ndarray, video: Tensor) -> np.ndarray:
     """A decoded chunk's new frames; the film's first chunk begins with the picture itself."""
     frames = to_uint8(video[:, :, 1:])
     return np.concatenate([picture, frames]) if index == 0 else frames
+
+
+def _whole(video: Tensor, rows: Rows | None) -> Tensor:
+    return video if rows is None else rows.whole(video, 3)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
