@@ -81,7 +81,7 @@ class Bench:
             "film": f"{1 + self.chunks * self.config.chunk_frames} frames",
             "longest history": self.histories[0],
         }
-        about = {"command": shlex.join(["python", "scripts/benchmark.py", *args.command])}
+        about = {"command": shlex.join(["python", "scripts/benchmark.py", *without_out(args.command)])}
         about |= {"machine": machine(self.device), "settings": settings}
         self.record = Record(Path(args.out), args.budget, about)
 
@@ -135,6 +135,14 @@ class Bench:
 
     def session(self, history: int) -> Session:
         return noise_session(self.world, self.size, history)
+
+
+def without_out(arguments: list[str]) -> list[str]:
+    """A command line without the place of the results, which says nothing about them."""
+    if "--out" not in arguments:
+        return arguments
+    at = arguments.index("--out")
+    return arguments[:at] + arguments[at + 2 :]
 
 
 def with_wishes(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
