@@ -75,7 +75,7 @@ def machine(device: torch.device) -> dict[str, str]:
         found = {"device": f"{card.name}, {card.total_memory / GIB:.0f} GiB", "CUDA": str(torch.version.cuda)}
         found["cuDNN"] = str(torch.backends.cudnn.version())
         found["driver"] = said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
-    versions = {"torch": torch.__version__, "Python": platform.python_version(), "system": platform.platform()}
+    versions = {"torch": torch.__version__, "Python": platform.python_version(), "system": platform.system()}
     commit = said_by("git", "-C", str(PROJECT_ROOT), "rev-parse", "--short", "HEAD")
     return {name: value for name, value in {**found, **versions, "commit": commit}.items() if value}
 
