@@ -1,27 +1,37 @@
 """Films a walk from the command line: a picture and actions in, an mp4 out. Ctrl-C keeps what has been made.
 
 python scripts/generate.py --image PICTURE --actions "forward 80, right 80" --frames 161 --out film.mp4
+
+On a host with N GPUs, `torchrun --nproc-per-node N scripts/generate.py ...` makes one film on all of them, and with
+`--jobs FILE` many films, each on one.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import signal
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import infworld
+from infworld import hub, parallel
 from infworld.actions import ActionScript
 from infworld.config import load_config
 from infworld.models import default_model, device_name, peak_memory, prepare
 from infworld.presets import EXACT, PRESETS, find_preset
+from infworld.rollout import pick_device
 from infworld.video import Mp4Writer, check_output, load_image
 
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
@@ -30,9 +40,10 @@ INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
-        return generate(args)
+        return generate_all(args) if args.jobs else generate(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if parallel.rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped before the first frame", file=sys.stderr)
@@ -44,9 +55,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     begin = parser.add_mutually_exclusive_group(required=True)
     begin.add_argument("--image", help="the picture to begin with")
     begin.add_argument("--resume", metavar="SESSION", help="a saved session to go on from")
+    begin.add_argument(
+        "--jobs",
+        metavar="FILE",
+        help="many films: a JSON list, or a line for each, of objects with the options of one film, as "
+        '{"image": "a.png", "out": "a.mp4"}; what they leave out is as on the command line',
+    )
     parser.add_argument("--actions", help="JSON file, or text such as 'forward 80, right 40'; default: no action")
     parser.add_argument("--frames", type=int, default=161, help="length of the whole film: 81, 161 (default), 241, ...")
-    parser.add_argument("--out", required=True, help="the mp4 to write")
+    parser.add_argument("--out", help="the mp4 to write")
     parser.add_argument("--session", metavar="FILE", help="save the session here (.safetensors), to resume later")
     parser.add_argument(
         "--model",
@@ -63,46 +80,153 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, help="sampler steps per chunk; default: the preset's")
     parser.add_argument("--guidance", type=float, help="how closely to follow the prompt; default: the model's own")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if not args.out and not args.jobs:
+        parser.error("the following arguments are required: --out")
+    return args
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the film of `args` begins with, checked as far as it can be without the model."""
+
+    args: argparse.Namespace
+    out: Path
+    session_path: Path
+    script: ActionScript
+    picture: Image.Image | None
+    session: infworld.Session | None
+    model: str
+    chunks: int
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> Plan:
+        out = check_output(args.out)
+        session_path = check_output(args.session or out.with_suffix(".session.safetensors"), ".safetensors")
+        script = ActionScript.of(args.actions)
+        picture = None if args.resume else load_image(args.image)
+        session = resumed(args) if args.resume else None
+        name = args.model or (session.model if session else default_model(parallel.own_device(args.device)))
+        chunks = load_config(name).chunks_for(args.frames)
+        if session is not None and session.num_frames >= args.frames:
+            raise ValueError(f"the session has {session.num_frames} frames already: ask for more with --frames")
+        return Plan(args, out, session_path, script, picture, session, name, chunks)
+
+    def begin(self, world: infworld.World) -> infworld.Session:
+        """The session to go on from."""
+        if self.session is not None:
+            return self.session
+        args = self.args
+        wishes = {"negative_prompt": args.negative_prompt, "steps": args.steps, "guidance": args.guidance}
+        wishes["preset"] = args.preset or EXACT.name
+        return world.start(self.picture, self.script, args.prompt or "", seed=args.seed or 0, **wishes)
 
 
 def generate(args: argparse.Namespace) -> int:
     """Makes the film that `args` ask for; returns the exit code. What cannot work fails before the model is loaded."""
-    out = check_output(args.out)
-    session_path = check_output(args.session or out.with_suffix(".session.safetensors"), ".safetensors")
-    script = ActionScript.of(args.actions)
-    picture = None if args.resume else load_image(args.image)
-    session = resumed(args) if args.resume else None
-    name = args.model or (session.model if session else default_model(args.device))
-    chunks = load_config(name).chunks_for(args.frames)
-    if session is not None and session.num_frames >= args.frames:
-        raise ValueError(f"the session has {session.num_frames} frames already: ask for more with --frames")
+    plan = Plan.of(args)
+    device = parallel.own_device(args.device)
+    with parallel.joined(pick_device(device)) as team:
+        config = prepare(plan.model) if team is None else team.from_first(lambda: prepare(plan.model))
+        began = time.monotonic()
+        world = infworld.load(config, device, compile=args.compile, team=team)
+        loading = time.monotonic() - began
+        return film(plan, world, loading) if team is None or team.first else follow(plan, world)
 
-    config = prepare(name)
-    began = time.monotonic()
-    world = infworld.load(config, args.device, compile=args.compile)
-    loaded = time.monotonic()
-    if session is None:
-        begin = {"negative_prompt": args.negative_prompt, "steps": args.steps, "guidance": args.guidance}
-        begin["preset"] = args.preset or EXACT.name
-        session = world.start(picture, script, args.prompt or "", seed=args.seed or 0, **begin)
+
+def film(plan: Plan, world: infworld.World, loading: float) -> int:
+    """Films and reports; returns the exit code. loading: the seconds it took to load the model.
+
+    In a team every chunk's session is saved, as any process can be lost at any time.
+    """
+    began, team = time.time(), world.team
+    session = plan.begin(world)
     interrupted = False
-    with Mp4Writer(out, world.config.validation_data.fps) as film, Behind(film) as writer:
+    with (
+        team.patient() if team else nullcontext(),
+        Mp4Writer(plan.out, world.config.validation_data.fps) as mp4,
+        Behind(mp4, plan.session_path if team else None) as writer,
+    ):
+        if team:
+            team.if_lost(lambda: f"{writer.rescue()}{how_to_go_on(plan, began)}")
         try:
             for chunk in world.replay(session):
                 writer.write(chunk.frames)
-            with Bar(session.steps, chunks - len(session.chunk_latents)) as bar:
+            with Bar(session.steps, plan.chunks - len(session.chunk_latents)) as bar:
                 for chunk in world.extend(session, bar.chunks, bar.show):
                     session = chunk.session
-                    writer.write(chunk.frames)
+                    writer.write(chunk.frames, session)
         except KeyboardInterrupt:
             interrupted = True
-    report(film, session, session_path if args.session or interrupted else None, interrupted)
+    report(mp4, session, plan.session_path if plan.args.session or interrupted or team else None, interrupted)
+    devices = f"{team.size} x " if team else ""
     print(
-        f"{config.name} on {device_name(world.device)}: loaded in {loaded - began:.1f} s, "
-        f"filmed in {time.monotonic() - loaded:.1f} s, peak memory {peak_memory(world.device)}"
+        f"{world.config.name} on {devices}{device_name(world.device)}: loaded in {loading:.1f} s, "
+        f"filmed in {time.time() - began:.1f} s, peak memory {peak_memory(world.device)}"
     )
     return INTERRUPTED if interrupted else 0
+
+
+def follow(plan: Plan, world: infworld.World) -> int:
+    """What the other processes of a team do: the same work, without showing or keeping anything."""
+    began = time.time()
+    world.team.if_lost(lambda: how_to_go_on(plan, began))
+    with suppress(parallel.Abandoned):
+        session = plan.begin(world)
+        for _ in world.replay(session):
+            pass
+        for _ in world.extend(session, plan.chunks - len(session.chunk_latents)):
+            pass
+    return 0
+
+
+def how_to_go_on(plan: Plan, began: float) -> str:
+    """After a process was lost: where the film is, if any of it was saved since `began` (of `time.time`)."""
+    path = plan.session_path
+    if path.exists() and path.stat().st_mtime >= began:
+        return f"the film so far is saved; go on with: --resume {path} --frames {plan.args.frames}"
+    return "no chunk was finished"
+
+
+def generate_all(args: argparse.Namespace) -> int:
+    """Makes this process's share of many films, one after the other; returns the exit code.
+
+    A film that cannot be made is named, and the others are made. ValueError for a list that cannot be read.
+    """
+    jobs = read_jobs(args)
+    name = args.model or default_model(parallel.own_device(args.device))
+    if parallel.started_together() > 1:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # when another process ends, keep what there is
+        if not hub.find(load_config(name)):
+            raise ValueError(f"the files of {name} are not here: get them first with scripts/download.py")
+    began = time.monotonic()
+    world = infworld.load(prepare(name), parallel.own_device(args.device), compile=args.compile, team=None)
+    loading = time.monotonic() - began
+    failed = 0
+    for job in jobs[parallel.rank() :: parallel.started_together()]:
+        try:
+            if film(Plan.of(job), world, loading) == INTERRUPTED:
+                return INTERRUPTED
+        except (ValueError, OSError) as error:
+            failed += 1
+            print(f"error: {job.out}: {error}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def read_jobs(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The jobs of `args.jobs`, each with all options of one film."""
+    text = Path(args.jobs).read_text(encoding="utf-8")
+    try:
+        jobs = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{args.jobs} is neither a JSON list nor a JSON object on each line: {error}") from error
+    known = vars(args).keys() - {"jobs", "model", "device", "compile"}
+    for number, job in enumerate(jobs, 1):
+        if not isinstance(job, dict) or not job.keys() <= known:
+            raise ValueError(f"{args.jobs}: job {number} must be an object with {', '.join(sorted(known))}, not {job}")
+        if "out" not in job or ("image" in job) == ("resume" in job):
+            raise ValueError(f"{args.jobs}: job {number} needs out, and image or resume")
+    return [argparse.Namespace(**{**vars(args), **job}) for job in jobs]
 
 
 def resumed(args: argparse.Namespace) -> infworld.Session:
@@ -124,11 +248,13 @@ def resumed(args: argparse.Namespace) -> infworld.Session:
 class Behind:
     """Writes a film's frames in another thread, so that the next chunk does not wait for them.
 
-    What goes wrong there is raised by the next `write`, or at the end.
+    What goes wrong there is raised by the next `write`, or at the end. session_path: where the sessions that come with
+    frames are saved, if they shall be.
     """
 
-    def __init__(self, film: Mp4Writer):
+    def __init__(self, film: Mp4Writer, session_path: Path | None = None):
         self._film = film
+        self._session_path = session_path
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._writing: Future | None = None
 
@@ -140,9 +266,20 @@ class Behind:
         if kind is None:
             self._finish()
 
-    def write(self, frames: np.ndarray) -> None:
+    def write(self, frames: np.ndarray, session: infworld.Session | None = None) -> None:
         self._finish()
-        self._writing = self._thread.submit(self._film.write, frames)
+        self._writing = self._thread.submit(self._write, frames, session)
+
+    def rescue(self) -> str:
+        """Ends the film as it is, from any thread; says where it is."""
+        self._thread.shutdown()
+        self._film.close()
+        return f"{self._film.path} has {self._film.frames} frames; " if self._film.frames else ""
+
+    def _write(self, frames: np.ndarray, session: infworld.Session | None) -> None:
+        if session is not None and self._session_path is not None:
+            session.save(self._session_path)
+        self._film.write(frames)
 
     def _finish(self) -> None:
         if self._writing is not None:

@@ -22,7 +22,7 @@ def run(*arguments):
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch, world):
     """The model is loaded by the session's fixture; `infworld.load` has its own tests."""
-    monkeypatch.setattr(generate.infworld, "load", lambda name, device, compile: world)
+    monkeypatch.setattr(generate.infworld, "load", lambda name, device, **_: world)
 
 
 @pytest.fixture
@@ -72,6 +72,21 @@ def test_a_resumed_film_takes_new_wishes_for_what_comes(begin, small_model, tmp_
     session = Session.load(path)
     assert session.actions.text() == "forward 80, back 80"
     assert (session.prompt, session.seed, session.steps, session.guidance) == ("night", 5, 1, 2.0)
+
+
+def test_a_preset_brings_its_steps_unless_they_are_given(begin, small_model, tmp_path):
+    out = ["--model", small_model, "--out", tmp_path / "film.mp4", "--session", tmp_path / "s.safetensors"]
+    resumed = [*out, "--resume", tmp_path / "s.safetensors", "--frames"]
+    found = []
+    for command in (
+        [*begin, "--preset", "fast", "--steps", 3, *out],
+        [*resumed, 161],
+        [*resumed, 241, "--preset", "balanced"],
+    ):
+        assert run(*command) == 0
+        session = Session.load(tmp_path / "s.safetensors")
+        found.append((session.preset, session.steps))
+    assert found == [("fast", 3), ("fast", 3), ("balanced", 2)]  # two steps are the small model's own
 
 
 def test_what_goes_wrong_while_writing_is_raised_by_the_next_write_or_at_the_end():
