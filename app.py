@@ -28,6 +28,7 @@ from PIL import Image
 from infworld.actions import ActionScript
 from infworld.config import ModelConfig
 from infworld.models import available, default_model, device_name, prepare
+from infworld.presets import EXACT, PRESETS, find_preset
 from infworld.rollout import Chunk, Session, World
 from infworld.video import crop_image
 from ui import status
@@ -139,6 +140,13 @@ class Page:
         with gr.Accordion("Seed and quality", open=False):
             self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
             self.randomise = gr.Checkbox(True, label="A new seed every time", elem_id="randomise")
+            self.preset = gr.Radio(
+                speeds(self.config),
+                value=EXACT.name,
+                label="Speed",
+                info="Faster films come close to the exact one, but are not the same.",
+                elem_id="speed",
+            )
             self.steps = gr.Slider(
                 1, MAX_STEPS, sampler.num_sampling_steps, step=1, label="Steps", info="More are slower and finer."
             )
@@ -183,11 +191,12 @@ class Page:
             self.memory = gr.HTML(MEMORY_HINT, apply_default_css=False, elem_id="memory")
 
     def _wire(self) -> None:
-        wishes = [self.editor, self.prompt, self.negative_prompt, self.seed, self.randomise, self.steps, self.guidance]
+        wishes = [self.editor, self.prompt, self.negative_prompt, self.seed, self.randomise]
+        wishes += [self.steps, self.guidance, self.preset]
         self.buttons = [self.generate, self.stop, self.more, self.redo, self.extra, self.session_file]
         begun = [self.film, self.job, self.outcome, self.seed, self.status, self.player, self.downloads, *self.buttons]
         settled = [self.status, self.player, self.downloads, self.editor, self.drive, *self.buttons]
-        chosen = [self.running, self.negative_prompt, self.steps, self.guidance]
+        chosen = [self.running, self.negative_prompt, self.steps, self.guidance, self.preset]
         resumed = [self.editor, self.prompt, self.randomise, self.model, *chosen]
         # Through the queue like all, but never waiting: errors of events outside the queue are errors in the console.
         at_once = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
@@ -197,6 +206,7 @@ class Page:
         self.model.input(self.choose_model, self.model, chosen, **at_once).then(
             self.choose, [self.image, self.film, self.model], shown, **at_once
         )
+        self.preset.input(self.choose_speed, [self.preset, self.model], self.steps, **at_once)
         self.gallery.pick(self.take_example, None, [self.image, self.prompt, self.editor, self.frames], **at_once)
         self.frames.change(self.plan_length, self.frames, self.editor, **at_once)
         starts = [
@@ -259,15 +269,22 @@ class Page:
         """Another model for new films, with its own steps, guidance and negative prompt."""
         config = self.models.config(model)
         sampler = config.val_scheduler_cfg
-        return self._chosen(config, config.negative_prompt, sampler.num_sampling_steps, sampler.text_cfg_scale)
+        quality = sampler.num_sampling_steps, sampler.text_cfg_scale, EXACT.name
+        return self._chosen(config, config.negative_prompt, *quality)
 
-    def _chosen(self, config: ModelConfig, negative_prompt: str, steps: int, guidance: float) -> Update:
+    @plainly
+    def choose_speed(self, preset: str, model: str) -> Update:
+        """A preset, with its own steps."""
+        return {self.steps: find_preset(preset).steps_of(self.models.config(model).val_scheduler_cfg)}
+
+    def _chosen(self, config: ModelConfig, negative_prompt: str, steps: int, guidance: float, preset: str) -> Update:
         guided = is_guided(config)
         return {
             self.running: self._running(config.name),
             self.negative_prompt: gr.update(value=negative_prompt, visible=guided),
             self.steps: steps,
             self.guidance: gr.update(value=guidance, visible=guided),
+            self.preset: gr.update(choices=speeds(config), value=preset),
         }
 
     def _running(self, model: str) -> str:
@@ -338,14 +355,23 @@ class Page:
             self.model: session.model,
         }
         config = self.models.config(session.model)
-        fields |= self._chosen(config, session.negative_prompt, session.steps, session.guidance)
+        quality = session.steps, session.guidance, session.preset
+        fields |= self._chosen(config, session.negative_prompt, *quality)
         return self._begun(Job(session.model, 0), session.seed) | fields | {self.film: film}
 
     def _wishes(
-        self, actions: Any, prompt: str, negative: str, seed: int | None, randomise: bool, steps: int, guidance: float
+        self,
+        actions: Any,
+        prompt: str,
+        negative: str,
+        seed: int | None,
+        randomise: bool,
+        steps: int,
+        guidance: float,
+        preset: str,
     ) -> Wishes:
         seed = random.randrange(RANDOM_SEEDS) if randomise or seed is None else seed
-        return Wishes(script_of(actions), prompt, negative, seed, steps, float(guidance))
+        return Wishes(script_of(actions), prompt, negative, seed, steps, float(guidance), preset)
 
     def _begun(self, job: Job, seed: int) -> Update:
         """A run is about to begin, or to wait for its turn."""
@@ -459,8 +485,19 @@ def for_film(wishes: Wishes, session: Session, model: str) -> Wishes:
     """Wishes for a film's further frames. Those about quality are for the model chosen now, which may be another."""
     if model == session.model:
         return wishes
-    kept = {name: getattr(session, name) for name in ("negative_prompt", "steps", "guidance")}
+    kept = {name: getattr(session, name) for name in ("negative_prompt", "steps", "guidance", "preset")}
     return dataclasses.replace(wishes, **kept)
+
+
+def speeds(config: ModelConfig) -> list[tuple[str, str]]:
+    """The presets, labelled with how many times as fast as exact the model's own part of the work is."""
+    sampler = config.val_scheduler_cfg
+    passes = [preset.passes(preset.steps_of(sampler), sampler.text_cfg_scale) for preset in PRESETS.values()]
+    times = [passes[0] / each for each in passes]
+    return [
+        (f"{name.capitalize()}, {x:.1f}x as fast" if x > 1 else name.capitalize(), name)
+        for name, x in zip(PRESETS, times, strict=True)
+    ]
 
 
 def is_guided(config: ModelConfig) -> bool:

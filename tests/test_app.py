@@ -29,6 +29,7 @@ import infworld
 from infworld import models
 from infworld.actions import ActionScript
 from infworld.config import load_config
+from infworld.presets import PRESETS
 from infworld.rollout import Chunk, Progress, Session
 from infworld.video import read_mp4
 from ui import compute, status
@@ -193,6 +194,7 @@ def test_a_resumed_film_that_was_stopped_is_shown_in_full_when_it_goes_on(studio
         ({"steps": 0}, "steps"),
         ({"steps": MAX_STEPS + 1}, "steps"),
         ({"guidance": float("nan")}, "guidance"),
+        ({"preset": "turbo"}, "preset"),
         ({"prompt": "x" * (MAX_PROMPT + 1)}, "characters"),
     ],
 )
@@ -520,14 +522,16 @@ def test_a_film_goes_on_with_the_model_that_began_it(two, picture):
     page.blocks()
     film, job = two.begin(picture, 81, WISHES)
     make(two, film, job)
-    page_wishes = [{"segments": [[0, 4, 160]]}, "night", "fog", 5, False, 3, 4.0]  # as set for the other model
+    page_wishes = [{"segments": [[0, 4, 160]]}, "night", "fog", 5, False, 3, 4.0, "fast"]  # as set for the other model
     begun = page.go_on(film, 1, "other", *page_wishes)
     make(two, film, begun[page.job])
     session = film.session()
     assert (session.model, session.num_frames, session.prompt) == ("small", 161, "night")
     assert (session.steps, session.guidance, session.negative_prompt) == (2, 1.0, "")
+    assert session.preset == "exact"
     again = page.make_again(film, "small", *page_wishes)[page.job]
     assert (again.model, again.wishes.steps, again.wishes.guidance) == ("small", 3, 4.0)  # chosen for this one
+    assert again.wishes.preset == "fast"
     driven_on = page.drive_on(film, {"script": "left 80", "number": 1}, None, "other", *page_wishes)[page.job]
     assert (driven_on.model, driven_on.wishes.steps) == ("small", 2)
     assert page.begin(picture, 81, "other", *page_wishes)[page.job].model == "other"
@@ -549,6 +553,17 @@ def test_choosing_a_model_brings_its_own_settings_and_says_what_runs(two, pictur
         page.choose_model("huge")
 
 
+def test_a_choice_of_speed_brings_its_steps_and_says_what_it_saves(two):
+    page = app.Page(two)
+    page.blocks()
+    labels = [label for label, _ in app.speeds(load_config("infinite-world"))]
+    assert labels == ["Exact", "Balanced, 2.6x as fast", "Fast, 5.0x as fast"]
+    for preset in PRESETS:
+        assert page.choose_speed(preset, "small") == {page.steps: 2}
+    with pytest.raises(app.gr.Error, match="Unknown preset 'turbo'"):
+        page.choose_speed("turbo", "small")
+
+
 def test_a_single_model_is_no_choice_and_is_named(page):
     assert not page.model.visible and "small" in page.running.value
 
@@ -556,9 +571,10 @@ def test_a_single_model_is_no_choice_and_is_named(page):
 def test_a_session_brings_its_model_back(two, picture):
     page = app.Page(two)
     page.blocks()
-    film, job = two.begin(picture, 81, dataclasses.replace(WISHES, guidance=2.0), "other")
+    film, job = two.begin(picture, 81, dataclasses.replace(WISHES, guidance=2.0, preset="balanced"), "other")
     make(two, film, job)
     resumed = page.resume(film.session_path)
+    assert resumed[page.preset]["value"] == "balanced" == film.session().preset
     assert resumed[page.model] == "other" and resumed[page.job] == Job("other", 0)
     assert resumed[page.guidance]["value"] == 2.0 and resumed[page.guidance]["visible"] and resumed[page.steps] == 2
 

@@ -19,11 +19,12 @@ import torch
 
 from infworld.actions import ActionScript
 from infworld.models import device_name
+from infworld.presets import EXACT, find_preset
 from infworld.rollout import Chunk, Progress, Session, World
 
 MIN_SECONDS, MAX_SECONDS = 20, 1200  # of one GPU call
-# Seconds per sampler step and text branch of the released model (1.4 B parameters, 32,928 tokens) on half a
-# ZeroGPU card, estimated from the time of an H100, and what decoding and encoding a chunk take there.
+# Seconds per pass through the released model (1.4 B parameters, 32,928 tokens; a sampler step takes one for each text)
+# on half a ZeroGPU card, estimated from the time of an H100, and what decoding and encoding a chunk take there.
 STEP_SECONDS, FRAMES_SECONDS = 3.0, 20.0
 RELEASED_TOKENS, RELEASED_WIDTH = 32_928, 1536 * 30
 
@@ -39,6 +40,7 @@ class Scene:
     seed: int
     steps: int
     guidance: float
+    preset: str = EXACT.name
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def start(world: World, scene: Scene) -> Session:
         seed=scene.seed,
         steps=scene.steps,
         guidance=scene.guidance,
+        preset=scene.preset,
     )
 
 
@@ -151,6 +154,6 @@ def gpu_seconds(task: Task, world: World) -> int:
     if isinstance(task, Replay):
         total = frames / 2 * len(session.chunk_latents)
     else:
-        branches = 1 if session.guidance == 1 else 2
-        total = frames + STEP_SECONDS * session.steps * branches * model * size**1.3
+        passes = find_preset(session.preset).passes(session.steps, session.guidance)
+        total = frames + STEP_SECONDS * passes * model * size**1.3
     return min(MAX_SECONDS, max(MIN_SECONDS, math.ceil(1.3 * total)))

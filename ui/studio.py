@@ -19,6 +19,7 @@ import numpy as np
 
 from infworld.actions import ActionScript
 from infworld.models import peak_memory
+from infworld.presets import EXACT, find_preset
 from infworld.rollout import MAX_SEED, Chunk, Session, check_session
 from infworld.video import crop_image
 from ui.compute import Compute, Replay, Report, Scene
@@ -45,6 +46,7 @@ class Wishes:
     seed: int
     steps: int
     guidance: float
+    preset: str = EXACT.name
 
     def __post_init__(self):
         if max(len(self.prompt), len(self.negative_prompt)) > MAX_PROMPT:
@@ -55,6 +57,7 @@ class Wishes:
             raise ValueError(f"the number of steps must be 1 to {MAX_STEPS}, not {self.steps}")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be a number, not {self.guidance}")
+        find_preset(self.preset)
 
     @staticmethod
     def of(session: Session) -> Wishes:
@@ -68,7 +71,7 @@ class Wishes:
         """The session with these wishes for the frames to come; what was done stays. The seed is not touched."""
         rest = ActionScript.from_pairs(self.actions.pairs(session.num_frames - 1))
         session = session.with_actions(rest).with_prompt(self.prompt, self.negative_prompt)
-        return dataclasses.replace(session, steps=self.steps, guidance=self.guidance)
+        return dataclasses.replace(session, steps=self.steps, guidance=self.guidance, preset=self.preset)
 
 
 @dataclass(frozen=True)
