@@ -41,11 +41,9 @@ class NoiseText:
 
 
 def noise_session(world: World, size: tuple[int, int], history: int) -> Session:
-    """A film in the middle, with so many latents of history, all of it noise."""
+    """A film in the middle, with so many latents of history (1 + 20 n), all of it noise."""
     config = world.config
-    made, rest = divmod(history - 1, config.chunk_latents - 1)
-    if rest:
-        raise ValueError(f"a history has 1 + {config.chunk_latents - 1} n latents, not {history}")
+    made = (history - 1) // (config.chunk_latents - 1)
     pixels = torch.randint(256, (*size, 3), generator=generator(), dtype=torch.uint8).numpy()
     session = world.start(pixels, f"forward {(made + 1) * config.chunk_frames}", "a walk", negative_prompt="blur")
     return dataclasses.replace(

@@ -20,6 +20,7 @@ import shlex
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -38,6 +39,7 @@ from infworld.config import FRAMES_PER_LATENT, PROJECT_ROOT, ModelConfig, TextCo
 from infworld.dit import InfiniteWorldTransformer
 from infworld.layers import fastest_attention
 from infworld.memory import MAX_SINGLE_PASS
+from infworld.presets import EXACT, PRESETS
 from infworld.rollout import Session, World, build_vae, pick_device, pick_dtype, pick_vae_dtype
 from infworld.sampler import sample, schedule
 from infworld.video import prepare_image
@@ -162,6 +164,8 @@ def memory_latents(history: int) -> int:
 
 def histories(config: ModelConfig, asked: list[int], chunks: int) -> list[int]:
     """The histories to measure: the longest one first, and last those that the sum of a film needs besides."""
+    if wrong := [history for history in asked if history % (config.chunk_latents - 1) != 1]:
+        raise ValueError(f"a history has 1 + {config.chunk_latents - 1} n latents, not {wrong[0]}")
     asked = sorted(set(asked), key=lambda history: (history != max(asked), history))
     known = {memory_latents(history) for history in asked}
     return asked + [
@@ -304,8 +308,8 @@ def whole_chunk(bench: Bench) -> None:
     record.put(name, taken, "s", f"measured once; {guess:.4g} by the sum of its parts")
 
 
-def chunk_seconds(bench: Bench, way: str, history: int) -> float | None:
-    """A chunk by its measured parts; None if one is missing."""
+def chunk_seconds(bench: Bench, way: str, history: int, steps: float | None = None) -> float | None:
+    """A chunk of so many steps (default: the model's own) by its measured parts; None if one is missing."""
     record = bench.record
     alike = [h for h in bench.histories if memory_latents(h) == memory_latents(history)]
     step = next(filter(None, (record[f"{way}: step, history {h}"] for h in alike)), None)
@@ -316,7 +320,7 @@ def chunk_seconds(bench: Bench, way: str, history: int) -> float | None:
     else:  # the whole history again, in proportion to its frames
         frames = 1 + (history - 1) * FRAMES_PER_LATENT
         parts = [decode, encode and encode * frames / (bench.config.chunk_frames + 1)]
-    return None if step is None or None in parts else bench.steps * step + sum(parts)
+    return None if step is None or None in parts else (steps or bench.steps) * step + sum(parts)
 
 
 def film_sum(bench: Bench) -> None:
@@ -328,6 +332,28 @@ def film_sum(bench: Bench) -> None:
             bench.record.leave_out(name, "a figure that it rests on is not there")
         else:
             bench.record.put(name, sum(chunks), "s", f"summed over {len(chunks)} chunks from their measured parts")
+
+
+def faster_presets(bench: Bench) -> None:
+    """A film by each of the presets that deviate: summed as above, and a chunk of it measured."""
+    longest, sampler = bench.histories[0], bench.config.val_scheduler_cfg
+    branches = 1 if guidance_of(bench) == 1 else 2
+    for preset in PRESETS.values():
+        if preset is EXACT:
+            continue
+        steps = preset.steps_of(sampler)
+        passes = preset.passes(steps, guidance_of(bench)) / branches
+        chunks = [chunk_seconds(bench, "exact", h, passes) for h in film_histories(bench.config, bench.chunks)]
+        name, guess = f"{preset.name}: chunk, longest history", chunk_seconds(bench, "exact", longest, passes)
+        if not bench.record.allows(name, guess):
+            continue
+        session = dataclasses.replace(bench.session(longest), preset=preset.name, steps=steps)
+        taken = bench.once(lambda s=session: bench.world.next_chunk(s))
+        note = f"{steps} steps that cost as much as {passes:g} of exact; measured once; {guess:.4g} by its parts"
+        bench.record.put(name, taken, "s", note)
+        if None not in chunks:
+            note = f"summed over {len(chunks)} chunks from the parts of exact"
+            bench.record.put(f"{preset.name}: film", sum(chunks), "s", note)
 
 
 def film_measured(bench: Bench) -> None:
@@ -498,7 +524,7 @@ def vae_ways(bench: Bench) -> None:
             bench.seconds(f"choice: encode a chunk, {slab} latents at a time", lambda n=slab: vae.encode(video, slab=n))
         with torch.backends.cudnn.flags(benchmark=True, allow_tf32=True):
             bench.seconds("choice: decode a chunk, cuDNN searching", lambda: vae.decode(latents), "after the search", 1)
-        with mock.patch.object(infworld.vae, "_convolve", infworld.vae._convolve_by_frame):
+        with mock.patch.object(infworld.vae, "_convolve_3d", infworld.vae._convolve_by_frame):
             bench.seconds("choice: decode a chunk, 2-D convolutions", lambda: vae.decode(latents), repeats=1)
             bench.seconds("choice: encode a chunk, 2-D convolutions", lambda: vae.encode(video), repeats=1)
         if bench.record.allows(name := "choice: decode a chunk, norms compiled", 60):
@@ -584,6 +610,7 @@ PARTS = {
     "chunk": whole_chunk,
     "steps": other_steps,
     "film": film_sum,
+    "presets": faster_presets,
     "errors": errors,
     "quality": vae_quality,
     "compiled": compiled,
@@ -638,8 +665,9 @@ def main(arguments: list[str] | None = None) -> int:
     for part in args.parts:
         try:
             PARTS[part](bench)
-        except RuntimeError as error:  # such as too little memory; what comes after may still be measured
-            bench.record.leave_out(part, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        except Exception as error:  # such as too little memory; what comes after may still be measured
+            traceback.print_exc()
+            bench.record.leave_out(part, f"{type(error).__name__}: {error}".splitlines()[0])
     print(table(bench.record.results))
     return 0
 
