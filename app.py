@@ -2,6 +2,7 @@
 
 `--model` or INFWORLD_MODEL name the model; its weights are downloaded if they are not there. Without a choice it is
 the released one where its weights are and a GPU that it fits on (24 GB), else the small one that comes along.
+`torchrun --nproc-per-node N app.py` films on N GPUs of this machine.
 
 Layout and handlers; what they do is in `ui/studio.py`. What a person makes lives in a folder of its own, of which the
 page keeps only the path.
@@ -25,11 +26,12 @@ import gradio as gr
 import spaces  # noqa: F401  (patches torch on a ZeroGPU Space, so before anything touches CUDA)
 from PIL import Image
 
+from infworld import parallel
 from infworld.actions import ActionScript
 from infworld.config import ModelConfig
 from infworld.models import available, default_model, device_name, prepare
 from infworld.presets import EXACT, PRESETS, find_preset
-from infworld.rollout import Chunk, Session, World
+from infworld.rollout import Chunk, Session, World, pick_device
 from infworld.video import crop_image
 from ui import status
 from ui.drive import Drive, driven
@@ -41,6 +43,7 @@ from ui.models import Models, OneModel
 from ui.picture import Picture
 from ui.player import FilmPlayer, film_value, still_value
 from ui.studio import MAX_PROMPT, MAX_STEPS, Job, Loading, Making, Studio, Wishes
+from ui.team import follow
 from ui.walk import STEP, TURN_DEGREES
 
 log = logging.getLogger(__name__)
@@ -575,12 +578,29 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
-        config = prepare(args.model or default_model(args.device))
-        others = {name: other for name, other in available().items() if name != config.name}
-        models = Models({config.name: config, **others}, args.device)
+        device = parallel.own_device(args.device)
+        with parallel.joined(pick_device(device)) as team:
+            models = load_models(args.model, device, team)
+            if team is None:
+                serve(models, server_name=args.host, server_port=args.port)
+            elif team.first:
+                serve(models, server_name=args.host, server_port=args.port)
+                team.end()
+            else:
+                follow(team, models.world)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    serve(models, server_name=args.host, server_port=args.port)
+
+
+def load_models(name: str | None, device: str, team: parallel.Team | None) -> Models:
+    """The models that are here, the one of this name or the default one first; it may be downloaded."""
+
+    def first() -> ModelConfig:
+        return prepare(name or default_model(device))
+
+    config = first() if team is None else team.from_first(first)
+    others = {name: other for name, other in available().items() if name != config.name}
+    return Models({config.name: config, **others}, device, team)
 
 
 if __name__ == "__main__":

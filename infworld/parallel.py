@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 LOST = 1  # the exit code of a process whose team is broken
 GRACE = 3.0  # seconds in which an error turns out to be the loss of another rank
+PATIENCE = 10.0  # seconds that the other ranks have to end when rank 0 has
+GONE = object()  # what comes after rank 0's last value
 TIMEOUT = timedelta(hours=1)  # of one exchange of tensors; a lost rank is noticed on the Link long before
 
 
@@ -277,10 +279,6 @@ class Team:
                 self._link.send(False, None)
             raise
 
-    def wait_for_all(self) -> None:
-        """Returns when every rank has come here."""
-        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
-
     @contextmanager
     def patient(self) -> Iterator[None]:
         """Within it Ctrl-C and SIGTERM wait for the end of a step, so that the ranks stop at the same place."""
@@ -306,6 +304,11 @@ class Team:
     def fail(self, reason: str) -> None:
         """Ends all processes: the ranks have come apart."""
         self._link.fail(reason)
+
+    def end(self) -> None:
+        """Ends all processes, whatever they are doing, without an error."""
+        self._link.leave()
+        os._exit(0)
 
 
 def started_together() -> int:
@@ -367,7 +370,8 @@ class Link:
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size
-        self.rescue: Callable[[], str] = str
+        self.rescue: Callable[[], str] = lambda: "all processes end"
+        self._left = False
         self._values: SimpleQueue = SimpleQueue()
         self._closing = threading.Lock()
         self._peers = self._connect()
@@ -380,15 +384,18 @@ class Link:
         self._tell("value", there, value)
 
     def receive(self) -> object:
-        """On the other ranks: what rank 0 sent. Abandoned if there is none."""
+        """On the other ranks: what rank 0 sent. Abandoned if there is none, as always after it has left."""
         there, value = self._values.get()
+        if value is GONE:
+            self._values.put((there, value))
         if not there:
             raise Abandoned("rank 0 has ended the work")
         return value
 
     def leave(self, failure: str | None = None) -> None:
         """Ends this process's part: as planned, or by an error, unless that is only how the loss of another shows."""
-        if failure is None:
+        self._left = failure is None
+        if self._left:
             self._tell("bye")
             self._watcher.join()  # until the others have left too
         else:
@@ -433,8 +440,13 @@ class Link:
             kind, rest = "lost", []
         if kind == "value":
             self._values.put(rest)
-        elif kind == "bye":
+        elif kind == "bye" or self._left:
             del self._present[rank]
+            if rank == 0:
+                self._values.put((False, GONE))
+                ending = threading.Timer(PATIENCE, os._exit, [0])  # it may be waiting for rank 0 on a GPU
+                ending.daemon = True
+                ending.start()
         elif rank == 0 and kind == "failed":
             os._exit(LOST)  # rank 0 has said why
         else:

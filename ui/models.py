@@ -11,8 +11,10 @@ import torch
 
 import infworld
 from infworld.config import ModelConfig
+from infworld.parallel import Team
 from infworld.rollout import World, pick_device
 from ui.compute import Compute, on_gpu
+from ui.team import leading
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +27,11 @@ class Models:
 
     The first one is the page's own: what a person meets, and a program that names none. It is loaded at once, so that
     what is wrong with it is said at the start. Only those are offered whose chunks and films have the lengths of the
-    first, which the page is laid out for; on ZeroGPU the first alone. Raises as `infworld.load` does.
+    first, which the page is laid out for; on ZeroGPU the first alone. team: the processes that film together, if there
+    are several. Raises as `infworld.load` does.
     """
 
-    def __init__(self, configs: Mapping[str, ModelConfig], device: str = "auto"):
+    def __init__(self, configs: Mapping[str, ModelConfig], device: str = "auto", team: Team | None = None):
         self.first = next(iter(configs))
         lengths = configs[self.first].validation_data
         self._configs = {
@@ -37,6 +40,7 @@ class Models:
             if name == self.first or (config.validation_data == lengths and not ON_ZERO_GPU)
         }
         self._device = device
+        self._team = team
         self._loaded: tuple[World, Compute] | None = None
         self.compute(self.first)
 
@@ -60,15 +64,23 @@ class Models:
 
     def compute(self, name: str) -> Compute:
         """The way to this model, which is loaded if it is not. Only for the one run that is on."""
+        return self._load(name)[1]
+
+    def world(self, name: str) -> World:
+        """The model itself, loaded as by `compute`; for the other processes of a team."""
+        return self._load(name)[0]
+
+    def _load(self, name: str) -> tuple[World, Compute]:
         config = self.config(name)
         if not self.is_loaded(name):
             self._loaded = None
             gc.collect()
             if not ON_ZERO_GPU:
                 torch.cuda.empty_cache()
-            world = infworld.load(config, self._device, text_placement="gpu" if ON_ZERO_GPU else "auto")
-            self._loaded = world, on_gpu(world)
-        return self._loaded[1]
+            placement = "gpu" if ON_ZERO_GPU else "auto"
+            world = infworld.load(config, self._device, text_placement=placement, team=self._team)
+            self._loaded = world, leading(world) if self._team else on_gpu(world)
+        return self._loaded
 
 
 class OneModel(Models):
