@@ -75,7 +75,7 @@ class VideoVAE(nn.Module):
         """
         _check_video(video, state)
         x = video.movedim(1, -1).to(self.conv1.weight.dtype)
-        slab = slab or self._default_slab(x.device, x[0, 0, ..., 0].numel() * len(x), rows)
+        slab = slab or self.default_slab(x.device, x[0, 0, ..., 0].numel() * len(x), rows)
         carried = {name: tensor.to(x) for name, tensor in (state or {}).items()}
         seen = carried.pop(FRAMES, x[:, :0])
         if seen.shape[1]:
@@ -101,7 +101,7 @@ class VideoVAE(nn.Module):
         z = latents.movedim(1, -1)
         z = z * z.new_tensor(self.latents_std) + z.new_tensor(self.latents_mean)
         z = _pointwise(z.to(self.conv2.weight.dtype), self.conv2)
-        slab = slab or self._default_slab(z.device, z[0, 0, ..., 0].numel() * len(z) * PIXELS_PER_LATENT**2, rows)
+        slab = slab or self.default_slab(z.device, z[0, 0, ..., 0].numel() * len(z) * PIXELS_PER_LATENT**2, rows)
         state, video = None, []
         for part in _split(z, first=1, size=slab):
             tails = Tails(state, rows=rows)
@@ -127,7 +127,8 @@ class VideoVAE(nn.Module):
         _check_latents(z, self.z_dim)
         return self.decoder(_pointwise(z.movedim(1, -1), self.conv2), Tails(keep=False)).movedim(-1, 1)
 
-    def _default_slab(self, device: torch.device, pixels: int, rows: Rows | None) -> int:
+    def default_slab(self, device: torch.device, pixels: int, rows: Rows | None = None) -> int:
+        """Latents per pass for pictures of so many pixels, all pictures of a batch together."""
         if rows is not None:
             pixels = rows.largest(pixels)  # as all devices pass the same latents together
         pass_size = PASS_SIZE_CPU if device.type == "cpu" else PASS_SIZE_GPU
@@ -166,7 +167,7 @@ class Encoder(nn.Module):
         kept = {name: tail for name, tail in tails.items() if name not in map(_tail_name, range(convolutions))}
         return {FRAMES: frames[:, -(1 + 2 * convolutions) :].detach().clone(), **kept}
 
-    def full_rate_tails(self, frames: Tensor, rows: Rows | None) -> dict[str, Tensor]:
+    def full_rate_tails(self, frames: Tensor, rows: Rows | None = None) -> dict[str, Tensor]:
         """The tails that `state` left out, made again from the frames that it kept.
 
         Each convolution needs two more frames than it gives, so that one frame comes out at the end; fewer are a clip

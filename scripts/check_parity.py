@@ -265,8 +265,8 @@ class RecordedVAE:
         self.encode = vae.encode
         self._decode = vae.decode
 
-    def decode(self, latents: Tensor) -> Tensor:
-        self.latents, self.video = latents, self._decode(latents)
+    def decode(self, latents: Tensor, **how) -> Tensor:
+        self.latents, self.video = latents, self._decode(latents, **how)
         return self.video
 
 
