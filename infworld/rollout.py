@@ -7,6 +7,7 @@ another process and continued, any number of times.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import math
@@ -17,10 +18,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
 from infworld.actions import ActionScript, Segment
+from infworld.budget import FASTEST, GB, Needs, NotEnoughMemory, Plan, choose, leaner
 from infworld.checkpoint import RELEASED_EXTRAS, check_file, load_strict, read_metadata, read_tensors, save_tensors
 from infworld.config import ModelConfig, load_config
 from infworld.dit import InfiniteWorldTransformer, MemoryStream, TextContext
@@ -28,13 +31,17 @@ from infworld.layers import fastest_attention
 from infworld.parallel import Rows, Team
 from infworld.presets import EXACT, find_preset
 from infworld.sampler import guide, guided, sample, schedule
-from infworld.text import TextEmbedding, open_text_encoder
+from infworld.text import TextEmbedding, free_memory, open_text_encoder
 from infworld.vae import PIXELS_PER_LATENT, VideoVAE
 from infworld.video import prepare_image, to_uint8
 
 log = logging.getLogger(__name__)
 
 SESSION_FORMAT = "infworld-session-1"
+_TOO_LITTLE = (
+    "there is too little GPU memory for a chunk: close other programs that use the GPU, take a smaller picture or the "
+    "CPU; what was filmed before is kept"
+)
 STAGES = ("text", "memory", "sample", "decode", "encode")  # of a chunk, in order; "sample" once per step
 MAX_SEED = 2**63 - 1
 
@@ -175,11 +182,14 @@ class World:
         vae: VideoVAE,
         text_encoder,
         team: Team | None = None,
+        plan: Plan = FASTEST,
     ):
         self.config = config
         self.transformer = transformer
         self.vae = vae
         self.team = team
+        self.plan = FASTEST
+        self._carry_out(plan)
 
         def encode(text: str) -> TextEmbedding:
             return text_encoder.encode([text]).to("cpu")
@@ -300,8 +310,40 @@ class World:
         """Raises ValueError if the session is another model's or does not hang together."""
         check_session(session, self.config)
 
-    @torch.inference_mode()
     def _make_chunk(self, session: Session, tracker: _Tracker, noise: Tensor | None) -> Chunk:
+        """`_compute_chunk`; where the GPU's memory runs out in spite of the plan, once more by a leaner one."""
+        counts = dict(tracker.counts)
+        try:
+            return self._compute_chunk(session, tracker, noise)
+        except torch.OutOfMemoryError as error:
+            if self.team is not None:  # the others would have to begin again too
+                raise NotEnoughMemory(_TOO_LITTLE) from error
+        # Not above, where the error still holds all that the chunk had on the GPU.
+        gc.collect()
+        plan = leaner(self.needs(), self.plan, psutil.virtual_memory().available)
+        if plan is None:
+            raise NotEnoughMemory(_TOO_LITTLE)
+        log.warning("the GPU's memory is full; once more with %s", plan)
+        self._carry_out(plan)
+        tracker.counts = counts
+        try:
+            return self._compute_chunk(session, tracker, noise)
+        except torch.OutOfMemoryError as error:
+            raise NotEnoughMemory(_TOO_LITTLE) from error
+
+    def needs(self) -> Needs:
+        """What a film takes by the sums of `budget`."""
+        return Needs.of(self.config, self.transformer, self.vae)
+
+    def _carry_out(self, plan: Plan) -> None:
+        if plan.blocks == "cpu" and self.plan.blocks == "gpu":
+            self.transformer.offload_blocks()
+        self.plan = plan
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _compute_chunk(self, session: Session, tracker: _Tracker, noise: Tensor | None) -> Chunk:
         began = time.monotonic()
         generator = torch.Generator()
         generator.set_state(session.generator_state)
@@ -359,7 +401,7 @@ class World:
             actions = model.action_encoder(move, view)
             memory = model.latent_encoder(session.history.to(device, model.dtype), self.team)
             contexts = [model.embed_text(text.hidden, text.mask) for text in texts]
-            streams = [model.encode_memory(memory, context, sequence=sequence) for context in contexts]
+            streams = [model.encode_memory(memory, context, self.plan.streams, sequence) for context in contexts]
         on_stage("memory")
         sign = 1 if self.config.val_scheduler_cfg.use_reversed_velocity else -1
 
@@ -434,8 +476,9 @@ def load(
     device: "auto" (the GPU if there is one), "cuda", "cuda:1", "cpu". text_placement: where a large text encoder works
     and whether it stays: "auto", "gpu" or "cpu", see `UMT5OnDemand`. compile: whether torch.compile makes the
     transformer's blocks faster, which the first chunk waits for (docs/performance.md). team: of `parallel.joined`, to
-    film together with other processes; its device is used. Raises FileNotFoundError or
-    ValueError for missing, truncated or foreign weights, naming the file.
+    film together with other processes; its device is used. What stays on a GPU is planned by its free memory (see
+    `budget`), except with text_placement "gpu", which wants everything there. Raises FileNotFoundError or ValueError
+    for missing, truncated or foreign weights, naming the file.
     """
     began = time.monotonic()
     config = name if isinstance(name, ModelConfig) else load_config(name)
@@ -445,6 +488,7 @@ def load(
     text_encoder = None  # except on the device that encodes for all
     if team is None or team.first:  # before the transformer, as it may be the one that is cut
         text_encoder = open_text_encoder(config, device, dtype, text_placement)
+    plan = make_plan(config, device, dtype, team) if device.type == "cuda" and text_placement != "gpu" else FASTEST
     transformer = load_strict(
         lambda: InfiniteWorldTransformer(config.model_cfg),
         read_tensors(path),
@@ -453,7 +497,7 @@ def load(
         dtype=dtype,
         drop=RELEASED_EXTRAS,
     )
-    if compile:
+    if compile and plan.blocks == "gpu":
         transformer.compile_blocks()
     vae = load_strict(
         lambda: build_vae(config),
@@ -463,7 +507,18 @@ def load(
         dtype=pick_vae_dtype(device, dtype),
     )
     log.info("%s from %s on %s (%s) in %.1f s", config.name, path, device, dtype, time.monotonic() - began)
-    return World(config, transformer, vae, text_encoder, team)
+    return World(config, transformer, vae, text_encoder, team, plan)
+
+
+def make_plan(config: ModelConfig, device: torch.device, dtype: torch.dtype, team: Team | None = None) -> Plan:
+    """What of a model, which is not loaded yet, stays on a GPU: by what this process may still have of its memory."""
+    with torch.device("meta"):
+        transformer, vae = InfiniteWorldTransformer(config.model_cfg).to(dtype), build_vae(config)
+    needs = Needs.of(config, transformer, vae.to(pick_vae_dtype(device, dtype)))
+    free = free_memory(device)
+    plan = choose(needs, free, psutil.virtual_memory().available, team is not None)
+    log.info("%.1f GB of GPU memory: %s; %.1f GB at most", free / GB, plan, needs.gpu(plan) / GB)
+    return plan
 
 
 def build_vae(config: ModelConfig) -> VideoVAE:
