@@ -69,6 +69,19 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
+def limit_memory(device: torch.device, gigabytes: float | None) -> None:
+    """Lets this process have at most so many GB (10^9 bytes) of a GPU, by which it then plans; None: all that is free.
+
+    ValueError for less than nothing, and for a CPU.
+    """
+    if gigabytes is None:
+        return
+    if device.type != "cuda" or not gigabytes > 0:
+        raise ValueError(f"memory can be limited on a GPU, to more than 0 GB; not to {gigabytes:g} GB on {device.type}")
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), device)
+
+
 def peak_memory(device: torch.device) -> str:
     """The most memory that this process has held so far, in words. CPU memory counts files mapped from the disk."""
     gpu = f"GPU {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB, " if device.type == "cuda" else ""

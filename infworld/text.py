@@ -39,7 +39,7 @@ BYTE_VOCAB = START + 1
 INIT_STD = 0.02
 
 PLACEMENTS = ("auto", "gpu", "cpu")
-FILM_ROOM = 22 * 2**30  # bytes of GPU memory that a film of the released model takes beside its weights, at most
+FILM_ROOM = 12 * 2**30  # bytes of GPU memory that a film of the released model takes beside its weights, at most
 ENCODING_ROOM = 2**30  # bytes that umT5 takes beside its weights
 EMBEDDINGS_KEPT = 500  # on disk; 16 kB a token each
 _SAMPLES, _SAMPLE = 64, 4096  # how many bytes of a weight file, and in how many places, tell it from another

@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import infworld
 from infworld import hub, parallel
 from infworld.actions import ActionScript
+from infworld.budget import FASTEST, GB, NotEnoughMemory
 from infworld.config import load_config
-from infworld.models import default_model, device_name, peak_memory, prepare
+from infworld.models import default_model, device_name, limit_memory, peak_memory, prepare
 from infworld.presets import EXACT, PRESETS, find_preset
 from infworld.rollout import pick_device
 from infworld.video import Mp4Writer, check_output, load_image
@@ -72,6 +73,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--compile", action="store_true", help="for long films on a GPU: faster, after a slow start")
+    parser.add_argument(
+        "--memory-gb", type=float, help="take at most so many GB (10^9 bytes) of the GPU; default: what is free of it"
+    )
     parser.add_argument("--prompt", help="what the world looks like")
     parser.add_argument("--negative-prompt", help="what to avoid, where the model uses guidance")
     parser.add_argument("--seed", type=int, help="another number, another film (default 0)")
@@ -129,6 +133,7 @@ def generate(args: argparse.Namespace) -> int:
     with parallel.joined(pick_device(device)) as team:
         config = prepare(plan.model) if team is None else team.from_first(lambda: prepare(plan.model))
         began = time.monotonic()
+        limit_memory(pick_device(device), args.memory_gb)
         world = infworld.load(config, device, compile=args.compile, team=team)
         loading = time.monotonic() - began
         return film(plan, world, loading) if team is None or team.first else follow(plan, world)
@@ -141,7 +146,9 @@ def film(plan: Plan, world: infworld.World, loading: float) -> int:
     """
     began, team = time.time(), world.team
     session = plan.begin(world)
-    interrupted = False
+    interrupted, problem = False, ""
+    if world.plan != FASTEST:
+        print(f"there is too little GPU memory for all at once: {world.plan}")
     with (
         team.patient() if team else nullcontext(),
         Mp4Writer(plan.out, world.config.validation_data.fps) as mp4,
@@ -158,13 +165,26 @@ def film(plan: Plan, world: infworld.World, loading: float) -> int:
                     writer.write(chunk.frames, session)
         except KeyboardInterrupt:
             interrupted = True
-    report(mp4, session, plan.session_path if plan.args.session or interrupted or team else None, interrupted)
+        except NotEnoughMemory as error:
+            if team:
+                raise
+            problem = str(error)
+    keep = plan.args.session or interrupted or problem or team
+    report(mp4, session, plan.session_path if keep else None, bool(interrupted or problem))
     devices = f"{team.size} x " if team else ""
     print(
         f"{world.config.name} on {devices}{device_name(world.device)}: loaded in {loading:.1f} s, "
-        f"filmed in {time.time() - began:.1f} s, peak memory {peak_memory(world.device)}"
+        f"filmed in {time.time() - began:.1f} s, peak memory {peak_memory(world.device)}{planned(world)}"
     )
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     return INTERRUPTED if interrupted else 0
+
+
+def planned(world: infworld.World) -> str:
+    """What of a GPU the plan meant to take at most, for comparison."""
+    return f" (GPU planned {world.needs().gpu(world.plan) / GB:.1f} GB)" if world.device.type == "cuda" else ""
 
 
 def follow(plan: Plan, world: infworld.World) -> int:
@@ -200,13 +220,16 @@ def generate_all(args: argparse.Namespace) -> int:
         if not hub.find(load_config(name)):
             raise ValueError(f"the files of {name} are not here: get them first with scripts/download.py")
     began = time.monotonic()
+    limit_memory(pick_device(parallel.own_device(args.device)), args.memory_gb)
     world = infworld.load(prepare(name), parallel.own_device(args.device), compile=args.compile, team=None)
     loading = time.monotonic() - began
     failed = 0
     for job in jobs[parallel.rank() :: parallel.started_together()]:
         try:
-            if film(Plan.of(job), world, loading) == INTERRUPTED:
+            code = film(Plan.of(job), world, loading)
+            if code == INTERRUPTED:
                 return INTERRUPTED
+            failed += code != 0
         except (ValueError, OSError) as error:
             failed += 1
             print(f"error: {job.out}: {error}", file=sys.stderr)
@@ -220,7 +243,7 @@ def read_jobs(args: argparse.Namespace) -> list[argparse.Namespace]:
         jobs = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{args.jobs} is neither a JSON list nor a JSON object on each line: {error}") from error
-    known = vars(args).keys() - {"jobs", "model", "device", "compile"}
+    known = vars(args).keys() - {"jobs", "model", "device", "compile", "memory_gb"}
     for number, job in enumerate(jobs, 1):
         if not isinstance(job, dict) or not job.keys() <= known:
             raise ValueError(f"{args.jobs}: job {number} must be an object with {', '.join(sorted(known))}, not {job}")

@@ -21,9 +21,11 @@ from infworld.config import TransformerConfig, load_config
 from infworld.dit import KEEP, InfiniteWorldTransformer
 from infworld.memory import MAX_SINGLE_PASS, WINDOW, MemoryCompressor, window_starts
 from infworld.offload import PassingTensors
-from infworld.rollout import World, build_vae
-from infworld.text import TextEmbedding
+from infworld.rollout import Session, World, build_vae
+from infworld.text import FILM_ROOM, TextEmbedding
 from infworld.vae import VideoVAE
+from infworld.video import read_mp4
+from scripts import generate
 
 HEIGHT, WIDTH = 448, 896
 
@@ -219,6 +221,10 @@ def test_a_plan_leaves_room_in_the_cpus_memory_too(needs):
     assert needs.cpu(Plan("cpu", "nowhere")) >= 30 * needs.block and needs.cpu(Plan("gpu", "cpu")) >= 60 * needs.tokens
 
 
+def test_an_encoder_that_stays_leaves_room_for_a_film_at_full_speed(needs):
+    assert needs.gpu(FASTEST) - needs.rest - needs.layers * needs.block <= USABLE * FILM_ROOM
+
+
 def test_processes_that_film_together_all_compute_the_same(needs):
     assert {choose(needs, card * GB, 0, team=True).streams for card in (24, 12, 8)} == {"gpu", "cpu"}
 
@@ -320,3 +326,27 @@ class NoText:
     def encode(self, texts: list[str]) -> TextEmbedding:
         generator = torch.Generator().manual_seed(len(texts[0]))
         return TextEmbedding(torch.randn(self.shape, generator=generator), torch.ones(self.shape[:2]))
+
+
+def test_the_command_line_keeps_what_was_filmed(own_world, small_model, picture, tmp_path, monkeypatch, capsys):
+    compute = own_world._compute_chunk
+
+    def second_fails(session, *args):
+        if session.chunk_latents:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(session, *args)
+
+    monkeypatch.setattr(own_world, "_compute_chunk", second_fails)
+    monkeypatch.setattr(generate.infworld, "load", lambda *args, **kwargs: own_world)
+    film = tmp_path / "film.mp4"
+    arguments = ["--image", picture, "--model", small_model, "--frames", 241, "--out", film]
+    assert generate.main(list(map(str, arguments))) == 2
+    said = capsys.readouterr()
+    assert "error: there is too little GPU memory" in said.err and "--resume" in said.out
+    assert Session.load(tmp_path / "film.session.safetensors").num_frames == 81 == len(read_mp4(film))
+
+
+def test_memory_can_be_limited_on_a_gpu_only(small_model, picture, tmp_path, capsys):
+    arguments = ["--image", picture, "--model", small_model, "--out", tmp_path / "film.mp4", "--memory-gb", 12]
+    assert generate.main([*map(str, arguments), "--device", "cpu"]) == 2
+    assert "can be limited on a GPU" in capsys.readouterr().err

@@ -270,7 +270,7 @@ def test_umt5_goes_where_there_is_room(monkeypatch, placement, device, free, exp
 
 
 @pytest.mark.parametrize(
-    ("placement", "free", "stays"), [("auto", 40, True), ("auto", 20, False), ("gpu", 1, True), ("cpu", 40, False)]
+    ("placement", "free", "stays"), [("auto", 40, True), ("auto", 11, False), ("gpu", 1, True), ("cpu", 40, False)]
 )
 def test_umt5_stays_on_the_gpu_if_a_film_fits_beside_it(random_model, cache, monkeypatch, placement, free, stays):
     class OnDevice:
