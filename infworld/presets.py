@@ -40,7 +40,7 @@ PRESETS = {
     preset.name: preset
     for preset in (
         EXACT,
-        Preset("balanced", steps=1 / 2, least=5, even=True, order=2, guided=2),
+        Preset("balanced", steps=1 / 2, least=5, even=True, order=2),
         Preset("fast", steps=1 / 4, least=4, even=True, order=2, guided=2),
     )
 }
