@@ -277,6 +277,9 @@ class Team:
         except GeneratorExit:
             if self.first:
                 self._link.send(False, None)
+            else:  # it hears of that here, if rank 0 ends it too
+                with suppress(Abandoned):
+                    self._link.receive()
             raise
 
     @contextmanager

@@ -1,82 +1,93 @@
 """Several processes make one film: the same as one process makes, and none is left behind when one is lost."""
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import infworld
 from infworld import parallel
-from infworld.rollout import World
+from infworld.actions import ActionScript
+from infworld.rollout import Session, World
+from infworld.video import read_mp4
+from scripts import generate
+from ui.compute import Replay, Report, Scene
+from ui.team import follow, leading
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's signals are POSIX")
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["infworld.rollout", "infworld.parallel"])
+FORK.set_forkserver_preload(["scripts.generate", "ui.team"])
 SIZES = (2, 3, 4)
 CLOSE = {"latents": 1e-5, "history": 1e-4, "frames": 1.01 / 255}  # relative error in float32; frames: one level
 
 
-def rank_main(rank: int, size: int, port: int, model: Path, work, given: bytes, results) -> None:
-    """One process of a team, as torchrun would start it."""
+def start(size: int, target, *given) -> list:
+    """Starts `target(*given)` in processes that find themselves as torchrun would have started them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [FORK.Process(target=as_rank, args=(rank, size, port, target, given)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def as_rank(rank: int, size: int, port: int, target, given) -> None:
     torch.set_num_threads(1)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ.update({name: str(number) for name, number in names.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with parallel.joined(torch.device("cpu")) as team:
-        result = work(infworld.load(model, team=team), pickle.loads(given))
-    results.put((rank, pickle.dumps(result)))  # as torch would share its tensors' memory, which ends with the process
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1"} | {name: str(number) for name, number in names.items()})
+    target(*given)
 
 
 def in_a_team(size: int, model: Path, work, given) -> list:
     """What `work` (of a World and `given`) returns in each process of a team."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     results = FORK.Queue()
-    processes = [
-        FORK.Process(target=rank_main, args=(rank, size, port, model, work, pickle.dumps(given), results))
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    found = dict(results.get(timeout=60) for _ in processes)
+    processes = start(size, work_in_a_team, model, work, pickle.dumps(given), results)
+    found = dict(results.get(timeout=100) for _ in processes)
     for process in processes:
         process.join(timeout=30)
     assert [process.exitcode for process in processes] == [0] * size
     return [pickle.loads(found[rank]) for rank in range(size)]
 
 
-def numbers(chunks) -> list[tuple[str, torch.Tensor]]:
-    """All that is in chunks and in the last one's session, and what kind of numbers they are."""
-    session = chunks[-1].session
-    found = [("latents", chunk.latents) for chunk in chunks]
-    found += [("frames", torch.from_numpy(chunk.frames).float()) for chunk in chunks]
-    return [
-        *found,
-        ("history", session.history),
-        *(("history", tail) for _, tail in sorted(session.encoder_state.items())),
-    ]
+def work_in_a_team(model: Path, work, given: bytes, results) -> None:
+    """Tensors go in and out pickled, as torch would share their memory, which ends with its process."""
+    with parallel.joined(torch.device("cpu")) as team:
+        result = work(infworld.load(model, team=team), pickle.loads(given))
+        results.put((parallel.rank(), pickle.dumps(result)))
 
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-# ------------------------------------------------------------------------------------------------------ the same film
+# -------------------------------------------------------------------------------------------------------- the same film
 
 
-def film(world: World, given) -> list[list[tuple[str, torch.Tensor]]]:
-    """Two chunks with guidance, one without, one after a long history, and the film once more."""
+def film(world: World, given) -> list[tuple[str, torch.Tensor]]:
+    """A chunk with guidance, one more without, one after a long history, and the film once more: numbers by kind."""
     picture, long_history = given
-    guided = list(world.rollout(picture, "forward 100, left 50", "a meadow", num_frames=161, seed=3, guidance=3.0))
-    plain = [world.next_chunk(dataclasses.replace(guided[-1].session, guidance=1.0))]
-    long = [world.next_chunk(long_history)]
-    again = [("frames", torch.from_numpy(chunk.frames).float()) for chunk in world.replay(guided[-1].session)]
-    return [numbers(guided), numbers(plain), numbers(long), again]
+    guided = next(world.rollout(picture, "forward 100, left 50", "a meadow", num_frames=161, seed=3, guidance=3.0))
+    plain = world.next_chunk(dataclasses.replace(guided.session, guidance=1.0))
+    faster = world.next_chunk(dataclasses.replace(long_history, preset="balanced"))
+    long = world.next_chunk(long_history)
+    found = [("latents", chunk.latents) for chunk in (guided, plain, faster, long)]
+    found += [("history", chunk.session.history) for chunk in (plain, long)]
+    found += [("history", tail) for _, tail in sorted(plain.session.encoder_state.items())]
+    films = [guided, plain, *world.replay(plain.session)]
+    return [*found, *(("frames", torch.from_numpy(chunk.frames).float()) for chunk in films)]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +106,162 @@ def alone(world, given):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_team_makes_the_film_of_one_process(small_model, given, alone, size):
-    for ranks in zip(alone, *in_a_team(size, small_model, film, given), strict=True):
-        for (kind, theirs), *ours in zip(*ranks, strict=True):
-            assert all(torch.equal(tensor, ours[0][1]) for _, tensor in ours)  # all go on from the same numbers
-            assert error(ours[0][1], theirs) < CLOSE[kind]
+    """2 and 4: branches apart; 3: tokens, heads, rows and windows in unequal parts."""
+    for (kind, theirs), *ours in zip(alone, *in_a_team(size, small_model, film, given), strict=True):
+        assert all(torch.equal(tensor, ours[0][1]) for _, tensor in ours)  # all ranks go on from the same numbers
+        assert error(ours[0][1], theirs) < CLOSE[kind]
+
+
+@pytest.mark.parametrize(("total", "parts", "expected"), [(12, 5, [3, 3, 2, 2, 2]), (2, 3, [1, 1, 0]), (6, 2, [3, 3])])
+def test_shares_are_as_even_as_can_be(total, parts, expected):
+    assert parallel.shares(total, parts) == expected
+
+
+def test_one_process_is_no_team():
+    with parallel.joined(torch.device("cpu")) as team:
+        assert team is None
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="3 processes, but 2 GPUs: use --nproc-per-node 2"):
+        parallel.own_device("auto")
+    assert parallel.own_device("cpu") == "cpu"
+
+
+# ----------------------------------------------------------------------------------------------- from the command line
+
+
+@pytest.fixture
+def filming(small_model, picture, tmp_path):
+    """Starts generate.py in processes for a long film: filming(size) -> processes, when two chunks have been saved."""
+    arguments = ["--image", picture, "--model", small_model, "--frames", 1281, "--guidance", 3, "--steps", 2]
+    arguments += ["--out", tmp_path / "film.mp4"]
+    processes = []
+
+    def begin(size: int) -> list:
+        processes.extend(start(size, generate_quietly, [str(argument) for argument in arguments], tmp_path))
+        deadline = time.monotonic() + 100
+        while frames_saved(tmp_path) < 161:
+            assert time.monotonic() < deadline and all(process.is_alive() for process in processes), said(tmp_path)
+            time.sleep(0.05)
+        return processes
+
+    yield begin
+    for process in processes:
+        process.kill()
+
+
+def generate_quietly(arguments: list[str], folder: Path) -> None:
+    sys.stdout = sys.stderr = (folder / f"said{parallel.rank()}").open("w", buffering=1)
+    sys.exit(generate.main(arguments))
+
+
+def frames_saved(folder: Path) -> int:
+    path = folder / "film.session.safetensors"
+    return Session.load(path).num_frames if path.exists() else 0
+
+
+def said(folder: Path) -> str:
+    return "".join(path.read_text() for path in sorted(folder.glob("said*")))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_all_and_the_film_goes_on_from_its_session(filming, world, picture, tmp_path, lost):
+    processes = filming(2)
+    processes[lost].kill()
+    began = time.monotonic()
+    for process in processes:
+        process.join(timeout=30)
+    assert time.monotonic() - began < 10
+    assert processes[1 - lost].exitcode == parallel.LOST
+    saved = Session.load(tmp_path / "film.session.safetensors")
+    advice = f"go on with: --resume {tmp_path / 'film.session.safetensors'} --frames 1281"
+    assert f"error: rank {lost} was lost" in said(tmp_path) and advice in said(tmp_path)
+    whole = world.extend(world.start(picture, seed=0, steps=2, guidance=3.0), 2)
+    *_, second = whole
+    assert error(saved.chunk_latents[1].float(), second.latents) < 1e-3  # which are kept in float16
+    assert world.next_chunk(saved).frames.shape == (80, 32, 48, 3)
+
+
+def test_ctrl_c_ends_all_after_a_step_and_keeps_film_and_session(filming, tmp_path):
+    processes = filming(2)
+    for process in processes:
+        os.kill(process.pid, signal.SIGINT)
+    for process in processes:
+        process.join(timeout=30)
+    assert [process.exitcode for process in processes] == [generate.INTERRUPTED, 0]
+    assert len(read_mp4(tmp_path / "film.mp4")) == frames_saved(tmp_path) >= 161
+    assert "stopped: " in said(tmp_path) and "go on with: --resume" in said(tmp_path)
+
+
+@pytest.mark.parametrize("as_lines", [False, True])
+def test_each_process_makes_its_share_of_many_films(small_model, picture, tmp_path, monkeypatch, capsys, as_lines):
+    names = ["a", "b", "c"]
+    jobs = [{"image": str(picture), "out": str(tmp_path / f"{name}.mp4"), "seed": i} for i, name in enumerate(names)]
+    jobs[2]["image"] = "gone.png"
+    text = "\n".join(map(json.dumps, jobs)) if as_lines else json.dumps(jobs, indent=1)
+    (tmp_path / "jobs").write_text(text)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = signal.getsignal(signal.SIGTERM)
+    codes = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        codes.append(generate.main(["--jobs", str(tmp_path / "jobs"), "--model", str(small_model), "--frames", "81"]))
+        assert (tmp_path / "b.mp4").exists() == (rank == "1")
+    signal.signal(signal.SIGTERM, before)
+    assert codes == [2, 0] and "c.mp4: no picture at" in capsys.readouterr().err
+    films = [read_mp4(tmp_path / f"{name}.mp4") for name in "ab"]
+    assert [len(film) for film in films] == [81, 81] and not np.array_equal(*films)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[{]", "neither a JSON list"),
+        ("[3]", "job 1 must be an object"),
+        ('{"image": "a.png", "out": "a.mp4", "model": "tiny"}', "job 1 must be an object with actions, frames"),
+        ('[{"image": "a.png"}]', "job 1 needs out"),
+        ('[{"image": "a.png", "resume": "a.safetensors", "out": "a.mp4"}]', "job 1 needs out, and image or resume"),
+    ],
+)
+def test_wrong_lists_of_films_are_named(tmp_path, capsys, text, message):
+    (tmp_path / "jobs").write_text(text)
+    assert generate.main(["--jobs", str(tmp_path / "jobs")]) == 2
+    assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def page(world: World, picture: np.ndarray) -> list[torch.Tensor] | None:
+    """Rank 0: films that are stopped at a step, at the first session, while shown, and one that is not."""
+    if not world.team.first:
+        return follow(world.team, lambda name: world)
+    compute = leading(world)
+    scene = Scene(picture, ActionScript.of("forward 80"), "", "", 5, 3, 2.0, "exact")
+    stopped_at_once = compute(scene)
+    assert isinstance(next(stopped_at_once), Session)
+    stopped_at_once.close()
+    stopped = compute(scene)
+    assert isinstance(list(zip(range(5), stopped, strict=False))[-1][1], Report)
+    stopped.close()
+    *_, first = compute(scene)
+    *_, second = compute(first.session)  # of which the others are sent nothing but that
+    shown = compute(Replay(second.session))
+    next(shown)
+    shown.close()
+    *_, changed = compute(first.session.with_prompt("a desert").with_seed(6))
+    return [chunk.latents for chunk in (first, second, changed)]
+
+
+def test_a_visitors_stop_leaves_the_processes_of_the_page_together(small_model, world):
+    picture = np.array(Image.new("RGB", (48, 32), "teal"))
+    ours, _ = in_a_team(2, small_model, page, picture)
+    begun = world.start(picture, "forward 80", negative_prompt="", seed=5, steps=3, guidance=2.0)
+    first, second = world.extend(begun, 2)
+    changed = world.next_chunk(first.session.with_prompt("a desert").with_seed(6))
+    for mine, chunk in zip(ours, (first, second, changed), strict=True):
+        assert error(mine, chunk.latents) < CLOSE["latents"]
