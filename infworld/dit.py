@@ -140,6 +140,8 @@ class InfiniteWorldTransformer(nn.Module):
 
         They compute the same, and are compiled no more.
         """
+        if isinstance(self.blocks, PassingBlocks):
+            return
         for block in self.blocks:
             for step in ("memory_step", "noisy_step"):
                 vars(block).pop(step, None)

@@ -43,6 +43,7 @@ from infworld.presets import EXACT, PRESETS
 from infworld.rollout import Session, World, build_vae, pick_device, pick_dtype, pick_vae_dtype
 from infworld.sampler import sample, schedule
 from infworld.video import prepare_image
+from scripts.bench_cards import small_cards
 from scripts.bench_model import NoiseText, generator, noise, noise_session, plain_velocity, random_world
 from scripts.bench_record import GIB, Record, fill, machine, name_of, table
 
@@ -618,8 +619,9 @@ PARTS = {
     "again": repeated_step,
     "measured-film": film_measured,
     "profile": profile,
+    "small-cards": small_cards,
 }
-ON_REQUEST = ("measured-film", "profile")
+ON_REQUEST = ("measured-film", "profile", "small-cards")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

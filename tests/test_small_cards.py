@@ -65,6 +65,9 @@ def test_where_blocks_and_streams_are_kept_changes_nothing(transformer, keep, of
 def test_offloaded_blocks_keep_their_names_and_weights(transformer):
     model = copy.deepcopy(transformer)
     model.offload_blocks()
+    there = [parameter.data_ptr() for parameter in model.parameters()]
+    model.offload_blocks()
+    assert [parameter.data_ptr() for parameter in model.parameters()] == there
     before, after = transformer.state_dict(), model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
