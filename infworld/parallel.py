@@ -194,12 +194,16 @@ class Split:
 
 
 class Team:
-    """The processes that make one film together. Made by `joined`."""
+    """The processes that make one film together. Made by `joined`.
+
+    turn: to be held on rank 0 where several threads have work for the team.
+    """
 
     def __init__(self, device: torch.device, link: Link):
         self.device = device
         self._link = link
         self._interrupted = False
+        self.turn = threading.Lock()
         mesh = init_device_mesh(device.type, (link.size,), mesh_dim_names=("all",))
         self._everyone = Members.of(mesh.get_group("all"))
         self._halves = None

@@ -51,9 +51,13 @@ def leading(world: World) -> Compute:
             yield result
 
     def guarded(task: Task) -> Iterator[Result]:
-        """An error that the other ranks do not have too leaves them waiting for ever: then all processes end."""
+        """One task at a time, even of runs that nobody waits for any more and that are still on.
+
+        An error that the other ranks do not have too leaves them waiting for ever: then all processes end.
+        """
         try:
-            yield from compute(task)
+            with team.turn:
+                yield from compute(task)
         except (ValueError, GeneratorExit):
             raise
         except BaseException as error:
