@@ -85,7 +85,7 @@ class Attention(nn.Module):
 
         attention: what takes the place of torch's own, where tokens are elsewhere (`parallel.Sequence`).
         """
-        attended = (attention or F.scaled_dot_product_attention)(q, k, v)
+        attended = F.scaled_dot_product_attention(q, k, v) if attention is None else attention(q, k, v)
         return self.o(attended.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
