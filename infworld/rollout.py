@@ -11,6 +11,7 @@ import gc
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -123,7 +124,8 @@ class Session:
             raise ValueError(f"{path} is not a session file of this program (format {SESSION_FORMAT})")
         tensors = read_tensors(path)
         try:
-            values = _OLDER | json.loads(metadata["session"])
+            values = json.loads(metadata["session"])
+            values = _OLDER | values if isinstance(values, dict) else {}
             _check_values(values)
             actions = ActionScript(tuple(Segment(*segment) for segment in values.pop("actions")))
             session = Session(
@@ -488,6 +490,8 @@ def load(
     text_encoder = None  # except on the device that encodes for all
     if team is None or team.first:  # before the transformer, as it may be the one that is cut
         text_encoder = open_text_encoder(config, device, dtype, text_placement)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(pick_threads(torch.get_num_threads()))
     plan = make_plan(config, device, dtype, team) if device.type == "cuda" and text_placement != "gpu" else FASTEST
     transformer = load_strict(
         lambda: InfiniteWorldTransformer(config.model_cfg),
@@ -549,6 +553,18 @@ def pick_dtype(device: torch.device, wanted: torch.dtype) -> torch.dtype:
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     fast = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
     return torch.bfloat16 if fast and wanted != torch.float32 else torch.float32
+
+
+def pick_threads(threads: int, quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """How many of `threads` threads this process gets the time for: a container may have less than the host's cores.
+
+    More than that wait for each other. `quota_file` is the kernel's (cgroup v2): microseconds of work in each period.
+    """
+    try:
+        quota, period = map(int, quota_file.read_text().split())  # "max" in place of a number: no limit
+    except (OSError, ValueError):
+        return threads
+    return max(1, min(threads, round(quota / period)))
 
 
 def pick_vae_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

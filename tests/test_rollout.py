@@ -21,7 +21,7 @@ import infworld
 from infworld.actions import ActionScript
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.dit import InfiniteWorldTransformer
-from infworld.rollout import MAX_SEED, Chunk, Session, World, pick_vae_dtype
+from infworld.rollout import MAX_SEED, Chunk, Session, World, pick_threads, pick_vae_dtype
 from infworld.text import load_text_encoder
 from infworld.video import prepare_image, to_uint8
 from training.render import render
@@ -577,3 +577,13 @@ def test_the_shipped_model_turns_as_it_is_told(tiny, scene):
     )
     assert 4 <= left <= 10
     assert -10 <= right <= -4
+
+
+@pytest.mark.parametrize(
+    ("quota", "threads"),
+    [("200000 100000", 2), ("20000 100000", 1), ("9900000 100000", 8), ("max 100000", 8), ("", 8)],
+)
+def test_a_container_gets_the_threads_that_it_has_time_for(quota, threads, tmp_path):
+    (tmp_path / "cpu.max").write_text(quota)
+    assert pick_threads(8, tmp_path / "cpu.max") == threads
+    assert pick_threads(8, tmp_path / "gone") == 8
