@@ -322,7 +322,9 @@ class World:
                 raise NotEnoughMemory(_TOO_LITTLE) from error
         # Not above, where the error still holds all that the chunk had on the GPU.
         gc.collect()
-        plan = leaner(self.needs(), self.plan, psutil.virtual_memory().available)
+        needs = self.needs()
+        # What the last plan took of the CPU's memory is this process's to use again.
+        plan = leaner(needs, self.plan, psutil.virtual_memory().available + needs.cpu(self.plan))
         if plan is None:
             raise NotEnoughMemory(_TOO_LITTLE)
         log.warning("the GPU's memory is full; once more with %s", plan)
