@@ -487,7 +487,7 @@ def loaded(monkeypatch) -> list:
     """Names of the models in the order they are loaded; each must be gone when the next one comes."""
     names, alive, load = [], [], infworld.load
 
-    def counted(config, device, text_placement):
+    def counted(config, device, **placement):
         assert all(world() is None for world in alive), "two models at once"
         world = load(config, device)
         names.append(config.name)
@@ -580,7 +580,7 @@ def test_a_session_brings_its_model_back(two, picture):
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_run_and_not_the_page(two_configs, two, picture, monkeypatch, loaded):
-    def broken(config, device, text_placement):
+    def broken(config, device, **placement):
         raise ValueError("world.safetensors is truncated")
 
     page = app.Page(two)
