@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infworld.config import FRAMES_PER_LATENT, ModelConfig
 from infworld.dit import PATCH, InfiniteWorldTransformer
-from infworld.memory import MAX_SINGLE_PASS
+from infworld.memory import MAX_SINGLE_PASS, memory_latents
 from infworld.offload import SLOTS
 from infworld.vae import PIXELS_PER_LATENT, VideoVAE
 
@@ -77,7 +77,7 @@ class Needs:
         area = height * width // PIXELS_PER_LATENT**2  # of a latent
         number = transformer.patch_embedding.weight.itemsize
         per_latent = area // PATCH**2 * sizes.dim * number
-        noisy, memory = config.chunk_latents * per_latent, (MAX_SINGLE_PASS // 4 + 1) * per_latent
+        noisy, memory = config.chunk_latents * per_latent, memory_latents(MAX_SINGLE_PASS) * per_latent
         angles = 4 * (noisy + memory) // number // sizes.num_heads
         weights = _bytes(block.parameters())
         text = config.text_encoder_cfg.model_max_length * sizes.dim * number

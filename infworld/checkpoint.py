@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,7 @@ _ZIP_HEADER = 30  # bytes of the header before each of its members, of which the
 _ZIP_END = 22  # bytes of the record at its end
 _NAMED = 4  # names per kind of mismatch in an error
 _AGAIN = "download it again (the released files: python scripts/download.py)"
+ROOM = 2**30  # bytes that stay free on a disk
 _PIECE = 2**24  # numbers that are converted and written at a time
 
 _SAFETENSORS_DTYPES = {
@@ -99,10 +101,15 @@ def load_strict(
     with torch.device("meta"):
         module = build()
     tensors = {name: tensor for name, tensor in tensors.items() if name not in drop}
-    check_fit({name: tensor.shape for name, tensor in module.state_dict().items()}, tensors, where)
+    check_fit(shapes_of(module), tensors, where)
     placed = {name: _placed(tensor, device, dtype) for name, tensor in tensors.items()}
     module.load_state_dict(placed, strict=True, assign=True)
     return module.to(device).eval()
+
+
+def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    """The shape of every parameter and buffer by name; the module may be on `meta`."""
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def check_fit(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor], where: str | Path) -> None:
@@ -122,6 +129,16 @@ def check_fit(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor], w
         raise ValueError(
             f"{where} does not fit the model, by its tensors: {'; '.join(problems)}. "
             "Check that this is the right file and that the config has its sizes"
+        )
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raises ValueError if the folder's disk has no room for `size` bytes more, with ROOM to spare."""
+    free = shutil.disk_usage(folder).free
+    if free < size + ROOM:
+        raise ValueError(
+            f"{folder} has {free / 1e9:.1f} GB free and {(size + ROOM) / 1e9:.1f} GB are needed: make room, or choose "
+            "a folder on another disk"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -51,6 +53,11 @@ class MemoryCompressor(nn.Module):
         x = self.conv_in(latents)
         x = self.mid_block(self.down_block2(self.down_block1(x)))
         return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def memory_latents(latents: int) -> int:
+    """How many latents M of memory a history of so many latents is compressed to: 2 to 21."""
+    return 1 + math.ceil(min(latents, MAX_SINGLE_PASS) / 4)
 
 
 def window_starts(latents: int) -> list[int]:

@@ -11,12 +11,12 @@ import hashlib
 import logging
 import re
 import shutil
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import BinaryIO
 
 from huggingface_hub import constants, hf_hub_url
@@ -222,11 +222,11 @@ class Meter:
     def begin(self, file: HubFile, have: int) -> None:
         self._name = file.target.name
         self._done += have
-        self._recent.append((time.monotonic(), 0))
+        self._recent.append((monotonic(), 0))
         self._report()
 
     def add(self, arrived: int) -> None:
-        now = time.monotonic()
+        now = monotonic()
         self._done += arrived
         self._recent.append((now, arrived))
         while self._recent[0][0] < now - _SPEED_WINDOW:
@@ -237,7 +237,7 @@ class Meter:
     def _report(self) -> None:
         if self._progress is None:
             return
-        now = self._reported = time.monotonic()
+        now = self._reported = monotonic()
         elapsed = now - self._recent[0][0] if self._recent else 0.0
         speed = sum(arrived for _, arrived in self._recent) / elapsed if elapsed else None
         remaining = (self._total - self._done) / speed if speed else None
@@ -264,7 +264,7 @@ class Patience:
         pause = max(asked, self._pauses[self._failures])
         self._failures += 1
         log.warning("%s: trying again in %d s", _reason(error), pause)
-        time.sleep(pause)
+        sleep(pause)
 
 
 def status_of(error: Exception) -> int | None:

@@ -40,6 +40,11 @@ class NoiseText:
         return TextEmbedding(torch.stack(rows), mask.repeat(len(texts), 1))
 
 
+def picture_size(config: ModelConfig) -> tuple[int, int]:
+    """Height and width to measure at: the spec's 448x896, or the first of a model that has not that."""
+    return (448, 896) if (448, 896) in config.buckets else config.buckets[0]
+
+
 def noise_session(world: World, size: tuple[int, int], history: int) -> Session:
     """A film in the middle, with so many latents of history (1 + 20 n), all of it noise."""
     config = world.config

@@ -20,7 +20,7 @@ from infworld import parallel
 from infworld.config import load_config
 from infworld.models import device_name
 from infworld.rollout import Progress, Session, World, pick_device, pick_dtype, pick_vae_dtype
-from scripts.bench_model import NoiseText, noise_session, random_world
+from scripts.bench_model import NoiseText, noise_session, picture_size, random_world
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     dtype = pick_dtype(device, getattr(torch, config.amp_dtype))
     with parallel.joined(device) as team:
         one, _ = random_world(config, device, dtype, pick_vae_dtype(device, dtype))
-        size = (448, 896) if (448, 896) in config.buckets else config.buckets[0]
+        size = picture_size(config)
         session = noise_session(one, size, args.history)
         alone = measure(one, session, "one")
         if team:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import shlex
 import statistics
 import sys
@@ -38,13 +37,13 @@ from infworld.checkpoint import load_strict, read_tensors
 from infworld.config import FRAMES_PER_LATENT, PROJECT_ROOT, ModelConfig, TextConfig, TransformerConfig, load_config
 from infworld.dit import InfiniteWorldTransformer
 from infworld.layers import fastest_attention
-from infworld.memory import MAX_SINGLE_PASS
+from infworld.memory import MAX_SINGLE_PASS, memory_latents
 from infworld.presets import EXACT, PRESETS
 from infworld.rollout import Session, World, build_vae, pick_device, pick_dtype, pick_vae_dtype
 from infworld.sampler import sample, schedule
 from infworld.video import prepare_image
 from scripts.bench_cards import small_cards
-from scripts.bench_model import NoiseText, generator, noise, noise_session, plain_velocity, random_world
+from scripts.bench_model import NoiseText, generator, noise, noise_session, picture_size, plain_velocity, random_world
 from scripts.bench_record import GIB, Record, fill, machine, name_of, table
 
 WAYS = ("exact", "naive")
@@ -154,13 +153,8 @@ def with_wishes(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
     steps = args.steps or sampler.num_sampling_steps
     guidance = sampler.text_cfg_scale if args.guidance is None else args.guidance
     sampler = dataclasses.replace(sampler, num_sampling_steps=steps, text_cfg_scale=guidance)
-    size = args.size or ((448, 896) if (448, 896) in config.buckets else config.buckets[0])
+    size = args.size or picture_size(config)
     return dataclasses.replace(config, val_scheduler_cfg=sampler, buckets=(size,))
-
-
-def memory_latents(history: int) -> int:
-    """How many latents of memory the transformer reads (spec section 6): what a step's cost depends on."""
-    return 1 + (math.ceil(history / 4) if history <= MAX_SINGLE_PASS else MAX_SINGLE_PASS // 4)
 
 
 def histories(config: ModelConfig, asked: list[int], chunks: int) -> list[int]:

@@ -8,8 +8,8 @@ that names them: `--model FOLDER/infworld_config.yaml`. Either way nothing is he
 mapped file and written piece by piece.
 
 Transformer and text encoder become bfloat16, which is what a GPU computes with in any case, so the film is the same; on
-a CPU, where the transformer computes in float32, its weights are rounded. The VAE computes in float32 everywhere,
-because that is the quality of the picture, and stays float32.
+a CPU, where the transformer computes in float32, its weights are rounded. The VAE keeps its float32: it is small, and
+the dtype that it computes in (bfloat16 on a GPU) is chosen when it is loaded.
 """
 
 from __future__ import annotations
@@ -30,13 +30,20 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from infworld import hub
-from infworld.checkpoint import RELEASED_EXTRAS, TORCH_SUFFIXES, check_fit, read_tensors, save_tensors
+from infworld.checkpoint import (
+    RELEASED_EXTRAS,
+    TORCH_SUFFIXES,
+    check_fit,
+    check_room,
+    read_tensors,
+    save_tensors,
+    shapes_of,
+)
 from infworld.config import ModelConfig, load_config, to_dict
+from infworld.console import exit_code
 from infworld.dit import InfiniteWorldTransformer
 from infworld.rollout import build_vae
 from infworld.text import umt5_shapes
-
-ROOM = 2**30  # bytes that stay free on the disk
 
 
 @dataclass(frozen=True)
@@ -62,19 +69,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder to write to (default: beside the released files)")
     parser.add_argument("--overwrite", action="store_true", help="replace converted files that are there")
     args = parser.parse_args(arguments)
-    try:
-        convert(load_config(args.model), args.out, args.overwrite)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped: files that are named above are whole, of the others there is nothing", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(
+        lambda: convert(load_config(args.model), args.out, args.overwrite),
+        "stopped: files that are named above are whole, of the others there is nothing",
+    )
 
 
-def convert(config: ModelConfig, out: Path | None = None, overwrite: bool = False) -> Path | None:
-    """Converts the three files; returns the config that was written, if `out` was given.
+def convert(config: ModelConfig, out: Path | None = None, overwrite: bool = False) -> None:
+    """Converts the three files; with `out`, writes tokenizer and config too.
 
     Raises FileNotFoundError for a missing file, ValueError for one that does not fit the config or is converted
     already, for files that are there and no `overwrite`, and for a disk without room. Then nothing has been written.
@@ -89,7 +91,7 @@ def convert(config: ModelConfig, out: Path | None = None, overwrite: bool = Fals
     for folder in {job.target.parent for job in conversions}:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-    check_room(conversions)
+    check_room(conversions[0].target.parent, sum(job.size for job in conversions))
     with tqdm(total=sum(job.size for job in conversions), unit="B", unit_scale=True, unit_divisor=1000) as bar:
         for job in conversions:
             bar.set_description_str(job.target.name)
@@ -101,7 +103,6 @@ def convert(config: ModelConfig, out: Path | None = None, overwrite: bool = Fals
         print(f"use it with: --model {settings}")
     else:
         print("it is used from now on; the files it was made from may be deleted")
-    return settings
 
 
 def plan(config: ModelConfig, out: Path | None) -> list[Conversion]:
@@ -130,27 +131,12 @@ def weight_names(config: ModelConfig) -> tuple[str, str, str]:
     return config.checkpoint_path, config.vae_cfg.vae_pth, config.text_encoder_cfg.checkpoint_path
 
 
-def shapes_of(module: torch.nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
-
-
 def short_name(name: str) -> Path:
     """A config's file below the folder written to: without `checkpoints/`, or all folders of an absolute path."""
     path = Path(name).expanduser()
     if path.is_absolute():
         return Path(path.name)
     return path.relative_to("checkpoints") if path.parts[0] == "checkpoints" else path
-
-
-def check_room(conversions: list[Conversion]) -> None:
-    """Raises ValueError if the disk has no room for the new files, those that they replace included."""
-    folder, needed = conversions[0].target.parent, sum(job.size for job in conversions) + ROOM
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(
-            f"{folder} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are needed: make room, or choose "
-            "another disk with --out"
-        )
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -16,27 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from infworld import hub
 from infworld.config import ModelConfig, load_config
+from infworld.console import exit_code
 from infworld.transfer import size_text
-
-INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        config = load_config(args.model)
-        if args.dry_run:
-            show(hub.plan(config, revision=args.revision, to=args.to))
-        else:
-            fetch(config, args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; run the same again to go on", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return exit_code(lambda: download(args), "stopped; run the same again to go on")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -50,6 +37,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--revision", help=f"commit, tag or branch of {hub.REPO}; default: main, kept once begun")
     parser.add_argument("--dry-run", action="store_true", help="only list the files that would be downloaded")
     return parser.parse_args(arguments)
+
+
+def download(args: argparse.Namespace) -> None:
+    config = load_config(args.model)
+    if args.dry_run:
+        show(hub.plan(config, revision=args.revision, to=args.to))
+    else:
+        fetch(config, args)
 
 
 def show(todo: hub.Plan) -> None:

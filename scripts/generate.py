@@ -30,25 +30,17 @@ from infworld import hub, parallel
 from infworld.actions import ActionScript
 from infworld.budget import FASTEST, GB, NotEnoughMemory
 from infworld.config import load_config
+from infworld.console import FAILED, INTERRUPTED, exit_code
 from infworld.models import default_model, device_name, limit_memory, peak_memory, prepare
 from infworld.presets import EXACT, PRESETS, find_preset
 from infworld.rollout import pick_device
 from infworld.video import Mp4Writer, check_output, load_image
 
-INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
-
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    try:
-        return generate_all(args) if args.jobs else generate(args)
-    except (ValueError, OSError) as error:
-        if parallel.rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped before the first frame", file=sys.stderr)
-        return INTERRUPTED
+    program = generate_all if args.jobs else generate
+    return exit_code(lambda: program(args), "stopped before the first frame", quiet=parallel.rank() != 0)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -178,7 +170,7 @@ def film(plan: Plan, world: infworld.World, loading: float) -> int:
     )
     if problem:
         print(f"error: {problem}", file=sys.stderr)
-        return 2
+        return FAILED
     return INTERRUPTED if interrupted else 0
 
 
@@ -233,7 +225,7 @@ def generate_all(args: argparse.Namespace) -> int:
         except (ValueError, OSError) as error:
             failed += 1
             print(f"error: {job.out}: {error}", file=sys.stderr)
-    return 2 if failed else 0
+    return FAILED if failed else 0
 
 
 def read_jobs(args: argparse.Namespace) -> list[argparse.Namespace]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -25,8 +24,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from infworld.checkpoint import RELEASED_EXTRAS
+from infworld.checkpoint import RELEASED_EXTRAS, check_room, shapes_of
 from infworld.config import ModelConfig, load_config, to_dict
+from infworld.console import exit_code
 from infworld.dit import InfiniteWorldTransformer
 from infworld.rollout import build_vae
 from infworld.text import umt5_shapes
@@ -35,7 +35,6 @@ TRANSFORMER, VAE = "infinite_world_model.ckpt", "models/Wan2.1_VAE.pth"
 TEXT, TOKENIZER = "models/models_t5_umt5-xxl-enc-bf16.pth", "models/google/umt5-xxl"
 SETTINGS = "infworld_config.yaml"
 NOISE = 16_777_259  # random numbers that are made; a prime, so that the rows of no matrix repeat
-ROOM = 2**30  # bytes that stay free on the disk
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'\"()-/"
 
 Shapes = Mapping[str, torch.Size]
@@ -48,13 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     args = parser.parse_args(arguments)
-    try:
-        settings = make(args.out, load_config(args.config), args.seed, args.overwrite)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"use it with: --model {settings}")
-    return 0
+    return exit_code(
+        lambda: print(f"use it with: --model {make(args.out, load_config(args.config), args.seed, args.overwrite)}"),
+        "stopped: files that are named above are whole",
+    )
 
 
 def make(out: Path, config: ModelConfig, seed: int = 0, overwrite: bool = False) -> Path:
@@ -94,10 +90,6 @@ def weight_files(config: ModelConfig) -> dict[str, tuple[Shapes, torch.dtype]]:
         VAE: (shapes_of(vae), torch.float32),
         TEXT: (umt5_shapes(config.text_encoder_cfg), torch.bfloat16),
     }
-
-
-def shapes_of(module: torch.nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def random_tensors(shapes: Shapes, noise: Tensor) -> dict[str, Tensor]:
@@ -150,15 +142,6 @@ def write(path: Path, content: dict) -> None:
         torch.serialization.set_crc32_options(checksums)
         if part.exists():
             part.unlink()
-
-
-def check_room(folder: Path, size: int) -> None:
-    """Raises ValueError if the disk has no room for `size` bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < size + ROOM:
-        raise ValueError(
-            f"{folder} has {free / 1e9:.1f} GB free and {(size + ROOM) / 1e9:.1f} GB are needed: make room"
-        )
 
 
 def make_tokenizer(folder: Path, vocab: int) -> None:

@@ -25,9 +25,9 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from infworld.config import PROJECT_ROOT, faster_form
+from infworld.console import exit_code
 from infworld.transfer import NETWORK_ERRORS, Patience, explain, hash_like, is_same, size_text, status_of
 
-INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 COMMIT_FILES, COMMIT_BYTES = 50, 2_000_000_000  # per commit: what a cut connection can cost
 STARTERS = ("README.md", "app.py", "requirements.txt")  # what makes a Space start
 SPACE_BYTES = 1_000_000_000  # what the repository of a Space holds for free
@@ -60,14 +60,7 @@ class Upload:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    try:
-        return upload(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; run the same again to go on", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(lambda: upload(args), "stopped; run the same again to go on")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

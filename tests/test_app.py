@@ -606,7 +606,7 @@ def test_zero_gpu_has_one_model_with_its_text_encoder_on_the_gpu(two_configs, wo
     monkeypatch.setattr(ui_models, "ON_ZERO_GPU", True)
     monkeypatch.setattr(ui_models.infworld, "load", lambda *args, **kwargs: asked.append(kwargs) or world)
     assert Models(two_configs, "cpu").names == ["small"]
-    assert [kwargs["text_placement"] for kwargs in asked] == ["gpu"]
+    assert asked == [{"text_placement": "gpu", "team": None}]
 
 
 def test_programs_may_name_a_model(serve_models, two_configs, picture, tmp_path):

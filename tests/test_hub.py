@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from infworld import hub, transfer
 from infworld.config import PROJECT_ROOT, ModelConfig, from_dict, load_config
+from infworld.console import INTERRUPTED
 from infworld.dit import InfiniteWorldTransformer
 from infworld.rollout import build_vae
 from infworld.transfer import HubError
@@ -76,7 +77,7 @@ def released(tmp_path_factory) -> dict[str, bytes]:
 def server(released, tmp_path, monkeypatch):
     """The Hub with both repositories; nothing on this machine is touched but `tmp_path`, and no time is waited."""
     monkeypatch.setenv("INFWORLD_CHECKPOINTS", str(tmp_path / "checkpoints"))
-    monkeypatch.setattr(transfer.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(transfer, "sleep", lambda seconds: None)
     with HubServer() as server:
         connect(server, monkeypatch, tmp_path)
         server.repo(hub.REPO, released)
@@ -414,7 +415,7 @@ def test_a_refusal_says_what_to_do_and_never_the_token(where, status, headers, m
 
 def test_a_hub_that_asks_to_slow_down_is_waited_for(server, config, monkeypatch):
     pauses = []
-    monkeypatch.setattr(transfer.time, "sleep", pauses.append)
+    monkeypatch.setattr(transfer, "sleep", pauses.append)
     server.status["/api/models/"] = [(429, {"Retry-After": "7"})]
     server.status["small_world.ckpt"] = [(429, {"RateLimit": '"resolvers";r=0;t=11'}), (502, {})]
     hub.fetch(config)
@@ -510,7 +511,7 @@ def test_the_script_says_errors_in_one_line(server, config, monkeypatch, capsys)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(transfer.Meter, "add", stop)
-    assert download.main(["--model", str(config.source)]) == download.INTERRUPTED
+    assert download.main(["--model", str(config.source)]) == INTERRUPTED
     assert "run the same again to go on" in capsys.readouterr().err
 
 

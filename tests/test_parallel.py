@@ -20,6 +20,7 @@ from PIL import Image
 import infworld
 from infworld import parallel
 from infworld.actions import ActionScript
+from infworld.console import INTERRUPTED
 from infworld.rollout import Session, World
 from infworld.video import read_mp4
 from scripts import generate
@@ -193,7 +194,7 @@ def test_ctrl_c_ends_all_after_a_step_and_keeps_film_and_session(filming, tmp_pa
         os.kill(process.pid, signal.SIGINT)
     for process in processes:
         process.join(timeout=30)
-    assert [process.exitcode for process in processes] == [generate.INTERRUPTED, 0]
+    assert [process.exitcode for process in processes] == [INTERRUPTED, 0]
     assert len(read_mp4(tmp_path / "film.mp4")) == frames_saved(tmp_path) >= 161
     assert "stopped: " in said(tmp_path) and "go on with: --resume" in said(tmp_path)
 

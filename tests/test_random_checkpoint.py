@@ -1,6 +1,7 @@
 """Random weights: files as the released ones are, which load by the normal path and make a film of finite numbers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,8 @@ def test_what_cannot_be_is_said(tmp_path, monkeypatch, capsys, random_model):
     assert "is there already: use --overwrite" in capsys.readouterr().err and random_model.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="must be umt5.*not 'bytes'"):
         script.make(tmp_path, from_dict(ModelConfig, SMALL_MODEL, "small"))
-    usage = script.shutil.disk_usage(tmp_path)._replace(free=10**9)
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match=r"has 1.0 GB free and 1.1 GB are needed"):
         script.make(tmp_path, SMALL)
     assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ from hub_server import LFS_SIZE, TOKEN, HubServer, connect
 
 from infworld import transfer
 from infworld.config import PROJECT_ROOT
+from infworld.console import INTERRUPTED
 from scripts import upload_to_hf
 
 REPO = "somebody/world"
@@ -51,7 +52,7 @@ def project(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """The Hub, and a token that may write there; no time is waited."""
-    monkeypatch.setattr(transfer.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(transfer, "sleep", lambda seconds: None)
     with HubServer() as server:
         connect(server, monkeypatch, tmp_path)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -232,7 +233,7 @@ def test_an_upload_that_broke_off_goes_on(server, project, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(upload_to_hf.HfApi, "create_commit", breaks)
-        assert run(REPO) == upload_to_hf.INTERRUPTED
+        assert run(REPO) == INTERRUPTED
     assert "run the same again to go on" in capsys.readouterr().err
     before = transferred(server)
     assert run(REPO) == 0
