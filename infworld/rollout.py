@@ -23,6 +23,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from infworld import packages
 from infworld.actions import ActionScript, Segment
 from infworld.budget import FASTEST, GB, Needs, NotEnoughMemory, Plan, choose, leaner
 from infworld.checkpoint import RELEASED_EXTRAS, check_file, load_strict, read_metadata, read_tensors, save_tensors
@@ -479,8 +480,9 @@ def load(
 
     device: "auto" (the GPU if there is one), "cuda", "cuda:1", "cpu". text_placement: where a large text encoder works
     and whether it stays: "auto", "gpu" or "cpu", see `UMT5OnDemand`. compile: whether torch.compile makes the
-    transformer's blocks faster, which the first chunk waits for (docs/performance.md). team: of `parallel.joined`, to
-    film together with other processes; its device is used. What stays on a GPU is planned by its free memory (see
+    transformer's blocks faster, which the first chunk waits for (docs/performance.md); blocks compiled ahead of time
+    (`packages`) are used unasked where they fit, and make that superfluous. team: of `parallel.joined`, to film
+    together with other processes; its device is used. What stays on a GPU is planned by its free memory (see
     `budget`), except with text_placement "gpu", which wants everything there. Raises FileNotFoundError or ValueError
     for missing, truncated or foreign weights, naming the file.
     """
@@ -503,8 +505,10 @@ def load(
         dtype=dtype,
         drop=RELEASED_EXTRAS,
     )
-    if compile and plan.blocks == "gpu":
-        transformer.compile_blocks()
+    if plan.blocks == "gpu":
+        packaged = team is None and packages.apply(transformer, path.parent)
+        if compile and not packaged:
+            transformer.compile_blocks()
     vae = load_strict(
         lambda: build_vae(config),
         read_tensors(vae_path),

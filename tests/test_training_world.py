@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import SMALL_MODEL
+from torch import nn
 
 import infworld
 from infworld.checkpoint import read_tensors, save_tensors
@@ -20,14 +21,13 @@ from infworld.sampler import MAX_TIMESTEP
 from infworld.text import ByteTextEncoder
 from training import train_world
 from training.data import WalkPool, first_seed, to_video
-from training.optim import EMA
+from training.optim import EMA, GradientClipper
 from training.render import render
 from training.train_world import (
     FIRST_CHUNK,
     NOISES,
     Trainee,
     averaged,
-    clip_gradients,
     flow_loss,
     initialize_compressor,
     make_optimizers,
@@ -275,15 +275,21 @@ def test_every_parameter_has_one_optimizer(model):
     assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
 
 
-def test_a_step_whose_gradients_are_not_finite_changes_nothing(model):
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    clip_gradients(model)
-    norm = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
-    assert norm == pytest.approx(1.0, abs=1e-3)
-    model.transformer.head.head.bias.grad[0] = torch.inf
-    clip_gradients(model)
-    assert all(not p.grad.any() for p in model.parameters())
+def test_bad_steps_are_lost_and_larger_ones_become_usual():
+    weights = nn.Parameter(torch.zeros(4))
+    clip = GradientClipper()
+
+    def clipped(*gradient: float) -> float:
+        weights.grad = torch.tensor(gradient, dtype=torch.float32)
+        clip([weights, nn.Parameter(torch.zeros(1))])
+        return weights.grad.norm().item()
+
+    assert clipped(torch.nan, 1, 1, 1) == 0  # though nothing is usual yet
+    assert clipped(3, 4, 0, 0) == pytest.approx(1) and clipped(0.3, 0.4, 0, 0) == pytest.approx(0.5)
+    assert clipped(0, torch.inf, 0, 0) == clipped(5e4, 0, 0, 0) == 0
+    assert clipped(0, 6, 0, 0) == pytest.approx(1) and clip.lost == 3
+    kept = [clipped(0, 100, 0, 0) > 0 for _ in range(40)]
+    assert not kept[0] and all(kept[20:]) and kept == sorted(kept)
 
 
 def test_averaged_weights_are_lent(model):

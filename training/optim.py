@@ -90,3 +90,33 @@ class EMA:
 def lr_at(progress: float, step: int, warmup: int = 100) -> float:
     """Share of the peak learning rate at a progress of 0 to 1: grows over `warmup` steps and falls linearly to 0."""
     return min(1.0, (step + 1) / warmup) * max(0.0, 1 - progress)
+
+
+class GradientClipper:
+    """Scales all gradients down to a norm of `most` together, and makes those of a bad step zero: it costs no run.
+
+    Bad is what is not finite, or `spike` times as large as usual. What stays large for some steps becomes usual.
+    """
+
+    def __init__(self, most: float = 1.0, spike: float = 10.0):
+        self.most, self.spike = most, spike
+        self._usual = self._lost = None  # on the model's device, so that nothing waits for it
+
+    def __call__(self, parameters: Iterable[nn.Parameter]) -> None:
+        parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self.most)
+        if self._usual is None:
+            self._usual, self._lost = torch.full_like(norm, torch.inf), torch.zeros_like(norm)
+        good = norm.isfinite() & (norm <= self.spike * self._usual)
+        known = self._usual.isfinite()
+        self._usual = torch.where(
+            good, torch.where(known, torch.lerp(self._usual, norm, 0.05), norm), self._usual * 1.1
+        )
+        self._lost += ~good
+        for parameter in parameters:
+            parameter.grad.masked_fill_(~good, 0)
+
+    @property
+    def lost(self) -> int:
+        """How many steps were made zero so far."""
+        return 0 if self._lost is None else int(self._lost)

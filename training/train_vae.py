@@ -28,7 +28,7 @@ from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.vae import ResidualBlock, VideoVAE
 from training.data import first_seed, to_frames, to_video
 from training.measures import psnr
-from training.optim import EMA, Muon, lr_at
+from training.optim import EMA, GradientClipper, Muon, lr_at
 from training.render import render
 from training.run import Log, autocast, finish, from_rank_0, set_up_devices
 from training.walks import MIXED, sample_actions
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     model = Autoencoder(args.dim).to(device)
     done = load_weights(model.vae, args.resume) if args.resume else {"step": 0, "progress": 0.0}
     ema = EMA(model.vae, args.ema)
-    optimizers = make_optimizers(model.vae, args.lr)
+    optimizers, clip = make_optimizers(model.vae, args.lr), GradientClipper()
     if args.compile:
         compile_norms()
     trained = DistributedDataParallel(model) if ranks > 1 else model
@@ -121,7 +121,7 @@ def main(args: argparse.Namespace) -> None:
         frames = next(frames for since, frames in reversed(CLIP_FRAMES.items()) if progress >= since)
         lr = args.lr * lr_at(progress, step - done["step"])
         losses.append(learn(frames))
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip(model.parameters())
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -38,7 +38,7 @@ from infworld.sampler import MAX_TIMESTEP, sample, schedule
 from infworld.text import ByteTextEncoder
 from training.data import Batch, Labeller, WalkPool, first_seed
 from training.labels import jitter, label_actions, naive_labels, poses_to_matrices
-from training.optim import EMA, Muon
+from training.optim import EMA, GradientClipper, Muon
 from training.run import Log, autocast, compute_dtype, from_rank_0, set_up_devices
 from training.walks import MIXED, VIEW_ONLY
 from training.worlds import EVAL_SEEDS
@@ -100,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
         lambda: build_vae(config), read_tensors(args.vae), where=args.vae, device=device, dtype=compute_dtype(device)
     )
     model = Trainee(config).to(device)
-    optimizers = make_optimizers(model, args.lr)
+    optimizers, clip = make_optimizers(model, args.lr), GradientClipper()
     ema = EMA(model, args.ema)
     done = resume(args.resume, model, optimizers, ema) if args.resume else {"step": 0, "samples": 0}
     if args.new_actions:
@@ -162,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        clip_gradients(model)
+        clip(model.parameters())
         for optimizer in optimizers:
             optimizer.step()
         ema.update()
@@ -170,13 +170,13 @@ def main(args: argparse.Namespace) -> None:
         step, samples = step + 1, samples + NOISES * len(batch.history) * ranks
         if log and now - last_report > args.report_every:
             rate = (samples - done["samples"]) / (now - started)
-            report(log, model, ema, unseen, args.out, step, samples, losses)
+            report(log, model, ema, unseen, args.out, step, samples, losses, clip.lost)
             log.add("rate", samples_per_second=rate, renewed=pool.next_seed - seed, renewing=renewing)
             losses, last_report = [], now
 
     # What is kept: the averaged weights for use, the whole state to go on from.
     if log:
-        report(log, model, ema, unseen, args.out, step, samples, losses)
+        report(log, model, ema, unseen, args.out, step, samples, losses, clip.lost)
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "step": step, "samples": samples}
         torch.save({**state, "optimizers": [o.state_dict() for o in optimizers]}, args.out / "state.pt")
         log.plot("samples", ["loss", "error_right", "error_wrong"], ["gap", "far_gap"], scale="log")
@@ -309,7 +309,15 @@ def key_latents(count: int) -> list[int]:
 
 
 def report(
-    log: Log, model: Trainee, ema: EMA, unseen: WalkPool, out: Path, step: int, samples: int, losses: list[Tensor]
+    log: Log,
+    model: Trainee,
+    ema: EMA,
+    unseen: WalkPool,
+    out: Path,
+    step: int,
+    samples: int,
+    losses: list[Tensor],
+    lost_steps: int,
 ) -> None:
     """Logs the loss and the averaged weights' memory errors, and saves those weights for use."""
     with averaged(model, ema):
@@ -317,7 +325,7 @@ def report(
         halves = {name: tensor.half() for name, tensor in model.state_dict().items()}
     finite = [loss for loss in torch.stack(losses).tolist() if math.isfinite(loss)] if losses else []
     loss = sum(finite) / len(finite) if finite else None
-    log.add("report", step=step, samples=samples, loss=loss, lost_steps=len(losses) - len(finite), **errors)
+    log.add("report", step=step, samples=samples, loss=loss, lost_steps=lost_steps, **errors)
     for part in ("transformer", "text"):
         tensors = {k.removeprefix(f"{part}."): v for k, v in halves.items() if k.startswith(f"{part}.")}
         save_tensors(out / ("world.safetensors" if part == "transformer" else "text.safetensors"), tensors)
@@ -431,15 +439,6 @@ def set_rates(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("factor", 1.0)
-
-
-def clip_gradients(model: nn.Module, most: float = 1.0) -> None:
-    """Scales all gradients down to a norm of `most` together; gradients that are not finite count as none, so that one
-    bad step costs no run."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), most)
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.masked_fill_(~norm.isfinite(), 0)  # without waiting for the GPU
 
 
 def pick_chunk(chunks: int, config: ModelConfig, rng: random.Random) -> int:
