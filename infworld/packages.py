@@ -1,0 +1,219 @@
+"""A block's two steps compiled ahead of time, for where torch.compile cannot work (ZeroGPU) or takes too long.
+
+A package is native code for one kind of device and one version of torch. It holds no weights, so that one serves all
+blocks of a model; lengths of memory, noise and text are free. `make` writes it, `apply` finds one that fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import platform
+import threading
+from collections.abc import Iterable
+from contextlib import nullcontext
+from contextvars import Context
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+import torch
+from torch import Tensor
+
+from infworld import layers
+from infworld.config import PROJECT_ROOT, ModelConfig, TransformerConfig
+from infworld.dit import PATCH, Block, InfiniteWorldTransformer
+from infworld.layers import fastest_attention, rope_3d
+from infworld.memory import MAX_SINGLE_PASS
+from infworld.vae import PIXELS_PER_LATENT
+
+log = logging.getLogger(__name__)
+
+STEPS = {"memory_step": 1, "noisy_step": 2}  # of a block; how many tensors of tokens each takes
+RECORD = "blocks.json"  # says what a package was made for, and that it is complete
+ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # deviation of the compiled steps, of the largest value
+# What a compiler for this CPU may make use of, by the beginnings of the kernel's names for it.
+INSTRUCTIONS = ("sse", "ssse", "avx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "adx", "amx", "asimd", "sve")
+_USELESS = "the blocks compiled ahead of time do not work here, so on without: %s"
+
+
+def folder_name(name: str, device: torch.device) -> str:
+    """Of the package for a model and the device: "blocks-infinite-world-sm90-torch2.11"."""
+    return f"blocks-{name}-{_kind(device)}-torch{'.'.join(torch.__version__.split('.')[:2])}"
+
+
+def make(config: ModelConfig, device: torch.device, dtype: torch.dtype, folder: Path) -> float:
+    """Compiles the steps of the model's blocks into `folder`, which takes about a minute and no weights.
+
+    Returns by how much of the largest value the result deviates from what is not compiled. ValueError where that is
+    more than rounding; what was in the folder is then no package any more.
+    """
+    import spaces  # patches torch on ZeroGPU, and else is needed nowhere in this library
+
+    sizes = config.model_cfg
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).unlink(missing_ok=True)
+    block = Block(sizes.dim, sizes.ffn_dim, sizes.num_heads).to(device, dtype).eval().requires_grad_(False)
+    largest = max(config.buckets, key=lambda bucket: bucket[0] * bucket[1])
+    grid = tuple(side // (PIXELS_PER_LATENT * PATCH) for side in largest)
+    any_length = torch.export.Dim.DYNAMIC
+    with torch.no_grad(), fastest_attention(device):
+        for step, tokens in STEPS.items():
+            block.forward = getattr(block, step)
+            latents = (config.chunk_latents, MAX_SINGLE_PASS // 4 + 1)[-tokens:]
+            inputs = _inputs(block, latents, grid, config.text_encoder_cfg.model_max_length)
+            shapes = (*[{1: any_length}] * tokens, None, {1: any_length}, ({2: any_length},) * 2)
+            exported = torch.export.export(block, inputs, dynamic_shapes=shapes, strict=False)
+            spaces.aoti_compile_and_save(folder, exported, submodule=step)
+        del block.forward
+        deviation = max(_deviation(block, step, _Code(_package(folder, step))) for step in STEPS)
+    if not deviation <= ALLOWED.get(dtype, ALLOWED[torch.bfloat16]):
+        raise ValueError(f"the compiled blocks deviate by {deviation:.1e} of the largest value: they are of no use")
+    record = {"model": config.name, **_fingerprint(sizes, device, dtype)}
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return deviation
+
+
+def apply(transformer: InfiniteWorldTransformer, beside: Path) -> bool:
+    """Lets the blocks take their steps by a package, if there is one that fits; whether there is.
+
+    beside: a folder in which to look, besides the project's `checkpoints/`. What is damaged, or fails later, is said
+    in a line of the log, and the blocks do without.
+    """
+    wanted = _fingerprint(transformer.config, transformer.patch_embedding.weight.device, transformer.dtype)
+    folder = _fitting(wanted, dict.fromkeys([beside.absolute(), PROJECT_ROOT / "checkpoints"]))
+    if folder is None:
+        return False
+    try:
+        codes = {step: _Code(_package(folder, step)) for step in STEPS}
+    except Exception as error:  # the helper looks for a compiler, for one
+        log.warning(_USELESS, error)
+        return False
+    for step, code in codes.items():
+        for block in transformer.blocks:
+            setattr(block, step, _Step(block, step, code))
+    log.info("blocks compiled ahead of time: %s", folder)
+    return True
+
+
+class _Code:
+    """One step's package: loaded when it is first called, once in each process, and shared by all blocks."""
+
+    def __init__(self, path: Path):
+        from spaces.zero.torch.aoti import LazyAOTIModel
+
+        self.works = True
+        self._model = LazyAOTIModel(str(path))
+        # It loads once per context, of which every thread has its own.
+        self._context, self._one_at_a_time = Context(), threading.Lock()
+
+    def __call__(self, weights: dict[str, Tensor], *inputs: Any) -> Tensor:
+        device = torch.cuda.device(inputs[0].device) if inputs[0].is_cuda else nullcontext()
+        with device, self._one_at_a_time:
+            return self._context.run(self._model, weights, True, *inputs)
+
+
+class _Step:
+    """Stands in for a block's step and leaves to that what the package was not made for."""
+
+    def __init__(self, block: Block, step: str, code: _Code):
+        self._own = getattr(block, step)
+        self._code = code
+        # The parameters themselves: ZeroGPU moves them after the model is loaded.
+        self._weights = dict(block.named_parameters())
+        self._count = STEPS[step] + 3
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        x, attention = inputs[0], any(inputs[self._count :])
+        fits = len(x) == 1 and x.dtype == self._weights["modulation"].dtype
+        if attention or not fits or torch.is_grad_enabled() or not self._code.works:
+            return self._own(*inputs)
+        try:
+            return self._code(self._weights, *inputs[: self._count])
+        except Exception as error:  # of whatever kind: the block's own step will do, or say it better
+            self._code.works = False
+            log.warning(_USELESS, error)
+            return self._own(*inputs)
+
+
+def _package(folder: Path, step: str) -> Path:
+    return folder / "submodules" / step / "package.pt2"  # as `spaces` has it
+
+
+def _fitting(wanted: dict[str, Any], places: Iterable[Path]) -> Path | None:
+    """The folder of a whole package in one of the places that was made for what is wanted."""
+    for path in (path for place in places for path in sorted(place.glob(f"blocks-*/{RECORD}"))):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            other = [key for key in wanted if key != "instructions" and found[key] != wanted[key]]
+            if not set(found["instructions"]) <= set(wanted["instructions"]):
+                other.append("instructions")
+            if other:
+                log.info("%s was made for other %s", path.parent, ", ".join(other))
+                continue
+            for step in STEPS:
+                with ZipFile(_package(path.parent, step)) as package:
+                    if name := package.testzip():
+                        raise ValueError(f"{name} in {package.filename} is not what was written")
+            return path.parent
+        except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
+            log.warning("%s is damaged, so on without: %s", path.parent, error)
+    return None
+
+
+def _fingerprint(sizes: TransformerConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What has to be the same where a package is made and where it is used, JSON values.
+
+    The CPU's instructions count for a GPU's package too, whose kernels are called by code for the CPU; those of the
+    package have to be among those of the machine.
+    """
+    code = inspect.getsource(Block) + inspect.getsource(layers)
+    return {
+        "sizes": {name: getattr(sizes, name) for name in ("dim", "ffn_dim", "num_heads")},
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": _kind(device),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "instructions": _instructions(),
+        "code": hashlib.sha256(code.encode()).hexdigest(),
+    }
+
+
+def _kind(device: torch.device) -> str:
+    return "sm{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "cpu"
+
+
+def _instructions(cpus: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Names of the CPU's instruction sets; none where the system does not tell."""
+    try:
+        lines = cpus.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return sorted({flag for flag in flags.split() if flag.startswith(INSTRUCTIONS)})
+
+
+def _inputs(block: Block, latents: tuple[int, ...], grid: tuple[int, int], text: int) -> tuple:
+    """What a step takes, random: tokens of so many latents of `grid` patches each (noise before memory), and text."""
+    weight = block.modulation
+    dim, heads = weight.shape[-1], block.self_attn.num_heads
+
+    def draw(tokens: int) -> Tensor:
+        return torch.randn(1, tokens, dim, device=weight.device, dtype=weight.dtype)
+
+    tokens = [draw(number * grid[0] * grid[1]) for number in latents]
+    modulation = torch.randn(1, 6, dim, device=weight.device)
+    rope = rope_3d(range(sum(latents)), *grid, dim // heads, weight.device)
+    return *tokens, modulation, rope, block.cross_attn.keys_values(draw(text))
+
+
+def _deviation(block: Block, step: str, code: _Code) -> float:
+    """The largest difference between a step and its package, of the largest value, for lengths that are not its own."""
+    weights, found = dict(block.named_parameters()), []
+    for memory in (1, 3):
+        inputs = _inputs(block, (2, memory)[-STEPS[step] :], (4, 6), text=7)
+        expected = getattr(block, step)(*inputs)
+        found.append(float((code(weights, *inputs) - expected).abs().max() / expected.abs().max()))
+    return max(found)
