@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 STEPS = {"memory_step": 1, "noisy_step": 2}  # of a block; how many tensors of tokens each takes
 RECORD = "blocks.json"  # says what a package was made for, and that it is complete
-ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # deviation of the compiled steps, of the largest value
+ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # deviation of compiled steps, of the largest value
 # What a compiler for this CPU may make use of, by the beginnings of the kernel's names for it.
 INSTRUCTIONS = ("sse", "ssse", "avx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "adx", "amx", "asimd", "sve")
 _USELESS = "the blocks compiled ahead of time do not work here, so on without: %s"
@@ -68,8 +68,8 @@ def make(config: ModelConfig, device: torch.device, dtype: torch.dtype, folder: 
             exported = torch.export.export(block, inputs, dynamic_shapes=shapes, strict=False)
             spaces.aoti_compile_and_save(folder, exported, submodule=step)
         del block.forward
-        deviation = max(_deviation(block, step, _Code(_package(folder, step))) for step in STEPS)
-    if not deviation <= ALLOWED.get(dtype, ALLOWED[torch.bfloat16]):
+        deviation = _deviation(block, {step: _Code(_package(folder, step)) for step in STEPS})
+    if not deviation <= ALLOWED[dtype]:
         raise ValueError(f"the compiled blocks deviate by {deviation:.1e} of the largest value: they are of no use")
     record = {"model": config.name, **_fingerprint(sizes, device, dtype)}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -112,7 +112,8 @@ class _Code:
     def __call__(self, weights: dict[str, Tensor], *inputs: Any) -> Tensor:
         device = torch.cuda.device(inputs[0].device) if inputs[0].is_cuda else nullcontext()
         with device, self._one_at_a_time:
-            return self._context.run(self._model, weights, True, *inputs)
+            # A dict that it has not seen, or it would not look where the weights are now.
+            return self._context.run(self._model, dict(weights), True, *inputs)
 
 
 class _Step:
@@ -209,11 +210,12 @@ def _inputs(block: Block, latents: tuple[int, ...], grid: tuple[int, int], text:
     return *tokens, modulation, rope, block.cross_attn.keys_values(draw(text))
 
 
-def _deviation(block: Block, step: str, code: _Code) -> float:
-    """The largest difference between a step and its package, of the largest value, for lengths that are not its own."""
+def _deviation(block: Block, codes: dict[str, _Code]) -> float:
+    """The largest difference between steps and packages, of the largest value, for lengths that are not their own."""
     weights, found = dict(block.named_parameters()), []
-    for memory in (1, 3):
-        inputs = _inputs(block, (2, memory)[-STEPS[step] :], (4, 6), text=7)
-        expected = getattr(block, step)(*inputs)
-        found.append(float((code(weights, *inputs) - expected).abs().max() / expected.abs().max()))
-    return max(found)
+    for step, code in codes.items():
+        for memory in (1, 3):
+            inputs = _inputs(block, (2, memory)[-STEPS[step] :], (4, 6), text=7)
+            expected = getattr(block, step)(*inputs)
+            found.append((code(weights, *inputs) - expected).abs().max() / expected.abs().max())
+    return float(torch.stack(found).max())  # NaN if any is
