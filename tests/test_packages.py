@@ -14,9 +14,9 @@ from torch._inductor import config as inductor
 
 import infworld
 from infworld import packages
-from infworld.config import load_config
+from infworld.config import PROJECT_ROOT, load_config
 from infworld.dit import InfiniteWorldTransformer
-from scripts import compile_blocks
+from scripts import compile_blocks, upload_to_hf
 from tests.conftest import make_small_model
 
 MEMORIES = (1, 5)
@@ -204,3 +204,24 @@ def test_a_package_that_computes_something_else_is_not_recorded(copied, monkeypa
         packages.make(*arguments)
     assert not record.exists()
     assert not packaged(infworld.load(copied, "cpu").transformer)
+
+
+def test_a_package_goes_up_with_a_space_and_weights_do_not(tmp_path):
+    names = (
+        "app.py",
+        "checkpoints/world.ckpt",
+        *(f"checkpoints/blocks-x/{name}" for name in (packages.RECORD, "a.pt2")),
+    )
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    shutil.copy(PROJECT_ROOT / ".gitignore", tmp_path)
+    files, _ = upload_to_hf.project_files(tmp_path, released_weights=False)
+    assert {file.name for file in files} == {".gitignore", *names} - {"checkpoints/world.ckpt"}
+
+
+def test_a_package_needs_the_instructions_of_the_cpu_it_was_made_on(tmp_path):
+    cpus = tmp_path / "cpuinfo"
+    cpus.write_text("processor : 0\nflags : fpu avx2 ibrs fma avx512f\nprocessor : 1\n")
+    assert packages._instructions(cpus) == ["avx2", "avx512f", "fma"]
+    assert packages._instructions(tmp_path / "none") == []
