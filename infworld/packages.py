@@ -67,7 +67,8 @@ def make(config: ModelConfig, device: torch.device, dtype: torch.dtype, folder: 
             inputs = _inputs(block, latents, grid, config.text_encoder_cfg.model_max_length)
             shapes = (*[{1: any_length}] * tokens, None, {1: any_length}, ({2: any_length},) * 2)
             exported = torch.export.export(block, inputs, dynamic_shapes=shapes, strict=False)
-            spaces.aoti_compile_and_save(folder, exported, submodule=step)
+            # On a CPU with as many threads as there are when a film is made, not now.
+            spaces.aoti_compile_and_save(folder, exported, {"cpp.dynamic_threads": True}, submodule=step)
         del block.forward
         deviation = _deviation(block, {step: _Code(_package(folder, step)) for step in STEPS})
     if not deviation <= ALLOWED[dtype]:
@@ -83,13 +84,13 @@ def apply(transformer: InfiniteWorldTransformer, beside: Path) -> bool:
     beside: a folder in which to look, besides the project's `checkpoints/`. What is damaged, or fails later, is said
     in a line of the log, and the blocks do without.
     """
-    wanted = _fingerprint(transformer.config, transformer.patch_embedding.weight.device, transformer.dtype)
-    folder = _fitting(wanted, dict.fromkeys([beside.absolute(), PROJECT_ROOT / "checkpoints"]))
-    if folder is None:
-        return False
     try:
+        wanted = _fingerprint(transformer.config, transformer.patch_embedding.weight.device, transformer.dtype)
+        folder = _fitting(wanted, dict.fromkeys([beside.absolute(), PROJECT_ROOT / "checkpoints"]))
+        if folder is None:
+            return False
         codes = {step: _Code(_package(folder, step)) for step in STEPS}
-    except Exception as error:  # the helper looks for a compiler, for one
+    except Exception as error:  # of whatever kind: the blocks need no package
         log.warning(_USELESS, error)
         return False
     for step, code in codes.items():
@@ -176,7 +177,7 @@ def _fingerprint(sizes: TransformerConfig, device: torch.device, dtype: torch.dt
         "sizes": {name: getattr(sizes, name) for name in ("dim", "ffn_dim", "num_heads")},
         "dtype": str(dtype).removeprefix("torch."),
         "device": _kind(device),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "system": f"{platform.system()} {platform.machine()}",
         "instructions": _instructions(),
         "code": hashlib.sha256(code.encode()).hexdigest(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,20 @@ def test_weights_that_move_are_found(small, world):
     assert difference(velocity(model, 1), velocity(plain, 1)) < 1e-5
 
 
+def test_a_package_is_loaded_once_whatever_thread_asks(small, world, monkeypatch):
+    """On the page every chunk is made in a thread of its own."""
+    loaded, load = [], torch._inductor.aoti_load_package
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: loaded.append(path) or load(path))
+    model, found = infworld.load(small, "cpu").transformer, []
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: found.append(velocity(model, 1)))
+        thread.start()
+        thread.join()
+    assert len(found) == 2
+    assert all(difference(result, velocity(world.transformer, 1)) < 1e-5 for result in found)
+    assert len(loaded) == len(packages.STEPS)
+
+
 def test_what_a_package_was_not_made_for_goes_without(small, world, monkeypatch):
     model = infworld.load(small, "cpu").transformer
     calls = counted(model, monkeypatch)
@@ -178,6 +193,13 @@ def test_a_record_that_is_none_is_named(copied, caplog, text):
     next(copied.parent.rglob(packages.RECORD)).write_text(text)
     assert not packaged(infworld.load(copied, "cpu").transformer)
     assert "is damaged" in caplog.text
+
+
+def test_a_package_that_cannot_be_tried_is_no_harm(copied, monkeypatch, caplog):
+    """For want of a compiler, or of a helper library that has what it had."""
+    monkeypatch.setattr(packages, "_Code", lambda path: 1 / 0)
+    assert not packaged(infworld.load(copied, "cpu").transformer)
+    assert warnings(caplog) == ["the blocks compiled ahead of time do not work here"]
 
 
 def test_a_package_that_fails_in_a_film_is_left_behind(copied, world, caplog):
