@@ -26,7 +26,7 @@ from infworld import layers
 from infworld.config import PROJECT_ROOT, ModelConfig, TransformerConfig
 from infworld.dit import PATCH, Block, InfiniteWorldTransformer
 from infworld.layers import fastest_attention, rope_3d
-from infworld.memory import MAX_SINGLE_PASS
+from infworld.memory import MAX_SINGLE_PASS, memory_latents
 from infworld.vae import PIXELS_PER_LATENT
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def make(config: ModelConfig, device: torch.device, dtype: torch.dtype, folder: 
     with torch.no_grad(), fastest_attention(device):
         for step, tokens in STEPS.items():
             block.forward = getattr(block, step)
-            latents = (config.chunk_latents, MAX_SINGLE_PASS // 4 + 1)[-tokens:]
+            latents = (config.chunk_latents, memory_latents(MAX_SINGLE_PASS))[-tokens:]
             inputs = _inputs(block, latents, grid, config.text_encoder_cfg.model_max_length)
             shapes = (*[{1: any_length}] * tokens, None, {1: any_length}, ({2: any_length},) * 2)
             exported = torch.export.export(block, inputs, dynamic_shapes=shapes, strict=False)

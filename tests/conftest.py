@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from pathlib import Path
+
+# Before torch is imported, here and in the programs that tests start: tests run side by side, a thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -71,6 +75,7 @@ def own_cache(tmp_path_factory):
     """Nothing is remembered from one test run to the next, or in a person's own cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
         patch.delenv("INFWORLD_MODEL", raising=False)
         yield
 

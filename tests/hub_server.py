@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -68,6 +69,11 @@ class HubServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        """A client may hang up; whatever else goes wrong is shown."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)

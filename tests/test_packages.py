@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import spaces
 import torch
+from conftest import make_small_model
 from torch._inductor import config as inductor
 
 import infworld
@@ -18,7 +19,6 @@ from infworld import packages
 from infworld.config import PROJECT_ROOT, load_config
 from infworld.dit import InfiniteWorldTransformer
 from scripts import compile_blocks, upload_to_hf
-from tests.conftest import make_small_model
 
 MEMORIES = (1, 5)
 

@@ -19,7 +19,7 @@ from infworld.memory import MemoryCompressor
 from infworld.rollout import build_vae
 from infworld.sampler import MAX_TIMESTEP
 from infworld.text import ByteTextEncoder
-from training import train_world
+from training import check_gradients, train_world
 from training.data import WalkPool, first_seed, to_video
 from training.optim import EMA, GradientClipper
 from training.render import render
@@ -376,3 +376,29 @@ def test_weights_alone_begin_a_new_count(run, model):
     weights = read_tensors(run / "world.safetensors")
     assert all(torch.equal(tensor, weights[name].float()) for name, tensor in model.transformer.state_dict().items())
     assert all(torch.equal(tensor, ema.average[name]) for name, tensor in model.state_dict().items())
+
+
+def test_right_gradients_are_found_right_and_wrong_ones_wrong(run, capsys):
+    arguments = ["--config", str(run / "small.yaml"), "--vae", str(run / "vae.safetensors"), "--chunks", str(CHUNKS)]
+    arguments += ["--resume", str(run / "world.safetensors"), "--steps", "2", "--batch", "2"]
+    assert check_gradients.main(check_gradients.parse_args(arguments)) == 0
+    assert "fine: the worst gradient is off by 0.000" in capsys.readouterr().out
+
+    right = {"a": torch.ones(4), "b": torch.full((4,), 1e-9)}
+    off = check_gradients.most_deviating
+    assert off(right, right)[0] == 0
+    assert off({"a": torch.full((4,), 1.2), "b": -right["b"]}, right) == (pytest.approx(0.2), "a")  # b is next to none
+    assert off({"a": torch.full((4,), torch.nan), "b": right["b"]}, right) == (torch.inf, "a")
+    assert off({"a": right["a"]}, right) == (torch.inf, "b")
+
+
+def test_a_run_with_wrong_gradients_is_not_called_fine(run, monkeypatch):
+    steps, gradients = iter(range(9)), check_gradients.gradients
+
+    def sometimes_wrong(*arguments):
+        found = gradients(*arguments)
+        return {name: 3 * gradient for name, gradient in found.items()} if next(steps) == 2 else found
+
+    monkeypatch.setattr(check_gradients, "gradients", sometimes_wrong)
+    arguments = ["--config", str(run / "small.yaml"), "--vae", str(run / "vae.safetensors"), "--chunks", str(CHUNKS)]
+    assert check_gradients.main(check_gradients.parse_args([*arguments, "--steps", "2", "--batch", "2"])) == 1
