@@ -18,6 +18,7 @@ import json
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import infworld.vae
+from infworld import packages
 from infworld.checkpoint import load_strict, read_tensors
 from infworld.config import FRAMES_PER_LATENT, PROJECT_ROOT, ModelConfig, TextConfig, TransformerConfig, load_config
 from infworld.dit import InfiniteWorldTransformer
@@ -529,34 +531,53 @@ def vae_ways(bench: Bench) -> None:
 
 def compiled(bench: Bench) -> None:
     """The blocks compiled: how long the first step takes, the steady step, and what another history costs."""
+    if not bench.record.allows("compiled: first step", 90.0 if bench.device.type == "cuda" else 0.0):
+        return
+    world = other_blocks(bench.world)
+    world.transformer.compile_blocks()
+    time_other_blocks(bench, "compiled", world, "compilation, the chunk's preparation and one step")
+
+
+def packaged(bench: Bench) -> None:
+    """The same with blocks that are compiled ahead of time, and how long that takes."""
+    if not bench.record.allows("packaged: compiling ahead of time", 120.0):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / packages.folder_name(bench.config.name, bench.device)
+        making = bench.once(lambda: packages.make(bench.config, bench.device, bench.dtype, package))
+        bench.record.put("packaged: compiling ahead of time", making, "s", "once for a kind of card")
+        world = other_blocks(bench.world)
+        if not packages.apply(world.transformer, Path(folder)):
+            return bench.record.leave_out("packaged: first step", "the package is of no use here, see the log")
+        time_other_blocks(bench, "packaged", world, "loading the package, the chunk's preparation and one step")
+
+
+def time_other_blocks(bench: Bench, way: str, world: World, first_note: str) -> None:
+    """How long a world with other blocks takes for its first step, the steady step, and one after another history."""
     history, record = bench.histories[0], bench.record
     session, z, t = bench.session(history), bench.noise(bench.config.chunk_latents), timestep(bench)
-    if not record.allows("compiled: first step", 90.0 if bench.device.type == "cuda" else 0.0):
-        return
     plain = bench.world.velocity(session)(z, t)
-    world = compiled_copy(bench.world)
     first = bench.once(lambda: world.velocity(session)(z, t))
-    record.put("compiled: first step", first, "s", "compilation, the chunk's preparation and one step")
+    record.put(f"{way}: first step", first, "s", first_note)
     velocity = world.velocity(session)
-    bench.seconds(f"compiled: step, history {history}", lambda: velocity(z, t))
-    bench.seconds(f"compiled: prepare, history {history}", lambda: world.velocity(session), repeats=1)
+    bench.seconds(f"{way}: step, history {history}", lambda: velocity(z, t))
+    bench.seconds(f"{way}: prepare, history {history}", lambda: world.velocity(session), repeats=1)
     record.put(
-        "compiled: error of one velocity", relative_error(velocity(z, t), plain), "", "against exact, not compiled"
+        f"{way}: error of one velocity", relative_error(velocity(z, t), plain), "", "against exact, not compiled"
     )
     other = bench.session(min(bench.histories))
     taken = bench.once(lambda: world.velocity(other)(z, t))
-    record.put("compiled: first step after another history", taken, "s", f"history {min(bench.histories)}")
+    record.put(f"{way}: first step after another history", taken, "s", f"history {min(bench.histories)}")
     again = bench.once(lambda: world.velocity(other)(z, t))
-    record.put("compiled: the same once more", again, "s", "what is less than the line above was compiled anew")
+    record.put(f"{way}: the same once more", again, "s", "what is less than the line above was compiled anew")
 
 
-def compiled_copy(world: World) -> World:
-    """The same weights with blocks that compile, so that the world itself stays as it is."""
+def other_blocks(world: World) -> World:
+    """The same weights in blocks of their own, so that the world itself stays as it is."""
     with torch.device("meta"):
         transformer = InfiniteWorldTransformer(world.config.model_cfg)
     transformer.load_state_dict(world.transformer.state_dict(), assign=True)
-    transformer.eval().requires_grad_(False).compile_blocks()
-    return World(world.config, transformer, world.vae, NoiseText(world.config))
+    return World(world.config, transformer.eval().requires_grad_(False), world.vae, NoiseText(world.config))
 
 
 def repeated_step(bench: Bench) -> None:
@@ -609,13 +630,14 @@ PARTS = {
     "errors": errors,
     "quality": vae_quality,
     "compiled": compiled,
+    "packaged": packaged,
     "choices": choices,
     "again": repeated_step,
     "measured-film": film_measured,
     "profile": profile,
     "small-cards": small_cards,
 }
-ON_REQUEST = ("measured-film", "profile", "small-cards")
+ON_REQUEST = ("packaged", "measured-film", "profile", "small-cards")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
