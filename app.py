@@ -42,9 +42,10 @@ from ui.memory_check import memory_check
 from ui.models import Models, OneModel
 from ui.picture import Picture
 from ui.player import FilmPlayer, film_value, still_value
-from ui.studio import MAX_PROMPT, MAX_STEPS, Job, Loading, Making, Studio, Wishes
+from ui.studio import Job, Loading, Making, Studio
 from ui.team import follow
 from ui.walk import STEP, TURN_DEGREES
+from ui.wishes import MAX_PROMPT, MAX_STEPS, Wishes
 
 log = logging.getLogger(__name__)
 

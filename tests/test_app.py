@@ -40,8 +40,9 @@ from ui.films import Film, FilmStore
 from ui.gallery import find_examples
 from ui.memory_check import coverage_strip, covered_frames, memory_check, psnr
 from ui.models import Models, OneModel
-from ui.studio import MAX_PROMPT, MAX_STEPS, Job, Loading, Studio, Wishes
+from ui.studio import Job, Loading, Studio
 from ui.walk import revisits, walk
+from ui.wishes import MAX_PROMPT, MAX_STEPS, Wishes
 
 WISHES = Wishes(ActionScript.parse("forward 80, right 80"), "a hill", "", seed=3, steps=2, guidance=1.0)
 
@@ -340,7 +341,7 @@ def test_a_film_is_the_same_across_a_process_border(world, picture, tmp_path, mo
 
 
 def test_tasks_and_results_can_be_pickled(world, picture):
-    task = WISHES.begin(np.zeros((32, 48, 3), np.uint8))
+    task = compute.Scene(**vars(WISHES), picture=np.zeros((32, 48, 3), np.uint8))
     run = compute.on_gpu(world)(task)
     for result in run:
         assert isinstance(pickle.loads(pickle.dumps(result)), (Session, Report, Chunk))
@@ -357,7 +358,7 @@ def test_gpu_time_grows_with_steps_guidance_and_chunks(world, picture, monkeypat
     assert 0 < few < many < guided
     longer = dataclasses.replace(session, chunk_latents=(None,) * 8)
     assert gpu_seconds(Replay(session), world) < gpu_seconds(Replay(longer), world)
-    assert gpu_seconds(WISHES.begin(session.picture[0]), world) == few
+    assert gpu_seconds(compute.Scene(**vars(WISHES), picture=session.picture[0]), world) == few
 
 
 # ------------------------------------------------------------------------------------------------------ words, examples

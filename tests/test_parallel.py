@@ -243,7 +243,7 @@ def page(world: World, picture: np.ndarray) -> list[torch.Tensor] | None:
     if not world.team.first:
         return follow(world.team, lambda name: world)
     compute = leading(world)
-    scene = Scene(picture, ActionScript.of("forward 80"), "", "", 5, 3, 2.0, "exact")
+    scene = Scene(ActionScript.of("forward 80"), "", "", 5, 3, 2.0, picture=picture)
     stopped_at_once = compute(scene)
     assert isinstance(next(stopped_at_once), Session)
     stopped_at_once.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import numpy as np
@@ -17,10 +17,10 @@ import psutil
 import spaces  # patches torch, so before anything touches CUDA
 import torch
 
-from infworld.actions import ActionScript
 from infworld.models import device_name
-from infworld.presets import EXACT, find_preset
+from infworld.presets import find_preset
 from infworld.rollout import Chunk, Progress, Session, World
+from ui.wishes import Wishes
 
 MIN_SECONDS, MAX_SECONDS = 20, 1200  # of one GPU call
 # Seconds per pass through the released model (1.4 B parameters, 32,928 tokens; a sampler step takes one for each text)
@@ -30,17 +30,10 @@ RELEASED_TOKENS, RELEASED_WIDTH = 32_928, 1536 * 30
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What a new film begins with: the picture (uint8, H W 3) and the wishes of `World.start`."""
+class Scene(Wishes):
+    """What a new film begins with: the wishes, and the picture (uint8, H W 3)."""
 
-    picture: np.ndarray
-    actions: ActionScript
-    prompt: str
-    negative_prompt: str
-    seed: int
-    steps: int
-    guidance: float
-    preset: str = EXACT.name
+    picture: np.ndarray = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -88,16 +81,8 @@ def on_gpu(world: World) -> Compute:
 
 
 def start(world: World, scene: Scene) -> Session:
-    return world.start(
-        scene.picture,
-        scene.actions,
-        scene.prompt,
-        negative_prompt=scene.negative_prompt,
-        seed=scene.seed,
-        steps=scene.steps,
-        guidance=scene.guidance,
-        preset=scene.preset,
-    )
+    wishes = dict(vars(scene))
+    return world.start(wishes.pop("picture"), **wishes)
 
 
 class Stopped(Exception):

@@ -7,9 +7,7 @@ A Job says what a run has to do and is small; a Film is a folder. Between two ca
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,61 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from infworld.actions import ActionScript
 from infworld.models import peak_memory
-from infworld.presets import EXACT, find_preset
-from infworld.rollout import MAX_SEED, Chunk, Session, check_session
+from infworld.rollout import Chunk, Session, check_session
 from infworld.video import crop_image
 from ui.compute import Compute, Replay, Report, Scene
 from ui.films import Film, FilmStore
 from ui.models import Models
 from ui.status import Making
+from ui.wishes import Wishes
 
 log = logging.getLogger(__name__)
-
-MAX_PROMPT = 1000  # characters
-MAX_STEPS = 100
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """How the frames to come shall be made. `actions` are the whole film's, from its first frame on.
-
-    Raises ValueError for what no page would send.
-    """
-
-    actions: ActionScript
-    prompt: str
-    negative_prompt: str
-    seed: int
-    steps: int
-    guidance: float
-    preset: str = EXACT.name
-
-    def __post_init__(self):
-        if max(len(self.prompt), len(self.negative_prompt)) > MAX_PROMPT:
-            raise ValueError(f"a prompt may have at most {MAX_PROMPT} characters")
-        if not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"the seed must be a whole number from 0 to {MAX_SEED}, not {self.seed}")
-        if not isinstance(self.steps, int) or not 1 <= self.steps <= MAX_STEPS:
-            raise ValueError(f"the number of steps must be 1 to {MAX_STEPS}, not {self.steps}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be a number, not {self.guidance}")
-        find_preset(self.preset)
-
-    @staticmethod
-    def of(session: Session) -> Wishes:
-        """What a session was asked for."""
-        return Wishes(**{field.name: getattr(session, field.name) for field in dataclasses.fields(Wishes)})
-
-    def begin(self, picture: np.ndarray) -> Scene:
-        return Scene(picture, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
-
-    def for_rest_of(self, session: Session) -> Session:
-        """The session with these wishes for the frames to come; what was done stays. The seed is not touched."""
-        rest = ActionScript.from_pairs(self.actions.pairs(session.num_frames - 1))
-        session = session.with_actions(rest).with_prompt(self.prompt, self.negative_prompt)
-        return dataclasses.replace(session, steps=self.steps, guidance=self.guidance, preset=self.preset)
 
 
 @dataclass(frozen=True)
@@ -165,7 +118,7 @@ class Studio:
         if job.wishes is None:
             return None
         if job.picture is not None:
-            return job.wishes.begin(job.picture)
+            return Scene(**vars(job.wishes), picture=job.picture)
         if job.redo:
             return job.wishes.for_rest_of(film.previous()).with_seed(job.wishes.seed)
         return job.wishes.for_rest_of(film.session())
