@@ -247,6 +247,7 @@ class Page:
                 gr.Number(0, label="seed", precision=0),
                 gr.Textbox("", label="prompt", max_length=MAX_PROMPT),
                 gr.Textbox("", label="model"),
+                gr.Dropdown(list(PRESETS), value=EXACT.name, label="preset"),
             ]
             gr.Button().click(
                 self.make_film,
@@ -441,6 +442,7 @@ class Page:
         seed: int = 0,
         prompt: str = "",
         model: str = "",
+        preset: str = EXACT.name,
         progress=gr.Progress(),  # noqa: B008  (how Gradio hands one over)
     ) -> str:
         """
@@ -458,12 +460,13 @@ class Page:
             seed: Another number makes another film of the same walk.
             prompt: What the world looks like; may be empty.
             model: One of the models that are here, by name; empty for the page's own.
+            preset: exact, or balanced or fast, which are faster and less exact.
         """
         if image is None:
             raise ValueError("there is no picture")
         config = self.models.config(model or self.models.first)
         sampler = config.val_scheduler_cfg
-        quality = sampler.num_sampling_steps, sampler.text_cfg_scale
+        quality = find_preset(preset).steps_of(sampler), sampler.text_cfg_scale, preset
         wishes = Wishes(_script(actions), prompt, config.negative_prompt, seed, *quality)
         film, job = self.studio.begin(image, frames, wishes, config.name)
         for news in self.studio.run(film, job):

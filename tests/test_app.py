@@ -29,8 +29,8 @@ import infworld
 from infworld import models
 from infworld.actions import ActionScript
 from infworld.config import load_config
-from infworld.presets import PRESETS
-from infworld.rollout import Chunk, Progress, Session
+from infworld.presets import PRESETS, find_preset
+from infworld.rollout import Chunk, Progress, Session, World
 from infworld.video import read_mp4
 from ui import compute, status
 from ui import models as ui_models
@@ -774,6 +774,21 @@ def test_actions_from_a_program_may_be_json(client, picture):
     assert len(read_mp4(client.predict(handle_file(picture), script, 81, 0, "", api_name="/film"))) == 81
 
 
+def test_a_preset_from_a_program_brings_its_steps(client, picture, world, monkeypatch):
+    from gradio_client import handle_file
+    from gradio_client.exceptions import AppError
+
+    started, start = [], World.start
+    monkeypatch.setattr(
+        World, "start", lambda world, *args, **wishes: started.append(wishes) or start(world, *args, **wishes)
+    )
+    client.predict(handle_file(picture), "", 81, 0, "", "", "fast", api_name="/film")
+    assert started[0]["preset"] == "fast"
+    assert started[0]["steps"] == find_preset("fast").steps_of(world.config.val_scheduler_cfg)
+    with pytest.raises(AppError, match="(?i)hasty"):
+        client.predict(handle_file(picture), "", 81, 0, "", "", "hasty", api_name="/film")
+
+
 @pytest.mark.parametrize(
     ("actions", "frames", "seed", "message"),
     [
@@ -812,7 +827,7 @@ def test_nothing_else_is_shown_to_programs(client):
 
 def test_a_picture_on_the_server_cannot_be_named(address, picture):
     file = {"path": str(picture), "meta": {"_type": "gradio.FileData"}}
-    asked = httpx.post(f"{address}gradio_api/call/film", json={"data": [file, "", 81, 0, "", ""]})
+    asked = httpx.post(f"{address}gradio_api/call/film", json={"data": [file, "", 81, 0, "", "", "exact"]})
     answer = httpx.get(f"{address}gradio_api/call/film/{asked.json()['event_id']}", timeout=60).text
     assert "event: error" in answer and "event: complete" not in answer
 
