@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import importlib.util
 import logging
+import math
 import os
 import random
 import tempfile
@@ -529,7 +530,7 @@ def upload_limit(config: ModelConfig) -> int:
 
     A session holds what the VAE's encoder carries on (about 15 numbers a pixel and channel) and all latents, twice.
     """
-    pixels = max(height * width for height, width in config.buckets)
+    pixels = math.prod(config.largest_bucket)
     carried = 20 * pixels * config.vae_cfg.dim
     latents = 2 * config.validation_data.max_chunks * config.chunk_latents * config.vae_cfg.z_dim * pixels // 64
     return UPLOAD_ROOM + 4 * (carried + latents)

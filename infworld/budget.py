@@ -73,7 +73,7 @@ class Needs:
     def of(config: ModelConfig, transformer: InfiniteWorldTransformer, vae: VideoVAE) -> Needs:
         """The modules may be on `meta`; their dtypes count."""
         sizes, block = config.model_cfg, transformer.blocks[0]
-        height, width = max(config.buckets, key=lambda bucket: bucket[0] * bucket[1])
+        height, width = config.largest_bucket
         area = height * width // PIXELS_PER_LATENT**2  # of a latent
         number = transformer.patch_embedding.weight.itemsize
         per_latent = area // PATCH**2 * sizes.dim * number

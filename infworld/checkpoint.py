@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +33,6 @@ _ZIP_HEADER = 30  # bytes of the header before each of its members, of which the
 _ZIP_END = 22  # bytes of the record at its end
 _NAMED = 4  # names per kind of mismatch in an error
 _AGAIN = "download it again (the released files: python scripts/download.py)"
-ROOM = 2**30  # bytes that stay free on a disk
 _PIECE = 2**24  # numbers that are converted and written at a time
 
 _SAFETENSORS_DTYPES = {
@@ -129,16 +127,6 @@ def check_fit(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor], w
         raise ValueError(
             f"{where} does not fit the model, by its tensors: {'; '.join(problems)}. "
             "Check that this is the right file and that the config has its sizes"
-        )
-
-
-def check_room(folder: Path, size: int) -> None:
-    """Raises ValueError if the folder's disk has no room for `size` bytes more, with ROOM to spare."""
-    free = shutil.disk_usage(folder).free
-    if free < size + ROOM:
-        raise ValueError(
-            f"{folder} has {free / 1e9:.1f} GB free and {(size + ROOM) / 1e9:.1f} GB are needed: make room, or choose "
-            "a folder on another disk"
         )
 
 

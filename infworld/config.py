@@ -148,6 +148,11 @@ class ModelConfig:
         return self.validation_data.num_frames - 1
 
     @property
+    def largest_bucket(self) -> tuple[int, int]:
+        """Height and width of the largest picture."""
+        return max(self.buckets, key=lambda bucket: bucket[0] * bucket[1])
+
+    @property
     def chunk_latents(self) -> int:
         """Noisy latents per chunk: 21."""
         return 1 + self.chunk_frames // FRAMES_PER_LATENT

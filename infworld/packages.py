@@ -57,8 +57,7 @@ def make(config: ModelConfig, device: torch.device, dtype: torch.dtype, folder: 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
     block = Block(sizes.dim, sizes.ffn_dim, sizes.num_heads).to(device, dtype).eval().requires_grad_(False)
-    largest = max(config.buckets, key=lambda bucket: bucket[0] * bucket[1])
-    grid = tuple(side // (PIXELS_PER_LATENT * PATCH) for side in largest)
+    grid = tuple(side // (PIXELS_PER_LATENT * PATCH) for side in config.largest_bucket)
     any_length = torch.export.Dim.DYNAMIC
     with torch.no_grad(), fastest_attention(device):
         for step, tokens in STEPS.items():
@@ -85,8 +84,12 @@ def apply(transformer: InfiniteWorldTransformer, beside: Path) -> bool:
     in a line of the log, and the blocks do without.
     """
     try:
+        places = dict.fromkeys([beside.absolute(), PROJECT_ROOT / "checkpoints"])
+        records = [path for place in places for path in sorted(place.glob(f"blocks-*/{RECORD}"))]
+        if not records:
+            return False
         wanted = _fingerprint(transformer.config, transformer.patch_embedding.weight.device, transformer.dtype)
-        folder = _fitting(wanted, dict.fromkeys([beside.absolute(), PROJECT_ROOT / "checkpoints"]))
+        folder = _fitting(wanted, records)
         if folder is None:
             return False
         codes = {step: _Code(_package(folder, step)) for step in STEPS}
@@ -145,9 +148,9 @@ def _package(folder: Path, step: str) -> Path:
     return folder / "submodules" / step / "package.pt2"  # as `spaces` has it
 
 
-def _fitting(wanted: dict[str, Any], places: Iterable[Path]) -> Path | None:
-    """The folder of a whole package in one of the places that was made for what is wanted."""
-    for path in (path for place in places for path in sorted(place.glob(f"blocks-*/{RECORD}"))):
+def _fitting(wanted: dict[str, Any], records: Iterable[Path]) -> Path | None:
+    """The folder of the first whole package that was made, by its record, for what is wanted."""
+    for path in records:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             other = [key for key in wanted if key != "instructions" and found[key] != wanted[key]]

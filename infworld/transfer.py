@@ -25,7 +25,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_session, h
 
 log = logging.getLogger(__name__)
 
-ROOM = 1 << 30  # bytes that stay free on the disk after a download
+ROOM = 1 << 30  # bytes that stay free on a disk
 TIMEOUT = 30  # seconds without a byte
 PAUSES = (1, 2, 4, 8, 16)  # seconds before another try, as long as nothing arrives
 LONGEST_PAUSE = 120  # seconds that a download waits when the Hub asks to slow down
@@ -120,6 +120,16 @@ def check_space(files: Iterable[HubFile]) -> None:
                 f"{size_text(missing)} are still to be downloaded to {folder}, where {size_text(free)} are free: free "
                 f"{size_text(missing + ROOM - free)} there, or {OTHER_FOLDER}"
             )
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raises ValueError if the folder's disk has no room for `size` bytes more, with ROOM to spare."""
+    free = shutil.disk_usage(folder).free
+    if free < size + ROOM:
+        raise ValueError(
+            f"{folder} has {free / 1e9:.1f} GB free and {(size + ROOM) / 1e9:.1f} GB are needed: make room, or choose "
+            "a folder on another disk"
+        )
 
 
 def _existing(path: Path) -> Path:

@@ -30,20 +30,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from infworld import hub
-from infworld.checkpoint import (
-    RELEASED_EXTRAS,
-    TORCH_SUFFIXES,
-    check_fit,
-    check_room,
-    read_tensors,
-    save_tensors,
-    shapes_of,
-)
+from infworld.checkpoint import RELEASED_EXTRAS, TORCH_SUFFIXES, check_fit, read_tensors, save_tensors, shapes_of
 from infworld.config import ModelConfig, load_config, to_dict
 from infworld.console import exit_code
 from infworld.dit import InfiniteWorldTransformer
 from infworld.rollout import build_vae
 from infworld.text import umt5_shapes
+from infworld.transfer import check_room
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from infworld.checkpoint import RELEASED_EXTRAS, check_room, shapes_of
+from infworld.checkpoint import RELEASED_EXTRAS, shapes_of
 from infworld.config import ModelConfig, load_config, to_dict
 from infworld.console import exit_code
 from infworld.dit import InfiniteWorldTransformer
 from infworld.rollout import build_vae
 from infworld.text import umt5_shapes
+from infworld.transfer import check_room
 
 TRANSFORMER, VAE = "infinite_world_model.ckpt", "models/Wan2.1_VAE.pth"
 TEXT, TOKENIZER = "models/models_t5_umt5-xxl-enc-bf16.pth", "models/google/umt5-xxl"
@@ -47,10 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     args = parser.parse_args(arguments)
-    return exit_code(
-        lambda: print(f"use it with: --model {make(args.out, load_config(args.config), args.seed, args.overwrite)}"),
-        "stopped: files that are named above are whole",
-    )
+
+    def run() -> None:
+        settings = make(args.out, load_config(args.config), args.seed, args.overwrite)
+        print(f"use it with: --model {settings}")
+
+    return exit_code(run, "stopped: files that are named above are whole")
 
 
 def make(out: Path, config: ModelConfig, seed: int = 0, overwrite: bool = False) -> Path:

@@ -70,11 +70,6 @@ class HubServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def handle_error(self, request, client_address):
-        """A client may hang up; whatever else goes wrong is shown."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)
-
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, Repo] = {}
@@ -86,6 +81,11 @@ class HubServer(ThreadingHTTPServer):
         self.ranges = True
         self.who = {"name": "somebody", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
         self.lock = threading.Lock()
+
+    def handle_error(self, request, client_address):
+        """A client may hang up; whatever else goes wrong is shown."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
