@@ -126,14 +126,18 @@ class InfiniteWorldTransformer(nn.Module):
         x = self.head(x, time)
         return self._unpatchify(x if sequence is None else sequence.whole(x, length), noisy.shape)
 
-    def compile_blocks(self, **options) -> None:
+    def compile_blocks(self) -> None:
         """Compiles the two steps of a block, once for all blocks and for memories of any length.
 
-        options: of `torch.compile`. The first calls take up to a minute, longer with gradients.
+        The first calls take up to a minute, longer with gradients.
         """
+        # Fused so, the gradients of shifts, scales and gates that are parts of one tensor come out wrong: they are what
+        # happened to be in memory (pytorch issue 193061). The option is there from torch 2.10 on.
+        fused = "triton.mix_order_reduction"
+        options = {fused: False} if fused in torch._inductor.list_options() else {}
         for block in self.blocks:
-            block.memory_step = torch.compile(block.memory_step, fullgraph=True, **options)
-            block.noisy_step = torch.compile(block.noisy_step, fullgraph=True, **options)
+            block.memory_step = torch.compile(block.memory_step, fullgraph=True, options=options)
+            block.noisy_step = torch.compile(block.noisy_step, fullgraph=True, options=options)
 
     def offload_blocks(self) -> None:
         """Moves the blocks to the CPU's memory, from where they pass through the model's device one after the other.

@@ -256,9 +256,9 @@ class Team:
         self._link.send(True, value)
         return value
 
-    def by_first(self, function: Callable[[str], T]) -> Callable[[str], T]:
+    def by_first(self, function: Callable[..., T]) -> Callable[..., T]:
         """`function` computed by rank 0 for every rank."""
-        return lambda text: self.from_first(lambda: function(text))
+        return lambda *arguments: self.from_first(lambda: function(*arguments))
 
     def heard(self, callback: Callable[[T], object] | None) -> Callable[[T], None]:
         """A callback of rank 0 that all ranks call: what it raises ends what they do, at the same place."""

@@ -194,10 +194,10 @@ class World:
         self.plan = FASTEST
         self._carry_out(plan)
 
-        def encode(text: str) -> TextEmbedding:
-            return text_encoder.encode([text]).to("cpu")
+        def encode(*texts: str) -> TextEmbedding:  # a film's texts together: what is loaded for them is large
+            return text_encoder.encode(list(texts)).to("cpu")
 
-        self._encode_text = lru_cache(maxsize=16)(encode if team is None else team.by_first(encode))
+        self._encode_texts = lru_cache(maxsize=16)(encode if team is None else team.by_first(encode))
 
     @property
     def device(self) -> torch.device:
@@ -395,7 +395,7 @@ class World:
         """
         model, device, preset = self.transformer, self.device, find_preset(session.preset)
         prompts = [session.prompt] if session.guidance == 1 else [session.prompt, session.negative_prompt]
-        texts: list[TextEmbedding] = [self._encode_text(prompt).to(device) for prompt in prompts]
+        texts = self._encode_texts(*prompts).to(device).each()
         split = self.team and self.team.split(guided=len(prompts) == 2 and preset.guided == 1)
         sequence = split and split.sequence
         texts = texts[split.own] if split else texts
@@ -538,9 +538,9 @@ def build_vae(config: ModelConfig) -> VideoVAE:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" or a torch device name -> device. ValueError if it is not there."""
+    """ "auto" or a torch device name -> device, a GPU with its number. ValueError if it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -549,6 +549,8 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} is not supported: use auto, cpu or cuda")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} GPUs; use auto or cpu")
+    if device.type == "cuda" and device.index is None:  # without a number, torch knows no limit of its memory
+        return torch.device(f"cuda:{torch.cuda.current_device()}")
     return device
 
 

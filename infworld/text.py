@@ -70,6 +70,10 @@ class TextEmbedding:
     def to(self, device: str | torch.device) -> TextEmbedding:
         return TextEmbedding(self.hidden.to(device), self.mask.to(device))
 
+    def each(self) -> list[TextEmbedding]:
+        """Every text by itself, B of them with a batch of 1."""
+        return [TextEmbedding(*row) for row in zip(self.hidden.split(1), self.mask.split(1), strict=True)]
+
 
 def clean_text(text: str) -> str:
     """Mends broken Unicode, undoes HTML escapes (twice) and folds white space (spec section 5)."""

@@ -21,7 +21,7 @@ import infworld
 from infworld.actions import ActionScript
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.dit import InfiniteWorldTransformer
-from infworld.rollout import MAX_SEED, Chunk, Session, World, pick_threads, pick_vae_dtype
+from infworld.rollout import MAX_SEED, Chunk, Session, World, pick_device, pick_threads, pick_vae_dtype
 from infworld.text import load_text_encoder
 from infworld.video import prepare_image, to_uint8
 from training.render import render
@@ -507,6 +507,14 @@ def test_devices_that_are_not_there_are_named(small_model, device):
 def test_auto_takes_what_is_there(small_model):
     world = infworld.load(small_model)
     assert world.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("auto", 1), ("cuda", 1), ("cuda:0", 0)])
+def test_a_gpu_is_picked_with_its_number(name, expected, monkeypatch):
+    """Torch asks for it where a process's memory is limited."""
+    for asked, answer in {"is_available": True, "device_count": 2, "current_device": 1}.items():
+        monkeypatch.setattr(torch.cuda, asked, lambda answer=answer: answer)
+    assert pick_device(name) == torch.device("cuda", expected)
 
 
 def test_blocks_are_compiled_on_request_alone(small_model, monkeypatch):
