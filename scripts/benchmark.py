@@ -41,7 +41,7 @@ from infworld.dit import InfiniteWorldTransformer
 from infworld.layers import fastest_attention
 from infworld.memory import MAX_SINGLE_PASS, memory_latents
 from infworld.presets import EXACT, PRESETS
-from infworld.rollout import Session, World, build_vae, pick_device, pick_dtype, pick_vae_dtype
+from infworld.rollout import Chunk, Session, World, build_vae, pick_device, pick_dtype, pick_vae_dtype
 from infworld.sampler import sample, schedule
 from infworld.video import prepare_image
 from scripts.bench_cards import small_cards
@@ -61,6 +61,7 @@ SMALL = TransformerConfig(
 )  # fmt: skip
 SMALL_TEXT = TextConfig(dim=SMALL.caption_channels, model_max_length=32)
 SMALL_SIZE, SMALL_HISTORY, SMALL_STEPS = (32, 48), 101, 4
+ERROR_STEPS = 6  # of a chunk whose error with compiled blocks is measured
 
 
 class Bench:
@@ -74,6 +75,7 @@ class Bench:
         (self.size,) = self.config.buckets
         self.chunks = args.chunks
         self.histories = histories(self.config, args.histories, args.chunks)
+        self.exact_latents: Tensor | None = None  # of the chunk after the longest history
         self.world, self.naive_vae = random_world(self.config, self.device, self.dtype, vae_dtype)
         settings = {
             "model": self.config.name,
@@ -113,6 +115,11 @@ class Bench:
         run()
         self._wait()
         return time.perf_counter() - began
+
+    def made(self, session: Session) -> tuple[float, Chunk]:
+        """The session's next chunk and the seconds that it took."""
+        chunks: list[Chunk] = []
+        return self.once(lambda: chunks.append(self.world.next_chunk(session))), chunks[0]
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -301,8 +308,9 @@ def whole_chunk(bench: Bench) -> None:
         return
     session = bench.session(bench.histories[0])
     with bench.peak_memory("exact: peak memory of a chunk"):
-        taken = bench.once(lambda: bench.world.next_chunk(session))
+        taken, chunk = bench.made(session)
     record.put(name, taken, "s", f"measured once; {guess:.4g} by the sum of its parts")
+    bench.exact_latents = chunk.latents
 
 
 def chunk_seconds(bench: Bench, way: str, history: int, steps: float | None = None) -> float | None:
@@ -345,9 +353,13 @@ def faster_presets(bench: Bench) -> None:
         if not bench.record.allows(name, guess):
             continue
         session = dataclasses.replace(bench.session(longest), preset=preset.name, steps=steps)
-        taken = bench.once(lambda s=session: bench.world.next_chunk(s))
+        taken, chunk = bench.made(session)
         note = f"{steps} steps that cost as much as {passes:g} of exact; measured once; {guess:.4g} by its parts"
         bench.record.put(name, taken, "s", note)
+        if bench.exact_latents is not None:
+            error = relative_error(chunk.latents, bench.exact_latents)
+            note = "of the chunk's latents, random weights: no measure of quality"
+            bench.record.put(f"{preset.name}: deviation from exact", error, "", note)
         if None not in chunks:
             note = f"summed over {len(chunks)} chunks from the parts of exact"
             bench.record.put(f"{preset.name}: film", sum(chunks), "s", note)
@@ -360,9 +372,9 @@ def film_measured(bench: Bench) -> None:
     for history in chunks:
         if taken and taken[-1] * 1.2 > bench.record.left:
             break
-        made = []
-        taken.append(bench.once(lambda s=session, made=made: made.append(bench.world.next_chunk(s))))
-        session, done = made[0].session, done + 1
+        seconds, chunk = bench.made(session)
+        taken.append(seconds)
+        session, done = chunk.session, done + 1
         bench.record.put(f"exact: chunk {done} of the film", taken[-1], "s", f"history {history}, measured")
     if done < len(chunks) and chunks[done - 1] <= MAX_SINGLE_PASS:
         return bench.record.leave_out("exact: film, measured", f"only {done} chunks in the time that was left")
@@ -565,6 +577,9 @@ def time_other_blocks(bench: Bench, way: str, world: World, first_note: str) -> 
     record.put(
         f"{way}: error of one velocity", relative_error(velocity(z, t), plain), "", "against exact, not compiled"
     )
+    timesteps = schedule(bench.config.val_scheduler_cfg, min(bench.steps, ERROR_STEPS))
+    error = relative_error(*(sample(w.velocity(session), z, timesteps) for w in (world, bench.world)))
+    record.put(f"{way}: error of a chunk", error, "", f"of {len(timesteps) - 1} steps, against exact, not compiled")
     other = bench.session(min(bench.histories))
     taken = bench.once(lambda: world.velocity(other)(z, t))
     record.put(f"{way}: first step after another history", taken, "s", f"history {min(bench.histories)}")

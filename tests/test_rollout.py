@@ -22,7 +22,7 @@ from infworld.actions import ActionScript
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.dit import InfiniteWorldTransformer
 from infworld.rollout import MAX_SEED, Chunk, Session, World, pick_device, pick_threads, pick_vae_dtype
-from infworld.text import load_text_encoder
+from infworld.text import TextEmbedding, load_text_encoder
 from infworld.video import prepare_image, to_uint8
 from training.render import render
 from training.worlds import EVAL_SEEDS, make_worlds, spawn
@@ -507,6 +507,21 @@ def test_devices_that_are_not_there_are_named(small_model, device):
 def test_auto_takes_what_is_there(small_model):
     world = infworld.load(small_model)
     assert world.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_films_texts_are_encoded_together_and_once(world, picture):
+    """A large text encoder is loaded for them, and perhaps dropped afterwards."""
+    asked = []
+
+    class Encoder:
+        def encode(self, texts: list[str]):
+            asked.append(list(texts))
+            hidden = torch.randn(len(texts), 8, world.config.text_encoder_cfg.dim)
+            return TextEmbedding(hidden, torch.ones(len(texts), 8, dtype=torch.long))
+
+    other = World(world.config, world.transformer, world.vae, Encoder())
+    list(other.rollout(picture, prompt="a meadow", num_frames=161, steps=1, guidance=3, negative_prompt="fog"))
+    assert asked == [["a meadow", "fog"]]
 
 
 @pytest.mark.parametrize(("name", "expected"), [("auto", 1), ("cuda", 1), ("cuda:0", 0)])

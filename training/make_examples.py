@@ -1,13 +1,16 @@
 """Writes the example scenes: start pictures of worlds that training never drew, with actions that test the memory.
 
 python -m training.make_examples --out examples
+python -m training.make_examples --films docs/films.webp     # what the tiny model makes of the first four
 """
 
 import argparse
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+import infworld
 from infworld.actions import ActionScript
 from training.render import render
 from training.worlds import EVAL_SEEDS, captions, make_worlds, spawn
@@ -29,11 +32,18 @@ SCENES = (
     ),
 )
 
+SHOWN = 4  # films in a square
+SHOWN_FRAMES, SHOWN_SIZE, SHOWN_FPS = 81, (384, 288), 15
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("examples"))
-    out = parser.parse_args().out
+    parser.add_argument("--films", type=Path, help="write no scenes: a WebP of films of those that are there")
+    args = parser.parse_args()
+    if args.films:
+        return write_films(args.films, args.out)
+    out = args.out
     out.mkdir(parents=True, exist_ok=True)
     worlds = make_worlds([EVAL_SEEDS[index] for _, index, _ in SCENES])
     pictures = render(worlds, spawn(worlds)[:, None], *SIZE)[:, 0]
@@ -41,6 +51,26 @@ def main() -> None:
         Image.fromarray(picture.numpy()).save(out / f"{name}.png", optimize=True)
         (out / f"{name}.json").write_text(ActionScript.parse(text).to_json(), encoding="utf-8")
         (out / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
+
+
+def write_films(path: Path, scenes: Path) -> None:
+    """The films of the first scenes side by side, each from its beginning to its end, in the same time."""
+    world, films = infworld.load("tiny"), []
+    for name, _, text in SCENES[:SHOWN]:
+        length = 1 + len(ActionScript.parse(text).pairs())
+        prompt = (scenes / f"{name}.txt").read_text(encoding="utf-8").strip()
+        chunks = list(world.rollout(scenes / f"{name}.png", scenes / f"{name}.json", prompt, length))
+        frames = np.concatenate([chunk.frames for chunk in chunks])
+        shown = np.linspace(0, length - 1, SHOWN_FRAMES).round().astype(int)
+        films.append([Image.fromarray(frame).resize(SHOWN_SIZE, Image.Resampling.BICUBIC) for frame in frames[shown]])
+    width, height = SHOWN_SIZE
+    places = [(x, y) for y in (0, height) for x in (0, width)]
+    pictures = [Image.new("RGB", (2 * width, 2 * height)) for _ in range(SHOWN_FRAMES)]
+    for picture, together in zip(pictures, zip(*films, strict=True), strict=True):
+        for place, frame in zip(places, together, strict=True):
+            picture.paste(frame, place)
+    first, *others = pictures
+    first.save(path, save_all=True, append_images=others, duration=1000 // SHOWN_FPS, loop=0, quality=60, method=6)
 
 
 if __name__ == "__main__":
