@@ -276,14 +276,11 @@ class GivenText:
     POSITIVE, NEGATIVE = "prompt", "negative prompt"
 
     def __init__(self, hidden: Tensor, mask: Tensor):
-        self.rows = {
-            text: TextEmbedding(hidden[i : i + 1], mask[i : i + 1])
-            for i, text in enumerate((self.POSITIVE, self.NEGATIVE))
-        }
+        self.hidden, self.mask = hidden, mask
 
     def encode(self, texts: list[str]) -> TextEmbedding:
-        (text,) = texts
-        return self.rows[text]
+        rows = [(self.POSITIVE, self.NEGATIVE).index(text) for text in texts]
+        return TextEmbedding(self.hidden[rows], self.mask[rows])
 
 
 def require(file: str, what: str, found: set[str], expected: set[str]) -> None:
