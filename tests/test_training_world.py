@@ -20,7 +20,7 @@ from infworld.rollout import build_vae
 from infworld.sampler import MAX_TIMESTEP
 from infworld.text import ByteTextEncoder
 from training import check_gradients, train_world
-from training.data import WalkPool, first_seed, to_video
+from training.data import WalkPool, fade, first_seed, to_video
 from training.optim import EMA, GradientClipper
 from training.render import render
 from training.train_world import (
@@ -121,6 +121,22 @@ def test_a_history_may_begin_inside_a_walk(pool):
         assert torch.equal(batch.move[row], pool.actions[walk_, 0, chunk * CHUNK : (chunk + 1) * CHUNK + 1])
     starts = {tuple(begun.tolist()) for begun in pool.batch(0, 64).history[:, 0, 0, 0]}
     assert len(starts) == WALKS * CHUNKS  # every chunk of every walk is met
+
+
+def test_chunks_that_come_back_are_drawn_more_often(pool, monkeypatch):
+    """A frame needs the memory if it shows again what the history saw, not what the chunk itself saw or what was before
+    the history."""
+    returns = torch.full((WALKS, CHUNKS, CHUNK), -1)
+    returns[0, 1] = 3  # all of chunk 1 of walk 0 shows what frame 3 saw
+    returns[1, 1, :2] = 0  # of walk 1 a quarter
+    returns[2, 1] = CHUNK + 1  # of walk 2 nothing but its own frames
+    monkeypatch.setattr(pool, "returns", returns.flatten(1))
+    assert pool.needs(1).tolist() == [[1.0], [0.25], [0.0]]
+    assert not pool.needs(0).any()
+    torch.manual_seed(0)
+    begun = pool.batch(1, 1400).target[:, 0, 0, 0, 0]
+    drawn = [(begun == pool.targets[walk, 1, 0, 0, 0, 0]).float().mean().item() for walk in range(WALKS)]
+    assert drawn == pytest.approx([5 / 8, 2 / 8, 1 / 8], abs=0.05)
 
 
 @torch.no_grad()
@@ -300,6 +316,20 @@ def test_averaged_weights_are_lent(model):
     with averaged(model, ema):
         assert all(torch.equal(tensor, ema.average[name]) for name, tensor in model.state_dict().items())
     assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+
+
+def test_films_fade_along_the_way():
+    """From the first frame, which stays, to the last: less contrast and less detail, the mean colour as it was."""
+    picture = 2 * torch.rand(3, 3, 1, 24, 32, generator=torch.Generator().manual_seed(0)) - 1
+    video = picture.expand(-1, -1, 12, -1, -1)
+    assert torch.equal(fade(video, 0.0), video)
+    faded = fade(video, 1.0, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(faded[:, :, 0], video[:, :, 0])
+    torch.testing.assert_close(faded.mean((3, 4)), video.mean((3, 4)), atol=0.02, rtol=0)
+    spread = faded.std((1, 3, 4)) / video.std((1, 3, 4))
+    assert (spread.diff(dim=1) < 1e-6).all() and (spread[:, -1] < 0.6).all()
+    some = fade(video.repeat(20, 1, 1, 1, 1), 0.25, torch.Generator().manual_seed(0)) != video.repeat(20, 1, 1, 1, 1)
+    assert 0.05 < some.flatten(1).any(1).float().mean() < 0.45
 
 
 # --- a run

@@ -234,13 +234,14 @@ def test_random_looks_never_reach_the_pitch_limit(kind):
     assert 12 <= rise.abs().max() <= 24
 
 
-def test_revisits_are_the_latest_same_view_before_it_went_out_of_sight():
+def test_revisits_are_the_latest_views_of_the_same_before_it_went_out_of_sight():
     frames = torch.arange(161)
     yaw = TURN * torch.minimum(frames, 160 - frames)  # a quarter turn and back
     poses = torch.zeros(1, 161, 4)
     poses[0, :, 2] = yaw
     seen = revisits(poses)[0]
-    assert (seen[:110] == -1).all()
-    assert seen[160] == 10  # the last frame within 12 degrees of yaw 0
-    assert (seen[130:] >= 0).all()
-    assert (seen[130:] <= frames[130:] - 36).all()
+    assert (seen[:116] == -1).all()  # nothing went out of sight of a view of 80 degrees
+    assert seen[160] == 35  # the last frame within 40 degrees of yaw 0
+    assert (seen[116:] >= 0).all()
+    assert (seen[116:] <= frames[116:] - 36).all()
+    assert revisits(poses, aside=1.5 * TURN)[0, 160] == 1

@@ -6,11 +6,13 @@ fresh encoding of one chunk's 81 frames.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -19,11 +21,14 @@ from infworld.text import ByteTextEncoder
 from infworld.vae import VideoVAE
 from training.render import render
 from training.run import finish
-from training.walks import sample_actions
+from training.walks import revisits, sample_actions
 from training.worlds import TRAIN_SEEDS, Worlds, captions, make_worlds, spawn, walk
 
 RENDERED_AT_ONCE = 16  # walks
 SEEDS_PER_RUN = 1_000_000
+RETURNING = 4  # times more often a chunk is drawn if all that it shows was seen before and lost sight of
+BLUR = (0.5, 2.5)  # pixels, standard deviation
+PALE = (0.6, 1.0)  # contrast left
 
 
 @dataclass
@@ -63,13 +68,14 @@ class WalkPool:
         device: torch.device,
         compile: bool = False,
         labeller: Labeller | None = None,
+        faded: float = 0.0,
     ):
         """labeller: says of a walk's poses (T, 4) and of what was done (2, T - 1) what is learned as move and view; by
-        default what was done. compile: the renderer.
+        default what was done. compile: the renderer. faded: the share of walks whose history fades (`fade`).
         """
         self.vae, self.text, self.config, self.mixture = vae, text, config, mixture
         self.size, self.chunks, self.device, self.compile = size, chunks, device, compile
-        self.labeller = labeller
+        self.labeller, self.faded = labeller, faded
         self.next_seed = first_seed
         self.generator = torch.Generator().manual_seed(first_seed)
         self.filled = self.oldest = 0
@@ -81,6 +87,7 @@ class WalkPool:
         self.targets = torch.zeros(size, chunks, 1 + self.new_latents, *shape, **made)
         self.actions = torch.zeros(size, 2, chunks * config.chunk_frames + 1, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(size, 2, text.model_max_length, dtype=torch.int64, device=device)
+        self.returns = torch.full((size, chunks * config.chunk_frames), -1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def renew(self, count: int, painter: Painter | None = None) -> float:
@@ -106,17 +113,22 @@ class WalkPool:
         self.actions[slots], self.tokens[slots] = actions.to(self.device), tokens.to(self.device)
         for first in range(0, count, RENDERED_AT_ONCE):
             part = slice(first, first + RENDERED_AT_ONCE)
-            self._encode(slots[part], worlds[part].to(self.device), poses[part].to(self.device))
+            there = poses[part].to(self.device)
+            self.returns[slots[part]] = revisits(there)[:, 1:]
+            self._encode(slots[part], worlds[part].to(self.device), there)
         if painter:
             self._paint(slots, painter)
         finish(self.device)
         return time.monotonic() - began
 
     def _encode(self, slots: Tensor, worlds: Worlds, poses: Tensor) -> None:
-        """Renders walks and keeps their latents: continued ones as history, fresh ones of every chunk as targets."""
+        """Renders walks and keeps their latents: continued ones as history, fresh ones of every chunk as targets.
+
+        Some histories fade; targets do not.
+        """
         height, width = self.config.buckets[0]
         video = to_video(render(worlds, poses, height, width, compile=self.compile), self.vae.conv1.weight.dtype)
-        latents, _ = self.vae.encode(video)
+        latents, _ = self.vae.encode(fade(video, self.faded, self.generator))
         self.history[slots] = rearrange(latents, "b c t h w -> b t c h w").to(self.history)
         step = self.config.chunk_frames
         for chunk in range(self.chunks):
@@ -136,9 +148,19 @@ class WalkPool:
             self.history[slots, new] = rearrange(latents, "b c t h w -> b t c h w").to(self.history)
 
     def batch(self, chunks: int, count: int) -> Batch:
-        """`count` random samples with a history of that many chunks."""
-        index = torch.randint(self.filled, (count,), device=self.device)
-        return self.select(index, torch.randint(self.chunks - chunks, (count,), device=self.device), chunks)
+        """`count` random samples with a history of that many chunks, more often such as need it: where the walk comes
+        back to what the history has seen and then lost sight of."""
+        weights = 1 + RETURNING * self.needs(chunks)
+        drawn = torch.multinomial(weights.flatten(), count, replacement=True)
+        return self.select(drawn // weights.shape[1], drawn % weights.shape[1], chunks)
+
+    def needs(self, chunks: int) -> Tensor:
+        """Of every sample with a history of that many chunks, by walk and first chunk: the share of the target's frames
+        that need the history's memory (`training.walks.revisits`), (filled, self.chunks - chunks)."""
+        step = self.config.chunk_frames
+        seen = self.returns[: self.filled].unflatten(1, (self.chunks, step))[:, chunks:]
+        begun = step * torch.arange(self.chunks - chunks, device=self.device)[:, None]
+        return ((begun <= seen) & (seen <= begun + step * chunks)).float().mean(2)
 
     def select(self, index: Tensor, start: Tensor, chunks: int) -> Batch:
         """Of the walks `index` (N,): `chunks` chunks from chunk `start` (N,) on as history, the next one as target.
@@ -167,6 +189,38 @@ class WalkPool:
     def _offsets(self, first: Tensor, count: int) -> Tensor:
         """first (N,) -> first, first + 1, ... (N, count)."""
         return first[:, None] + torch.arange(count, device=self.device)
+
+
+def fade(video: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """Blurs and pales a share of the videos (B, 3, T, H, W) more and more, as a model's own long films do.
+
+    It learns to bring back what they lost: the truth that follows such a history is as crisp as ever. The first frame
+    stays as it is. generator: on the CPU; it decides which, how far and how fast.
+    """
+    count, _, frames, *_ = video.shape
+    draw = torch.rand(count, 4, generator=generator)
+    faded = video.clone()
+    for row in (draw[:, 0] < share).nonzero().flatten().tolist():
+        sigma, left = (
+            low + u * (high - low) for u, (low, high) in zip(draw[row, 1:3].tolist(), (BLUR, PALE), strict=True)
+        )
+        pictures = rearrange(video[row], "c t h w -> t c h w")
+        pale = pictures.mean((2, 3), keepdim=True).lerp(blur(pictures, sigma), left)
+        full = max(1, draw[row, 3].item() * frames)  # the frame from which on it fades no further
+        along = (torch.arange(frames, device=video.device) / full).clamp(max=1).to(video.dtype)
+        faded[row] = rearrange(pictures.lerp(pale, along.view(-1, 1, 1, 1)), "t c h w -> c t h w")
+    return faded
+
+
+def blur(pictures: Tensor, sigma: float) -> Tensor:
+    """Pictures (B, C, H, W) under a Gaussian of `sigma` pixels."""
+    reach = min(math.ceil(3 * sigma), *(size - 1 for size in pictures.shape[2:]))
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=pictures.device) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(pictures.dtype)
+    channels = pictures.shape[1]
+    padded = F.pad(pictures, (reach, reach, reach, reach), mode="reflect")
+    rows = F.conv2d(padded, kernel.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels)
+    return F.conv2d(rows, kernel.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels)
 
 
 def to_video(frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

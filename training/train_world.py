@@ -4,13 +4,13 @@
     python -m training.train_world ... --resume runs/a/state.pt           # goes on where the run stopped
     python -m training.train_world ... --resume runs/a/world.safetensors  # from weights alone
 
-Every sample is a chunk of a walk through a procedural world with the walk so far as history. Flow matching; a share of
-the samples is pure noise, where nothing but the memory can tell what was there. In the later part of a run some of the
-histories are painted by the model itself over the truth, so that long films of its own do not drift. The compressor
-starts as a near-identity that hands key frames on, and is frozen for the first part: it would collapse before the
-transformer has learned to read it. Whether the memory is read shows in the wrong-memory gap: the error given another
-world's memory over the error given the right one, on unseen worlds. A run that loses it (1 = memory unused) has failed,
-however low its loss.
+Every sample is a chunk of a walk through a procedural world with the walk so far as history; chunks that come back to
+what was lost sight of are drawn more often. Flow matching; a share of the samples is pure noise, where nothing but the
+memory can tell what was there. Some histories fade, and in the later part of a run some are painted by the model itself
+over the truth, so that long films of its own do not drift. The compressor starts as a near-identity that hands key
+frames on, and is frozen for the first part: it would collapse before the transformer has learned to read it. Whether
+the memory is read shows in the wrong-memory gap: the error given another world's memory over the error given the right
+one, on unseen worlds. A run that loses it (1 = memory unused) has failed, however low its loss.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--walks", type=int, default=1024, help="kept on each GPU")
     add("--renew", type=float, default=0.2, help="share of the time spent on new walks")
     add("--paint", type=float, default=0.5, help="share of the run after which every other new history is painted")
+    add("--fade", type=float, default=0.25, help="share of walks whose history is blurred and paled, the truth is not")
     add("--labels", choices=LABELS, default="actions", help="what was done, or what noisy poses show of it")
     add("--new-actions", action="store_true", help="train the action encoder anew, to compare labels")
     add("--lr", type=float, default=1e-3)
@@ -119,6 +120,7 @@ def main(args: argparse.Namespace) -> None:
         mixture=MIXTURES[args.mixture],
         first_seed=seed,
         labeller=make_labeller(args.labels, seed),
+        faded=args.fade,
     )
     pool.renew(min(pool.size, RENEWED_AT_ONCE))
     if log:

@@ -175,13 +175,14 @@ def expand(segments: list[Segment]) -> Tensor:
     return table[:, :2].repeat_interleave(table[:, 2], dim=0).T
 
 
-def revisits(poses: Tensor, near: float = 0.4, aside: float = math.radians(12.0)) -> Tensor:
-    """For every frame the last earlier frame with the same view that went out of sight in between, or -1.
+def revisits(poses: Tensor, near: float = 0.4, aside: float = FIELD_OF_VIEW / 2) -> Tensor:
+    """For every frame the last earlier frame that saw much of the same and went out of sight in between, or -1.
 
-    The same view: within `near` units and `aside` radians of yaw. Out of sight: turned by more than half the field of
-    view or 1.5 units away. Such a frame cannot be drawn from the frames just before it: it needs a memory.
+    Saw the same: from within `near` units, the view at most `aside` radians of yaw apart. Out of sight: turned by more
+    than half the field of view or 1.5 units away. Such a frame cannot be drawn from the frames just before it: it needs
+    a memory.
 
-    Args: poses: (W, T, 4). Returns: (W, T) int64.
+    Args: poses: (W, T, 4). Returns: (W, T) int64, on the poses' device.
     """
     return torch.stack([_revisits_of(pose, near, aside) for pose in poses])
 
