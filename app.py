@@ -31,7 +31,7 @@ from infworld import parallel
 from infworld.actions import ActionScript
 from infworld.config import ModelConfig
 from infworld.models import available, default_model, device_name, prepare
-from infworld.presets import EXACT, PRESETS, find_preset
+from infworld.presets import PRESETS, find_preset
 from infworld.rollout import Chunk, Session, World, pick_device
 from infworld.video import crop_image
 from ui import status
@@ -116,6 +116,7 @@ class Page:
 
     def _scene(self) -> None:
         sampler, step = self.config.val_scheduler_cfg, self.config.chunk_frames
+        preset = find_preset(sampler.preset)
         guided = is_guided(self.config)
         names = self.models.names
         self.model = gr.Dropdown(
@@ -147,13 +148,13 @@ class Page:
             self.randomise = gr.Checkbox(True, label="A new seed every time", elem_id="randomise")
             self.preset = gr.Radio(
                 speeds(self.config),
-                value=EXACT.name,
+                value=preset.name,
                 label="Speed",
                 info="Faster films come close to the exact one, but are not the same.",
                 elem_id="speed",
             )
             self.steps = gr.Slider(
-                1, MAX_STEPS, sampler.num_sampling_steps, step=1, label="Steps", info="More are slower and finer."
+                1, MAX_STEPS, preset.steps_of(sampler), step=1, label="Steps", info="More are slower and finer."
             )
             self.guidance = gr.Slider(1, 10, sampler.text_cfg_scale, step=0.5, label="Guidance", visible=guided)
         self.session_file = gr.UploadButton(
@@ -248,7 +249,7 @@ class Page:
                 gr.Number(0, label="seed", precision=0),
                 gr.Textbox("", label="prompt", max_length=MAX_PROMPT),
                 gr.Textbox("", label="model"),
-                gr.Dropdown(list(PRESETS), value=EXACT.name, label="preset"),
+                gr.Dropdown(["", *PRESETS], value="", label="preset"),
             ]
             gr.Button().click(
                 self.make_film,
@@ -272,10 +273,11 @@ class Page:
 
     @plainly
     def choose_model(self, model: str) -> Update:
-        """Another model for new films, with its own steps, guidance and negative prompt."""
+        """Another model for new films, with its own preset, steps, guidance and negative prompt."""
         config = self.models.config(model)
         sampler = config.val_scheduler_cfg
-        quality = sampler.num_sampling_steps, sampler.text_cfg_scale, EXACT.name
+        preset = find_preset(sampler.preset)
+        quality = preset.steps_of(sampler), sampler.text_cfg_scale, preset.name
         return self._chosen(config, config.negative_prompt, *quality)
 
     @plainly
@@ -443,7 +445,7 @@ class Page:
         seed: int = 0,
         prompt: str = "",
         model: str = "",
-        preset: str = EXACT.name,
+        preset: str = "",
         progress=gr.Progress(),  # noqa: B008  (how Gradio hands one over)
     ) -> str:
         """
@@ -461,13 +463,14 @@ class Page:
             seed: Another number makes another film of the same walk.
             prompt: What the world looks like; may be empty.
             model: One of the models that are here, by name; empty for the page's own.
-            preset: exact, or balanced or fast, which are faster and less exact.
+            preset: exact, or balanced or fast, which are faster and less exact; empty for the model's own.
         """
         if image is None:
             raise ValueError("there is no picture")
         config = self.models.config(model or self.models.first)
         sampler = config.val_scheduler_cfg
-        quality = find_preset(preset).steps_of(sampler), sampler.text_cfg_scale, preset
+        chosen = find_preset(preset or sampler.preset)
+        quality = chosen.steps_of(sampler), sampler.text_cfg_scale, chosen.name
         wishes = Wishes(_script(actions), prompt, config.negative_prompt, seed, *quality)
         film, job = self.studio.begin(image, frames, wishes, config.name)
         for news in self.studio.run(film, job):

@@ -87,13 +87,17 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """`val_scheduler_cfg`: rectified flow with Euler steps (spec section 8). `text_cfg_scale` 1 = no guidance."""
+    """`val_scheduler_cfg`: rectified flow with Euler steps (spec section 8). `text_cfg_scale` 1 = no guidance.
+
+    preset: of `infworld.presets`, what films are made with unless another is asked for.
+    """
 
     shift: float = 7.0
     use_reversed_velocity: bool = True
     use_timestep_transform: bool = True
     num_sampling_steps: int = 30
     text_cfg_scale: float = 5.0
+    preset: str = "exact"
 
 
 @dataclass(frozen=True)

@@ -215,14 +215,14 @@ class World:
         negative_prompt: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
-        preset: str = EXACT.name,
+        preset: str | None = None,
     ) -> Iterator[Chunk]:
         """Films a walk from a picture, yielding each chunk as soon as it is there.
 
         image: PIL picture, array (H W 3 uint8) or path. actions: list of {"move", "view"} per frame, ActionScript,
         script text or JSON path; past its end nothing is done. num_frames: 1 + whole chunks of 80. callback hears a
         Progress after every stage and step; what it raises ends the film and is passed on. preset: one of
-        `presets.PRESETS`: "exact", or faster ones. Left out, the steps are the preset's, the negative prompt and the
+        `presets.PRESETS`: "exact", or faster ones. Left out, the steps are the preset's; preset, negative prompt and
         guidance the model's own. Bad input is a ValueError before anything is computed.
         """
         chunks = self.config.chunks_for(num_frames)
@@ -240,12 +240,12 @@ class World:
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
-        preset: str = EXACT.name,
+        preset: str | None = None,
     ) -> Session:
         """A film of one frame, the picture. Arguments as for `rollout`."""
         defaults = self.config.val_scheduler_cfg
-        own_steps = find_preset(preset).steps_of(defaults)
-        steps = own_steps if steps is None else steps
+        found = find_preset(defaults.preset if preset is None else preset)
+        steps = found.steps_of(defaults) if steps is None else steps
         guidance = defaults.text_cfg_scale if guidance is None else guidance
         schedule(defaults, steps)
         if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
@@ -268,7 +268,7 @@ class World:
             seed=seed,
             steps=steps,
             guidance=float(guidance),
-            preset=preset,
+            preset=found.name,
         )
 
     def extend(self, session: Session, chunks: int, callback: Callback | None = None) -> Iterator[Chunk]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from infworld.config import ModelConfig
 from infworld.dit import InfiniteWorldTransformer
+from infworld.presets import EXACT
 from infworld.rollout import Session, World, build_vae
 from infworld.sampler import guide
 from infworld.text import TextEmbedding
@@ -50,7 +51,8 @@ def noise_session(world: World, size: tuple[int, int], history: int) -> Session:
     config = world.config
     made = (history - 1) // (config.chunk_latents - 1)
     pixels = torch.randint(256, (*size, 3), generator=generator(), dtype=torch.uint8).numpy()
-    session = world.start(pixels, f"forward {(made + 1) * config.chunk_frames}", "a walk", negative_prompt="blur")
+    wishes = {"negative_prompt": "blur", "preset": EXACT.name}
+    session = world.start(pixels, f"forward {(made + 1) * config.chunk_frames}", "a walk", **wishes)
     return dataclasses.replace(
         session,
         history=noise(config, size, history),

@@ -32,7 +32,7 @@ from infworld.budget import FASTEST, GB, NotEnoughMemory
 from infworld.config import load_config
 from infworld.console import FAILED, INTERRUPTED, exit_code
 from infworld.models import default_model, device_name, limit_memory, peak_memory, prepare
-from infworld.presets import EXACT, PRESETS, find_preset
+from infworld.presets import PRESETS, find_preset
 from infworld.rollout import pick_device
 from infworld.video import Mp4Writer, check_output, load_image
 
@@ -72,7 +72,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--negative-prompt", help="what to avoid, where the model uses guidance")
     parser.add_argument("--seed", type=int, help="another number, another film (default 0)")
     parser.add_argument(
-        "--preset", choices=PRESETS, help="exact (default), or faster and less exact; docs/performance.md says how much"
+        "--preset",
+        choices=PRESETS,
+        help="exact, or faster and less exact (docs/performance.md); default: the model's own",
     )
     parser.add_argument("--steps", type=int, help="sampler steps per chunk; default: the preset's")
     parser.add_argument("--guidance", type=float, help="how closely to follow the prompt; default: the model's own")
@@ -113,8 +115,8 @@ class Plan:
         if self.session is not None:
             return self.session
         args = self.args
-        wishes = {"negative_prompt": args.negative_prompt, "steps": args.steps, "guidance": args.guidance}
-        wishes["preset"] = args.preset or EXACT.name
+        named = ("negative_prompt", "steps", "guidance", "preset")
+        wishes = {name: getattr(args, name) for name in named}
         return world.start(self.picture, self.script, args.prompt or "", seed=args.seed or 0, **wishes)
 
 

@@ -22,6 +22,7 @@ from infworld.config import ModelConfig, from_dict
 SMALL_MODEL = {
     "name": "small",
     "checkpoint_path": "world.safetensors",
+    "amp_dtype": "float32",  # whatever this CPU can do
     "text_encoder_cfg": {
         "type": "bytes",
         "checkpoint_path": "text.safetensors",

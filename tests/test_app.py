@@ -472,9 +472,9 @@ def test_a_missing_model_is_named_at_the_start(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def two_configs(small_model, tmp_path_factory) -> dict:
-    """The small model, and one that differs in name, picture, guidance and steps."""
+    """The small model, and one that differs in name, picture, guidance, steps and preset."""
     other = yaml.safe_load(small_model.read_text()) | {"name": "other", "buckets": [[64, 64]], "negative_prompt": "fog"}
-    other["val_scheduler_cfg"] = {"shift": 3.0, "num_sampling_steps": 3, "text_cfg_scale": 4.0}
+    other["val_scheduler_cfg"] = {"shift": 3.0, "num_sampling_steps": 3, "text_cfg_scale": 4.0, "preset": "fast"}
     for part, key in (("vae_cfg", "vae_pth"), ("text_encoder_cfg", "checkpoint_path")):
         other[part] = other[part] | {key: str(small_model.parent / other[part][key])}
     other["checkpoint_path"] = str(small_model.parent / other["checkpoint_path"])
@@ -545,6 +545,7 @@ def test_choosing_a_model_brings_its_own_settings_and_says_what_runs(two, pictur
     assert page.model.visible and "small" in page.running.value and "CPU" in page.running.value
     chosen = page.choose_model("other")
     assert "other" in chosen[page.running] and "CPU" in chosen[page.running] and chosen[page.steps] == 3
+    assert (page.preset.value, chosen[page.preset]["value"]) == ("exact", "fast")
     assert chosen[page.guidance] == {"value": 4.0, "visible": True, "__type__": "update"}
     assert chosen[page.negative_prompt]["value"] == "fog" and chosen[page.negative_prompt]["visible"]
     assert not page.choose_model("small")[page.guidance]["visible"]

@@ -9,7 +9,7 @@ import torch
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.config import SamplerConfig, load_config
 from infworld.presets import EXACT, PRESETS, Preset, find_preset
-from infworld.rollout import Session
+from infworld.rollout import Session, World
 from infworld.sampler import guide, guided, sample, schedule
 
 FASTER = [name for name in PRESETS if name != EXACT.name]
@@ -153,6 +153,16 @@ def test_steps_are_a_part_of_the_models_own_but_not_too_few():
     preset = Preset("half", steps=1 / 2, least=5)
     for own, steps in ((30, 15), (31, 16), (9, 5), (8, 5), (3, 3), (1, 1)):
         assert preset.steps_of(SamplerConfig(num_sampling_steps=own)) == steps
+
+
+def test_a_model_may_have_a_preset_of_its_own(world, picture):
+    """What a film is made with unless another is asked for."""
+    sampler = dataclasses.replace(world.config.val_scheduler_cfg, num_sampling_steps=16, preset="balanced")
+    own = World(dataclasses.replace(world.config, val_scheduler_cfg=sampler), world.transformer, world.vae, None)
+    sessions = own.start(picture), own.start(picture, steps=7), own.start(picture, preset="exact")
+    assert [(s.preset, s.steps) for s in sessions] == [("balanced", 8), ("balanced", 7), ("exact", 16)]
+    assert load_config("tiny").val_scheduler_cfg.preset == "balanced"
+    assert load_config("infinite-world").val_scheduler_cfg.preset == "exact"
 
 
 def test_an_unknown_preset_is_named_with_those_there_are(world, picture):

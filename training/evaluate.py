@@ -33,7 +33,7 @@ from torch import Tensor
 from infworld.actions import MOVES, VIEWS, Segment, words
 from infworld.config import FRAMES_PER_LATENT
 from infworld.dit import TextContext
-from infworld.presets import EXACT, PRESETS
+from infworld.presets import PRESETS
 from infworld.rollout import World, load, pick_dtype
 from infworld.text import load_text_encoder
 from training.data import to_frames, to_video
@@ -315,7 +315,7 @@ def run_test(name: str, benches: Sequence[Bench]) -> tuple[dict[str, Figure], li
 
 
 def make_benches(
-    model: World, text_encoder, worlds: int, batch: int, seed: int, steps: int | None, preset: str = EXACT.name
+    model: World, text_encoder, worlds: int, batch: int, seed: int, steps: int | None, preset: str | None = None
 ) -> list[Bench]:
     """The first evaluation worlds in batches of nearly equal size, at most `batch` each unless one would be alone."""
     count = max(1, min(-(-worlds // batch), worlds // 2))
@@ -333,7 +333,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tests", default="", help=f"all, or some of {','.join(TESTS)}; by default all but {','.join(SLOW_TESTS)}")
     add("--drift-worlds", type=int, default=16, help="worlds of the drift test, at most --worlds")
     add("--sheet-worlds", type=int, default=6, help="worlds of the rollouts sheet, at most --worlds")
-    add("--preset", choices=PRESETS, default=EXACT.name, help="of the sampler; by default exact")
+    add("--preset", choices=PRESETS, help="of the sampler; by default the model's own")
     add("--steps", type=int, help="of the sampler; by default the preset's")
     add("--seed", type=int, default=0, help="of the noise and the random walks")
     add("--out", type=Path, default=Path("runs/evaluation"))

@@ -14,7 +14,7 @@ from torch import Tensor
 from infworld.actions import NO_OP, ActionScript
 from infworld.config import FRAMES_PER_LATENT
 from infworld.dit import TextContext
-from infworld.presets import EXACT, Preset, find_preset
+from infworld.presets import Preset, find_preset
 from infworld.rollout import World
 from infworld.sampler import sample, schedule
 from training.data import to_frames, to_video
@@ -34,7 +34,7 @@ class Bench:
     context: TextContext  # of the worlds' captions
     seed: int
     steps: int
-    preset: Preset = EXACT
+    preset: Preset
 
     @property
     def chunk(self) -> int:
@@ -61,12 +61,13 @@ def make_bench(
     seeds: Sequence[int],
     seed: int = 0,
     steps: int | None = None,
-    preset: str = EXACT.name,
+    preset: str | None = None,
 ) -> Bench:
     """A bench on the model's device.
 
     seeds: of the worlds, at least two, as each lends its memory to the next. seed: of the noise and of random walks.
-    steps: of the sampler, the preset's if None. Raises ValueError for fewer worlds and for a model with guidance.
+    preset: the model's own if None. steps: of the sampler, the preset's if None. Raises ValueError for fewer worlds and
+    for a model with guidance.
     """
     settings = model.config.val_scheduler_cfg
     if len(seeds) < 2:
@@ -79,8 +80,8 @@ def make_bench(
     with torch.inference_mode():
         text = text_encoder.encode(captions(worlds))
         context = model.transformer.embed_text(text.hidden, text.mask)
-    preset = find_preset(preset)
-    return Bench(model, worlds.to(model.device), context, seed, steps or preset.steps_of(settings), preset)
+    found = find_preset(settings.preset if preset is None else preset)
+    return Bench(model, worlds.to(model.device), context, seed, steps or found.steps_of(settings), found)
 
 
 def true_film(bench: Bench, frames: Tensor) -> Film:
