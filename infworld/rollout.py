@@ -514,7 +514,7 @@ def load(
         read_tensors(vae_path),
         where=vae_path,
         device=device,
-        dtype=pick_vae_dtype(device, dtype),
+        dtype=pick_vae_dtype(dtype),
     )
     log.info("%s from %s on %s (%s) in %.1f s", config.name, path, device, dtype, time.monotonic() - began)
     return World(config, transformer, vae, text_encoder, team, plan)
@@ -524,7 +524,7 @@ def make_plan(config: ModelConfig, device: torch.device, dtype: torch.dtype, tea
     """What of a model, which is not loaded yet, stays on a GPU: by what this process may still have of its memory."""
     with torch.device("meta"):
         transformer, vae = InfiniteWorldTransformer(config.model_cfg).to(dtype), build_vae(config)
-    needs = Needs.of(config, transformer, vae.to(pick_vae_dtype(device, dtype)))
+    needs = Needs.of(config, transformer, vae.to(pick_vae_dtype(dtype)))
     free = free_memory(device)
     plan = choose(needs, free, psutil.virtual_memory().available, team is not None)
     log.info("%.1f GB of GPU memory: %s; %.1f GB at most", free / GB, plan, needs.gpu(plan) / GB)
@@ -575,13 +575,13 @@ def pick_threads(threads: int, quota_file: Path = Path("/sys/fs/cgroup/cpu.max")
     return max(1, min(threads, round(quota / period)))
 
 
-def pick_vae_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The VAE's dtype beside a transformer in `dtype`: bfloat16 with it on a GPU, else float32.
+def pick_vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The VAE's dtype beside a transformer in `dtype`: bfloat16 with it, else float32.
 
-    The reference's is float32 (spec section 7); bfloat16 takes half the time and memory, and docs/performance.md says
-    what it costs the picture.
+    The reference's is float32 (spec section 7); bfloat16 takes half the memory and about half the time, and
+    docs/performance.md says what it costs the picture.
     """
-    return torch.bfloat16 if device.type == "cuda" and dtype == torch.bfloat16 else torch.float32
+    return dtype if dtype == torch.bfloat16 else torch.float32
 
 
 @dataclass

@@ -41,7 +41,7 @@ def main() -> None:
     config = load_config(args.model)
     dtype = pick_dtype(device, getattr(torch, config.amp_dtype))
     with parallel.joined(device) as team:
-        one, _ = random_world(config, device, dtype, pick_vae_dtype(device, dtype))
+        one, _ = random_world(config, device, dtype, pick_vae_dtype(dtype))
         together = World(config, one.transformer, one.vae, NoiseText(config), team) if team else None
         session = noise_session(one, picture_size(config), args.history)
         for name in args.presets.split(","):

@@ -71,7 +71,7 @@ class Bench:
         self.device = pick_device(args.device)
         self.config = with_wishes(load_config(args.model), args)
         self.dtype = pick_dtype(self.device, getattr(torch, self.config.amp_dtype))
-        vae_dtype = pick_vae_dtype(self.device, self.dtype)
+        vae_dtype = pick_vae_dtype(self.dtype)
         (self.size,) = self.config.buckets
         self.chunks = args.chunks
         self.histories = histories(self.config, args.histories, args.chunks)
