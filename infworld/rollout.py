@@ -120,6 +120,8 @@ class Session:
     @staticmethod
     def load(path: str | Path) -> Session:
         """Reads what `save` wrote. FileNotFoundError, or ValueError for a file that is no whole session."""
+        if not Path(path).expanduser().exists():
+            raise FileNotFoundError(f"no session file at {path}")
         metadata = read_metadata(path)
         if metadata.get("format") != SESSION_FORMAT:
             raise ValueError(f"{path} is not a session file of this program (format {SESSION_FORMAT})")

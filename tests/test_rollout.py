@@ -326,6 +326,8 @@ def test_a_truncated_session_is_named(saved, keep):
 
 
 def test_files_that_are_no_session_are_named(small_model, picture, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no session file at .*gone.safetensors"):
+        Session.load(tmp_path / "gone.safetensors")
     with pytest.raises(ValueError, match="world.safetensors is not a session file of this program"):
         Session.load(small_model.parent / "world.safetensors")
     with pytest.raises(ValueError, match="no weight file by its name"):
