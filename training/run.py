@@ -57,6 +57,11 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def peak_gib(device: torch.device) -> float:
+    """The most that tensors have taken of this process's GPU so far."""
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+
+
 class Log:
     """JSON lines to the terminal and to `folder`/train.jsonl, and curves as `folder`/train.png; for rank 0 alone."""
 

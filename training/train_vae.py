@@ -30,7 +30,7 @@ from training.data import first_seed, to_frames, to_video
 from training.measures import psnr
 from training.optim import EMA, GradientClipper, Muon, lr_at
 from training.render import render
-from training.run import Log, autocast, finish, from_rank_0, set_up_devices
+from training.run import Log, autocast, finish, from_rank_0, peak_gib, set_up_devices
 from training.walks import MIXED, sample_actions
 from training.worlds import EVAL_SEEDS, make_worlds, spawn, walk
 
@@ -311,10 +311,6 @@ def save_progress(vae: VideoVAE, out: Path, step: int, progress: float) -> None:
 
 def means(losses: list[dict[str, Tensor]]) -> dict[str, float]:
     return {name: torch.stack([loss[name] for loss in losses]).mean().item() for name in losses[0]}
-
-
-def peak_gib(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
 
 
 if __name__ == "__main__":

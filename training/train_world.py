@@ -39,7 +39,7 @@ from infworld.text import ByteTextEncoder
 from training.data import Batch, Labeller, WalkPool, first_seed
 from training.labels import jitter, label_actions, naive_labels, poses_to_matrices
 from training.optim import EMA, GradientClipper, Muon
-from training.run import Log, autocast, compute_dtype, from_rank_0, set_up_devices
+from training.run import Log, autocast, compute_dtype, from_rank_0, peak_gib, set_up_devices
 from training.walks import MIXED, VIEW_ONLY
 from training.worlds import EVAL_SEEDS
 
@@ -173,7 +173,8 @@ def main(args: argparse.Namespace) -> None:
         if log and now - last_report > args.report_every:
             rate = (samples - done["samples"]) / (now - started)
             report(log, model, ema, unseen, args.out, step, samples, losses, clip.lost)
-            log.add("rate", samples_per_second=rate, renewed=pool.next_seed - seed, renewing=renewing)
+            spent = {"renewed": pool.next_seed - seed, "renewing": renewing, "peak_gib": peak_gib(device)}
+            log.add("rate", samples_per_second=rate, **spent)
             losses, last_report = [], now
 
     # What is kept: the averaged weights for use, the whole state to go on from.
