@@ -115,8 +115,8 @@ class Page:
             gr.DuplicateButton(visible="SPACE_ID" in os.environ, scale=0, min_width=160)
 
     def _scene(self) -> None:
-        sampler, step = self.config.val_scheduler_cfg, self.config.chunk_frames
-        preset = find_preset(sampler.preset)
+        step = self.config.chunk_frames
+        steps, guidance, preset = quality_of(self.config)
         guided = is_guided(self.config)
         names = self.models.names
         self.model = gr.Dropdown(
@@ -148,15 +148,13 @@ class Page:
             self.randomise = gr.Checkbox(True, label="A new seed every time", elem_id="randomise")
             self.preset = gr.Radio(
                 speeds(self.config),
-                value=preset.name,
+                value=preset,
                 label="Speed",
                 info="Faster films come close to the exact one, but are not the same.",
                 elem_id="speed",
             )
-            self.steps = gr.Slider(
-                1, MAX_STEPS, preset.steps_of(sampler), step=1, label="Steps", info="More are slower and finer."
-            )
-            self.guidance = gr.Slider(1, 10, sampler.text_cfg_scale, step=0.5, label="Guidance", visible=guided)
+            self.steps = gr.Slider(1, MAX_STEPS, steps, step=1, label="Steps", info="More are slower and finer.")
+            self.guidance = gr.Slider(1, 10, guidance, step=0.5, label="Guidance", visible=guided)
         self.session_file = gr.UploadButton(
             "Resume a film from its session file", file_types=[".safetensors"], size="sm", elem_id="resume"
         )
@@ -275,10 +273,7 @@ class Page:
     def choose_model(self, model: str) -> Update:
         """Another model for new films, with its own preset, steps, guidance and negative prompt."""
         config = self.models.config(model)
-        sampler = config.val_scheduler_cfg
-        preset = find_preset(sampler.preset)
-        quality = preset.steps_of(sampler), sampler.text_cfg_scale, preset.name
-        return self._chosen(config, config.negative_prompt, *quality)
+        return self._chosen(config, config.negative_prompt, *quality_of(config))
 
     @plainly
     def choose_speed(self, preset: str, model: str) -> Update:
@@ -468,10 +463,7 @@ class Page:
         if image is None:
             raise ValueError("there is no picture")
         config = self.models.config(model or self.models.first)
-        sampler = config.val_scheduler_cfg
-        chosen = find_preset(preset or sampler.preset)
-        quality = chosen.steps_of(sampler), sampler.text_cfg_scale, chosen.name
-        wishes = Wishes(_script(actions), prompt, config.negative_prompt, seed, *quality)
+        wishes = Wishes(_script(actions), prompt, config.negative_prompt, seed, *quality_of(config, preset))
         film, job = self.studio.begin(image, frames, wishes, config.name)
         for news in self.studio.run(film, job):
             if isinstance(news, Loading):
@@ -498,6 +490,13 @@ def for_film(wishes: Wishes, session: Session, model: str) -> Wishes:
         return wishes
     kept = {name: getattr(session, name) for name in ("negative_prompt", "steps", "guidance", "preset")}
     return dataclasses.replace(wishes, **kept)
+
+
+def quality_of(config: ModelConfig, preset: str = "") -> tuple[int, float, str]:
+    """Steps, guidance and name of a preset of this model; of its own if none is named."""
+    sampler = config.val_scheduler_cfg
+    found = find_preset(preset or sampler.preset)
+    return found.steps_of(sampler), sampler.text_cfg_scale, found.name
 
 
 def speeds(config: ModelConfig) -> list[tuple[str, str]]:
