@@ -5,20 +5,24 @@ for chunk in world.rollout("picture.png", "forward 80, right 80", num_frames=161
     chunk.frames  # uint8, T H W 3
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 from infworld.actions import ActionScript, Segment
 
 if TYPE_CHECKING:
-    from infworld.rollout import Chunk, Progress, Session, World, load
+    from infworld.loading import load
+    from infworld.progress import Progress
+    from infworld.session import Session
+    from infworld.world import Chunk, World
 
 __all__ = ["ActionScript", "Chunk", "Progress", "Segment", "Session", "World", "load"]
 
+# The engine needs torch, which takes seconds to import: only when it is first asked for.
+_HOMES = {"Chunk": "world", "Progress": "progress", "Session": "session", "World": "world", "load": "loading"}
+
 
 def __getattr__(name: str):
-    """The engine needs torch, which takes seconds to import: only when it is first asked for."""
-    if name in __all__:
-        from infworld import rollout
-
-        return getattr(rollout, name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"infworld.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

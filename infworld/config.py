@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-CONFIG_DIR = PROJECT_ROOT / "configs"
+CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 MODELS = {"infinite-world": "infworld_config.yaml", "tiny": "tiny.yaml"}  # by name, in CONFIG_DIR
 FRAMES_PER_LATENT = 4  # of the causal VAE; the first latent stands for one frame alone
 BUCKET_STEP = 16  # pixels per patch: 8 per latent, 2 latents per patch

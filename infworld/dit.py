@@ -20,14 +20,14 @@ from infworld.actions import MOVES, VIEWS
 from infworld.config import TransformerConfig
 from infworld.layers import EPS, Attending, Attention, gated_add, linear_float32, modulate, rope_3d
 from infworld.memory import MemoryCompressor
-from infworld.offload import MadeAgain, PassingBlocks, PassingTensors
+from infworld.offload import Recomputed, StreamedBlocks, StreamedTensors
 from infworld.parallel import Sequence
 
 PATCH = 2  # latents are cut into patches of 1 x 2 x 2
 ACTION_GROUPS, ACTION_EPS = 2, 1e-5
 
 # Where a memory stream is kept: with the model, in the CPU's memory, or nowhere and made again at each step.
-KEEP = {"gpu": tuple, "cpu": PassingTensors, "nowhere": lambda tokens: tokens}
+KEEP = {"gpu": tuple, "cpu": StreamedTensors, "recompute": lambda tokens: tokens}
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class InfiniteWorldTransformer(nn.Module):
     ) -> MemoryStream:
         """The memory latents' (B, 16, M, h, w) way through all blocks, modulated for timestep 0.
 
-        keep: "gpu", "cpu" or "nowhere", see `KEEP`. sequence: over which devices the tokens are split, if they are.
+        keep: "gpu", "cpu" or "recompute", see `KEEP`. sequence: over which devices the tokens are split, if they are.
         """
-        tokens = MadeAgain(partial(self._memory_tokens, memory, context, sequence))
+        tokens = Recomputed(partial(self._memory_tokens, memory, context, sequence))
         return MemoryStream(KEEP[keep](tokens), memory.shape[2])
 
     def denoise(
@@ -144,12 +144,12 @@ class InfiniteWorldTransformer(nn.Module):
 
         They compute the same, and are compiled no more.
         """
-        if isinstance(self.blocks, PassingBlocks):
+        if isinstance(self.blocks, StreamedBlocks):
             return
         for block in self.blocks:
             for step in ("memory_step", "noisy_step"):
                 vars(block).pop(step, None)
-        self.blocks = PassingBlocks(self.blocks, self.patch_embedding.weight.device)
+        self.blocks = StreamedBlocks(self.blocks, self.patch_embedding.weight.device)
 
     @property
     def dtype(self) -> torch.dtype:

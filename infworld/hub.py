@@ -31,9 +31,9 @@ from infworld.transfer import (
     TIMEOUT,
     HubError,
     HubFile,
-    Meter,
-    Patience,
+    RetryPolicy,
     Transfer,
+    TransferProgress,
     check_space,
     download,
     explain,
@@ -52,7 +52,7 @@ RECORD = ".hub.json"
 
 
 @dataclass(frozen=True)
-class Plan:
+class DownloadPlan:
     """What a `fetch` does: the config as it will be, with absolute paths, and the files that have to come first."""
 
     config: ModelConfig
@@ -101,14 +101,14 @@ def fetch(
                 log.warning("%s", damage)
             check_space(todo.files)
             _write_record(folder, {file.repo: file.commit for file in todo.files})
-            meter = Meter(todo.files, progress)
+            meter = TransferProgress(todo.files, progress)
             for file in todo.files:
                 download(file, meter)
     check(todo.config)
     return todo.config
 
 
-def plan(config: ModelConfig, *, revision: str | None = None, to: str | Path | None = None) -> Plan:
+def plan(config: ModelConfig, *, revision: str | None = None, to: str | Path | None = None) -> DownloadPlan:
     """What `fetch` with these arguments would download; asks the Hub if that is anything. Raises the same errors.
 
     A damaged file counts as missing. Where a revision is asked for, so does a file of another content than it has.
@@ -140,7 +140,7 @@ def plan(config: ModelConfig, *, revision: str | None = None, to: str | Path | N
             continue
         files += [file for file in listed if not is_same(file.target, file.size, file.digest)]
         places[key] = target
-    return Plan(_placed(config, places), tuple(files), tuple(damages.values()))
+    return DownloadPlan(_placed(config, places), tuple(files), tuple(damages.values()))
 
 
 def check(config: ModelConfig) -> None:
@@ -151,8 +151,8 @@ def check(config: ModelConfig) -> None:
     # Imported here because torch and transformers take seconds, and finding the files needs neither.
     from infworld.checkpoint import RELEASED_EXTRAS, load_strict
     from infworld.dit import InfiniteWorldTransformer
-    from infworld.rollout import build_vae
     from infworld.text import ByteTextEncoder, build_umt5, umt5_names
+    from infworld.vae import build_vae
 
     text = config.text_encoder_cfg
     builders = {
@@ -316,7 +316,7 @@ class _Listings:
         """The commit, and size and digest of every file."""
         if repo not in self._known:
             revision = self._revisions.get(repo)
-            patience = Patience(lambda error: explain(error, repo, revision), PAUSES[:2])
+            patience = RetryPolicy(lambda error: explain(error, repo, revision), PAUSES[:2])
             while True:
                 try:
                     info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT)

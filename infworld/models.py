@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from pathlib import Path
 
-import psutil
 import torch
 from tqdm import tqdm
 
 from infworld import hub
 from infworld.config import MODELS, ModelConfig, load_config
-from infworld.rollout import pick_device
+from infworld.devices import pick_device
 
 log = logging.getLogger(__name__)
 
@@ -62,35 +60,3 @@ def available() -> dict[str, ModelConfig]:
     """The known models whose files are on this machine, by name."""
     found = {name: hub.find(load_config(name)) for name in MODELS}
     return {name: config for name, config in found.items() if config}
-
-
-def device_name(device: torch.device) -> str:
-    """What a person calls it: "NVIDIA H100 80GB HBM3" or "CPU"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def limit_memory(device: torch.device, gigabytes: float | None) -> None:
-    """Lets this process have at most so many GB (10^9 bytes) of a GPU, by which it then plans; None: all that is free.
-
-    ValueError for less than nothing, and for a CPU.
-    """
-    if gigabytes is None:
-        return
-    if device.type != "cuda" or not gigabytes > 0:
-        raise ValueError(f"memory can be limited on a GPU, to more than 0 GB; not to {gigabytes:g} GB on {device.type}")
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), device)
-
-
-def peak_memory(device: torch.device) -> str:
-    """The most memory that this process has held so far, in words. CPU memory counts files mapped from the disk."""
-    gpu = f"GPU {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB, " if device.type == "cuda" else ""
-    return f"{gpu}CPU {_peak_resident() / 1e9:.1f} GB"
-
-
-def _peak_resident() -> int:
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource  # only where there is Unix
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 SLOTS = 2
 
 
-class PassingBlocks(nn.ModuleList):
+class StreamedBlocks(nn.ModuleList):
     """A model's blocks, in the CPU's memory from here on; who goes through them meets each on `device`.
 
     A block is good until the next one is asked for. Names and places of the parameters in the model stay.
@@ -36,7 +36,7 @@ class PassingBlocks(nn.ModuleList):
             yield slots[slot]
 
 
-class PassingTensors:
+class StreamedTensors:
     """Tensors of one shape, copied to the CPU as they come; who goes through them meets each where it came from.
 
     A tensor is good until the next one is asked for.
@@ -54,7 +54,7 @@ class PassingTensors:
             yield slots[slot]
 
 
-class MadeAgain:
+class Recomputed:
     """Tensors that are nowhere: who goes through them has them computed, each time anew."""
 
     def __init__(self, make: Callable[[], Iterator[Tensor]]):

@@ -14,25 +14,25 @@ from infworld.config import SamplerConfig
 
 @dataclass(frozen=True)
 class Preset:
-    """steps: part of a model's own sampler steps, but at `least` so many unless the model has fewer. even: where the
-    steps end, see `sampler.schedule`. order: of the solver, see `sampler.sample`. guided: every how many steps the
-    negative prompt is asked, see `sampler.guided`."""
+    """steps: as a fraction of the model's own sampler steps. min_steps: a lower bound, unless the model has fewer.
+    end_at_zero: where the steps end, see `sampler.schedule`. order: of the solver, see `sampler.sample`.
+    guidance_interval: the negative prompt is evaluated every so many steps, see `sampler.guided`."""
 
     name: str
     steps: float = 1.0
-    least: int = 1
-    even: bool = False
+    min_steps: int = 1
+    end_at_zero: bool = False
     order: int = 1
-    guided: int = 1
+    guidance_interval: int = 1
 
-    def steps_of(self, sampler: SamplerConfig) -> int:
+    def sampler_steps(self, sampler: SamplerConfig) -> int:
         """Sampler steps per chunk for a model: 30, 15 and 8 for the released one."""
         own = sampler.num_sampling_steps
-        return min(own, max(self.least, math.ceil(self.steps * own)))
+        return min(own, max(self.min_steps, math.ceil(self.steps * own)))
 
     def passes(self, steps: int, guidance: float) -> int:
         """How often the transformer runs for a chunk of so many steps: what its time goes with."""
-        return steps if guidance == 1 else steps + math.ceil(steps / self.guided)
+        return steps if guidance == 1 else steps + math.ceil(steps / self.guidance_interval)
 
 
 EXACT = Preset("exact")
@@ -40,8 +40,8 @@ PRESETS = {
     preset.name: preset
     for preset in (
         EXACT,
-        Preset("balanced", steps=1 / 2, least=5, even=True, order=2),
-        Preset("fast", steps=1 / 4, least=4, even=True, order=2, guided=2),
+        Preset("balanced", steps=1 / 2, min_steps=5, end_at_zero=True, order=2),
+        Preset("fast", steps=1 / 4, min_steps=4, end_at_zero=True, order=2, guidance_interval=2),
     )
 }
 

@@ -15,15 +15,15 @@ MAX_TIMESTEP = 1000.0
 Velocity = Callable[[Tensor, Tensor], Tensor]  # noisy latents and timestep (a scalar) -> noise minus data
 
 
-def schedule(config: SamplerConfig, steps: int, *, even: bool = False) -> Tensor:
+def schedule(config: SamplerConfig, steps: int, *, end_at_zero: bool = False) -> Tensor:
     """The timesteps of so many steps and the final 0, (steps + 1,) float32, falling from 1000.
 
-    Before the shift they go evenly to 1 and then to 0, as the spec has it: a last step over next to nothing. `even`:
-    evenly to 0 itself.
+    Before the shift they are evenly spaced down to 1, followed by 0, as in the spec, so that the last step is tiny.
+    end_at_zero: evenly spaced down to 0 instead.
     """
     if type(steps) is not int or not 1 <= steps <= MAX_TIMESTEP:
         raise ValueError(f"sampling steps must be a whole number from 1 to {MAX_TIMESTEP:.0f}, not {steps!r}")
-    points = torch.linspace(MAX_TIMESTEP, 0 if even else 1, steps + even, dtype=torch.float64)[:steps]
+    points = torch.linspace(MAX_TIMESTEP, 0 if end_at_zero else 1, steps + end_at_zero, dtype=torch.float64)[:steps]
     u = points / MAX_TIMESTEP
     if config.use_timestep_transform:
         u = config.shift * u / (1 + (config.shift - 1) * u)

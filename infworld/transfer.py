@@ -136,7 +136,7 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
-def download(file: HubFile, meter: Meter) -> None:
+def download(file: HubFile, meter: TransferProgress) -> None:
     """Brings one file to its place, whole and with the right hash or not at all; goes on from its part."""
     with explained_disk(file.target.parent):
         file.target.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def download(file: HubFile, meter: Meter) -> None:
             if have:
                 log.info("%s goes on at %s of %s", file.target.name, size_text(have), size_text(file.size))
             meter.begin(file, have)
-            patience = Patience(lambda error: explain(error, file.repo, file.commit))
+            patience = RetryPolicy(lambda error: explain(error, file.repo, file.commit))
             while have < file.size:
                 try:
                     for block in _blocks(file, have):
@@ -218,7 +218,7 @@ def _hash_rest(file: BinaryIO, digest) -> None:
         digest.update(block)
 
 
-class Meter:
+class TransferProgress:
     """Tells `progress` how far all files together are; the speed is that of the last seconds."""
 
     def __init__(self, files: Iterable[HubFile], progress: Callable[[Transfer], None] | None):
@@ -254,7 +254,7 @@ class Meter:
         self._progress(Transfer(self._name, self._done, self._total, speed, remaining))
 
 
-class Patience:
+class RetryPolicy:
     """Waits after an error that may pass, longer each time as long as nothing arrives; raises HubError for others."""
 
     def __init__(self, explain: Callable[[Exception], str], pauses: tuple[int, ...] = PAUSES):

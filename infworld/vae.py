@@ -1,20 +1,21 @@
 """Causal video VAE: between video (B 3 T H W in [-1, 1]) and latents (B 16 T' H/8 W/8), spec section 4.
 
 The first frame makes the first latent, every four further frames one more. All time padding is on the left, so a clip
-can be continued: each pass hands on the last frames that the temporal layers saw, their tails, as an explicit `state`.
-Between two calls the large tails, those of the encoder's layers that see every frame, are left out of it: the clip's
+can be continued: each pass hands on the last frames that the temporal layers saw, their cache, as an explicit `state`.
+Between two calls the large cache, those of the encoder's layers that see every frame, are left out of it: the clip's
 last 19 frames, which make them again, are a nineteenth of their size.
 Inside this file frames lie as B T H W C, the memory order in which convolutions, norms and attention are fastest.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infworld.config import FRAMES_PER_LATENT, RELEASED_LATENTS_MEAN, RELEASED_LATENTS_STD
-from infworld.parallel import Rows
+from infworld.config import FRAMES_PER_LATENT, RELEASED_LATENTS_MEAN, RELEASED_LATENTS_STD, ModelConfig
+from infworld.parallel import SpatialShard
 
 PIXELS_PER_LATENT = 8  # along height and width
 FRAMES = "frames"  # name of a clip's last frames in an encoder's state
@@ -60,40 +61,40 @@ class VideoVAE(nn.Module):
         self,
         video: Tensor,
         state: dict[str, Tensor] | None = None,
-        slab: int | None = None,
-        rows: Rows | None = None,
+        tile: int | None = None,
+        rows: SpatialShard | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Encodes a clip, or further frames of the clip whose `state` an earlier call returned.
 
         video: B 3 T H W in [-1, 1], H and W multiples of 8; T = 1 + 4n without `state`, 4n with it.
-        slab: latents per pass, which never changes the result; by default bounded by memory. rows: over which devices
+        tile: latents per pass, which never changes the result; by default bounded by memory. rows: over which devices
         the rows of the picture are split, if they are; then video, state and results are this one's rows.
         Returns the normalised mean latents, B z_dim T' H/8 W/8 with T' = 1 + n or n, in the dtype of `video`, and the
         state to continue with: named tensors in the dtype of the weights, detached. A state may come from a VAE of
-        another dtype or device, or be an earlier version's, which had all tails in it.
+        another dtype or device, or be an earlier version's, which had all cache in it.
         Raises ValueError for any other shape and for a state of another batch or picture size.
         """
         _check_video(video, state)
         x = video.movedim(1, -1).to(self.conv1.weight.dtype)
-        slab = slab or self.default_slab(x.device, x[0, 0, ..., 0].numel() * len(x), rows)
+        tile = tile or self.default_tile(x.device, x[0, 0, ..., 0].numel() * len(x), rows)
         carried = {name: tensor.to(x) for name, tensor in (state or {}).items()}
         seen = carried.pop(FRAMES, x[:, :0])
         if seen.shape[1]:
-            carried |= self.encoder.full_rate_tails(seen, rows)
+            carried |= self.encoder.full_rate_features(seen, rows)
         means = []
-        for part in _split(x, first=0 if state else 1, size=slab * FRAMES_PER_LATENT):
-            tails = Tails(carried, rows=rows)
-            mean, _ = _pointwise(self.encoder(part, tails), self.conv1).chunk(2, dim=-1)
+        for part in _split(x, first=0 if state else 1, size=tile * FRAMES_PER_LATENT):
+            cache = FeatureCache(carried, rows=rows)
+            mean, _ = _pointwise(self.encoder(part, cache), self.conv1).chunk(2, dim=-1)
             means.append(mean)
-            carried = tails.state
+            carried = cache.state
         mean = torch.cat(means, dim=1).to(video.dtype)
         mean = (mean - mean.new_tensor(self.latents_mean)) / mean.new_tensor(self.latents_std)
         return mean.movedim(-1, 1).contiguous(), self.encoder.state(torch.cat([seen, x], dim=1), carried)
 
-    def decode(self, latents: Tensor, slab: int | None = None, rows: Rows | None = None) -> Tensor:
+    def decode(self, latents: Tensor, tile: int | None = None, rows: SpatialShard | None = None) -> Tensor:
         """Decodes a whole clip of normalised latents, B z_dim T' h w.
 
-        slab, rows: as for `encode`.
+        tile, rows: as for `encode`.
         Returns video, B 3 T 8h 8w with T = 1 + 4(T' - 1), in [-1, 1] and in the dtype of `latents`.
         Raises ValueError for another number of dimensions or channels and for no latents.
         """
@@ -101,12 +102,12 @@ class VideoVAE(nn.Module):
         z = latents.movedim(1, -1)
         z = z * z.new_tensor(self.latents_std) + z.new_tensor(self.latents_mean)
         z = _pointwise(z.to(self.conv2.weight.dtype), self.conv2)
-        slab = slab or self.default_slab(z.device, z[0, 0, ..., 0].numel() * len(z) * PIXELS_PER_LATENT**2, rows)
+        tile = tile or self.default_tile(z.device, z[0, 0, ..., 0].numel() * len(z) * PIXELS_PER_LATENT**2, rows)
         state, video = None, []
-        for part in _split(z, first=1, size=slab):
-            tails = Tails(state, rows=rows)
-            video.append(self.decoder(part, tails).clamp(-1, 1))
-            state = tails.state
+        for part in _split(z, first=1, size=tile):
+            cache = FeatureCache(state, rows=rows)
+            video.append(self.decoder(part, cache).clamp(-1, 1))
+            state = cache.state
         return torch.cat(video, dim=1).to(latents.dtype).movedim(-1, 1).contiguous()
 
     def encode_distribution(self, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +116,7 @@ class VideoVAE(nn.Module):
         video and errors as in `encode` without state. Returns two tensors B z_dim T' H/8 W/8.
         """
         _check_video(video, None)
-        x = self.encoder(video.movedim(1, -1), Tails(keep=False))
+        x = self.encoder(video.movedim(1, -1), FeatureCache(keep=False))
         mean, logvar = _pointwise(x, self.conv1).movedim(-1, 1).chunk(2, dim=1)
         return mean, logvar
 
@@ -125,14 +126,20 @@ class VideoVAE(nn.Module):
         Shapes and errors as in `decode`.
         """
         _check_latents(z, self.z_dim)
-        return self.decoder(_pointwise(z.movedim(1, -1), self.conv2), Tails(keep=False)).movedim(-1, 1)
+        return self.decoder(_pointwise(z.movedim(1, -1), self.conv2), FeatureCache(keep=False)).movedim(-1, 1)
 
-    def default_slab(self, device: torch.device, pixels: int, rows: Rows | None = None) -> int:
+    def default_tile(self, device: torch.device, pixels: int, rows: SpatialShard | None = None) -> int:
         """Latents per pass for pictures of so many pixels, all pictures of a batch together."""
         if rows is not None:
             pixels = rows.largest(pixels)  # as all devices pass the same latents together
         pass_size = PASS_SIZE_CPU if device.type == "cpu" else PASS_SIZE_GPU
         return max(1, pass_size // (self.dim * pixels * FRAMES_PER_LATENT))
+
+
+def build_vae(config: ModelConfig) -> VideoVAE:
+    """The VAE of a config, untrained."""
+    sizes = {k: v for k, v in asdict(config.vae_cfg).items() if k != "vae_pth"}
+    return VideoVAE(**sizes)
 
 
 class Encoder(nn.Module):
@@ -155,29 +162,29 @@ class Encoder(nn.Module):
         halved = next(i for i, layer in enumerate(self.downsamples) if getattr(layer, "time_conv", None) is not None)
         self._full_rate = 1 + halved  # layers that see every frame: conv1 and those before time is first halved
 
-    def forward(self, x: Tensor, tails: "Tails") -> Tensor:
+    def forward(self, x: Tensor, cache: "FeatureCache") -> Tensor:
         for layer in self._layers():
-            x = layer(x, tails)
+            x = layer(x, cache)
         norm, conv = self.head.values()
-        return conv(norm(x), tails)
+        return conv(norm(x), cache)
 
-    def state(self, frames: Tensor, tails: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a clip, of which these are the last frames (B T H W 3), is continued with after a pass left `tails`."""
+    def state(self, frames: Tensor, cache: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a clip, of which these are the last frames (B T H W 3), is continued with after a pass left `cache`."""
         convolutions = self._full_rate_convolutions()
-        kept = {name: tail for name, tail in tails.items() if name not in map(_tail_name, range(convolutions))}
+        kept = {name: features for name, features in cache.items() if name not in map(_cache_key, range(convolutions))}
         return {FRAMES: frames[:, -(1 + 2 * convolutions) :].detach().clone(), **kept}
 
-    def full_rate_tails(self, frames: Tensor, rows: Rows | None = None) -> dict[str, Tensor]:
-        """The tails that `state` left out, made again from the frames that it kept.
+    def full_rate_features(self, frames: Tensor, rows: SpatialShard | None = None) -> dict[str, Tensor]:
+        """The cache that `state` left out, made again from the frames that it kept.
 
         Each convolution needs two more frames than it gives, so that one frame comes out at the end; fewer are a clip
         from its first frame on.
         """
         whole = frames.shape[1] < 1 + 2 * self._full_rate_convolutions()
-        tails = Tails(padded=whole, rows=rows)
+        cache = FeatureCache(padded=whole, rows=rows)
         for layer in self._layers()[: self._full_rate]:
-            frames = layer(frames, tails)
-        return tails.state
+            frames = layer(frames, cache)
+        return cache.state
 
     def _layers(self) -> list[nn.Module]:
         return [self.conv1, *self.downsamples, *self.middle]
@@ -205,21 +212,21 @@ class Decoder(nn.Module):
                 width //= 2
         self.head = nn.ModuleDict({"0": Norm(width), "2": CausalConv3d(width, 3, 3)})
 
-    def forward(self, x: Tensor, tails: "Tails") -> Tensor:
-        x = self.conv1(x, tails)
+    def forward(self, x: Tensor, cache: "FeatureCache") -> Tensor:
+        x = self.conv1(x, cache)
         for layer in (*self.middle, *self.upsamples):
-            x = layer(x, tails)
+            x = layer(x, cache)
         norm, conv = self.head.values()
-        return conv(norm(x), tails)
+        return conv(norm(x), cache)
 
 
-class Tails:
+class FeatureCache:
     """What the temporal layers carry from one pass to the next: their last input frames, in the order of the layers.
 
-    `state`: the last pass's `Tails.state`, or None at the start of a clip; each tail leaves it with its layer, to
-    free it. keep: whether another pass will follow.
-    padded: without a state, whether zeros stand before the first frame, as at a clip's start; else what has not two
-    frames before it does not come out. rows: the neighbours of the picture's rows, where other devices have those.
+    `state`: the last pass's `FeatureCache.state`, or None at the start of a clip; each entry is removed when its
+    layer has read it, to free memory. keep: whether another pass will follow.
+    padded: without a state, whether zeros stand before the first frame, as at a clip's start; else frames
+    without two predecessors are dropped. rows: the neighbours of the picture's rows, where other devices have those.
     """
 
     def __init__(
@@ -227,7 +234,7 @@ class Tails:
         state: dict[str, Tensor] | None = None,
         keep: bool = True,
         padded: bool = True,
-        rows: Rows | None = None,
+        rows: SpatialShard | None = None,
     ):
         self.at_start = not state
         self.padded = padded
@@ -242,7 +249,7 @@ class Tails:
 
         Returns the latter, None at the start of a clip, where zeros stand in if x is too short.
         """
-        name = _tail_name(self._layer)
+        name = _cache_key(self._layer)
         self._layer += 1
         past = self._past.pop(name, None)
         if self._keep:
@@ -256,11 +263,11 @@ class Tails:
 class CausalConv3d(nn.Conv3d):
     """Convolution over B T H W C that sees the two frames before each frame; zeros before the first one."""
 
-    def forward(self, x: Tensor, tails: Tails) -> Tensor:
-        past = tails.swap(x, 2)
-        if past is None and tails.padded:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        past = cache.swap(x, 2)
+        if past is None and cache.padded:
             past = _zeros(x, 2)
-        return _convolve(x if past is None else torch.cat([past, x], dim=1), self, tails.rows)
+        return _convolve(x if past is None else torch.cat([past, x], dim=1), self, cache.rows)
 
 
 class ResidualBlock(nn.Module):
@@ -277,16 +284,16 @@ class ResidualBlock(nn.Module):
         )
         self.shortcut = nn.Conv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
 
-    def forward(self, x: Tensor, tails: Tails) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         norm1, conv1, norm2, conv2 = self.residual.values()
-        y = conv1(norm1(x), tails)
-        y = conv2(norm2(y), tails)
+        y = conv1(norm1(x), cache)
+        y = conv2(norm2(y), cache)
         x = x[:, -y.shape[1] :]  # all of it, unless nothing is padded
         return y + (x if self.shortcut is None else _pointwise(x, self.shortcut))
 
 
 class Attention(nn.Module):
-    """Single-head attention within each frame. Nothing crosses time, so `tails` stays as it is."""
+    """Single-head attention within each frame. Nothing crosses time, so `cache` stays as it is."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -294,11 +301,11 @@ class Attention(nn.Module):
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, tails: Tails) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         tokens = self.norm(x).flatten(0, 1).flatten(1, 2)  # (B T) (H W) C
         q, k, v = _pointwise(tokens, self.to_qkv).unsqueeze(1).chunk(3, dim=-1)
-        if tails.rows is not None:
-            k, v = tails.rows.whole(k, 2), tails.rows.whole(v, 2)
+        if cache.rows is not None:
+            k, v = cache.rows.whole(k, 2), cache.rows.whole(v, 2)
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         return x + _pointwise(y, self.proj).view(x.shape)
 
@@ -311,15 +318,15 @@ class Downsample(nn.Module):
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor, tails: Tails) -> Tensor:
-        if tails.rows is None:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        if cache.rows is None:
             x = _by_frame(self.resample, x)
         else:  # the row below is the neighbour's, and only the column beside the picture is padded
-            x = _by_frame(lambda frame: self.resample[1](F.pad(frame, (0, 1))), tails.rows.bordered(x)[:, :, 1:])
-        return x if self.time_conv is None else self._halve_time(x, tails)
+            x = _by_frame(lambda frame: self.resample[1](F.pad(frame, (0, 1))), cache.rows.bordered(x)[:, :, 1:])
+        return x if self.time_conv is None else self._halve_time(x, cache)
 
-    def _halve_time(self, x: Tensor, tails: Tails) -> Tensor:
-        past = tails.swap(x, 1)
+    def _halve_time(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        past = cache.swap(x, 1)
         if past is not None:
             return _convolve(torch.cat([past, x], dim=1), self.time_conv)
         first = x[:, :1]
@@ -334,23 +341,23 @@ class Upsample(nn.Module):
         self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim // 2, 3, padding=1))
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor, tails: Tails) -> Tensor:
-        x = x if self.time_conv is None else self._double_time(x, tails)
-        if tails.rows is None:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        x = x if self.time_conv is None else self._double_time(x, cache)
+        if cache.rows is None:
             return _by_frame(self.resample, x)
-        return _by_frame(self.resample, tails.rows.bordered(x))[:, :, 2:-2]
+        return _by_frame(self.resample, cache.rows.bordered(x))[:, :, 2:-2]
 
-    def _double_time(self, x: Tensor, tails: Tails) -> Tensor:
-        if not tails.at_start:
-            return self._pairs(x, tails)
+    def _double_time(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        if not cache.at_start:
+            return self._pairs(x, cache)
         first, rest = x[:, :1], x[:, 1:]
         if rest.shape[1]:
-            return torch.cat([first, self._pairs(rest, tails)], dim=1)
-        tails.swap(rest, 2)  # the first latent leaves no trace: the second one sees zeros
+            return torch.cat([first, self._pairs(rest, cache)], dim=1)
+        cache.swap(rest, 2)  # the first latent leaves no trace: the second one sees zeros
         return first
 
-    def _pairs(self, x: Tensor, tails: Tails) -> Tensor:
-        earlier, later = self.time_conv(x, tails).chunk(2, dim=-1)
+    def _pairs(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        earlier, later = self.time_conv(x, cache).chunk(2, dim=-1)
         return torch.stack([earlier, later], dim=2).flatten(1, 2)
 
 
@@ -375,7 +382,7 @@ def normalize(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
     return F.silu(y) if silu else y
 
 
-def _convolve(x: Tensor, conv: nn.Conv3d, rows: Rows | None = None) -> Tensor:
+def _convolve(x: Tensor, conv: nn.Conv3d, rows: SpatialShard | None = None) -> Tensor:
     """x (B T H W C) through the convolution, without padding in time and with zeros around the picture."""
     if rows is not None and conv.kernel_size[1] > 1:
         return _convolve(rows.bordered(x), conv)[:, :, 1:-1]
@@ -413,8 +420,8 @@ def _pointwise(x: Tensor, conv: nn.Conv2d | nn.Conv3d) -> Tensor:
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
-def _tail_name(layer: int) -> str:
-    return f"tail{layer:02}"
+def _cache_key(layer: int) -> str:
+    return f"features{layer:02}"
 
 
 def _zeros(x: Tensor, frames: int) -> Tensor:
@@ -442,7 +449,7 @@ def _check_video(video: Tensor, state: dict[str, Tensor] | None) -> None:
         return
     if frames % FRAMES_PER_LATENT or not frames:
         raise ValueError(f"a clip is continued by {FRAMES_PER_LATENT}n frames, got {frames}")
-    seen = state.get(FRAMES, state.get(_tail_name(0)))
+    seen = state.get(FRAMES, state.get(_cache_key(0)))
     if seen is None or seen.dim() != 5 or seen.shape[:1] + seen.shape[2:] != (batch, height, width, 3):
         shape = "nothing" if seen is None else tuple(seen.shape)
         raise ValueError(f"state is of {shape}, not of a clip of batch {batch} and size {height}x{width}")

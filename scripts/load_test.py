@@ -147,8 +147,8 @@ def serve(model: str, films: Path, temp: Path, lifetime: float, port: int) -> No
     sys.path.insert(0, str(ROOT))
     import gradio as gr
 
-    import app
     import infworld
+    from infworld.app import page as app
 
     def hasty_blocks(blocks=gr.Blocks, **options) -> gr.Blocks:
         return blocks(**options | {"delete_cache": (SWEEP, lifetime)})
@@ -157,12 +157,12 @@ def serve(model: str, films: Path, temp: Path, lifetime: float, port: int) -> No
     app.serve(infworld.load(model, "cpu"), films, server_name="127.0.0.1", server_port=port, quiet=True)
 
 
-def vanish(address: str, picture: Path, wishes: list[Wish], connected: Semaphore, go: Event) -> None:
+def vanish(address: str, picture: Path, settings: list[Wish], connected: Semaphore, go: Event) -> None:
     """In a process of its own: asks for films, and is gone when the first one begins to be made."""
     client = Client(address, **CLIENT)
     connected.release()
     go.wait(PATIENCE)
-    jobs = [wish.submit(client, picture) for wish in wishes]
+    jobs = [wish.submit(client, picture) for wish in settings]
     wait_until(lambda: any(job.done() or job.status().code is Status.PROCESSING for job in jobs), PATIENCE)
     os._exit(0)  # says goodbye to nobody
 
@@ -192,8 +192,8 @@ def result(job: Job) -> Path | Exception:
         return error
 
 
-def fire(server: Server, clients: list[Client], groups: list[list[Wish]], wishes: list[Wish], picture: Path) -> Load:
-    """One wish for each client, mixed with the groups of wishes of clients that vanish."""
+def fire(server: Server, clients: list[Client], groups: list[list[Wish]], settings: list[Wish], picture: Path) -> Load:
+    """One wish for each client, mixed with the groups of settings of clients that vanish."""
     context = multiprocessing.get_context("spawn")
     go, connected = [context.Event() for _ in groups], context.Semaphore(0)
     vanishing = [
@@ -205,7 +205,7 @@ def fire(server: Server, clients: list[Client], groups: list[list[Wish]], wishes
     for _ in vanishing:
         connected.acquire(timeout=60)
     load, began, jobs = Load(), time.monotonic(), []
-    for place, (client, wish) in enumerate(zip(clients, wishes, strict=True)):
+    for place, (client, wish) in enumerate(zip(clients, settings, strict=True)):
         for event in go[place * len(go) // len(clients) : (place + 1) * len(go) // len(clients)]:
             event.set()
         jobs.append(wish.submit(client, picture))
@@ -228,8 +228,8 @@ def test(requests: int, model: str, lifetime: float, folder: Path) -> list[Line]
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)).save(picture)
     downloads.mkdir()
     groups = max(1, round(requests * VANISHING / GROUP))
-    wishes = [Wish(number) for number in range(requests)]
-    staying, leaving = wishes[groups * GROUP :], wishes[: groups * GROUP]
+    settings = [Wish(number) for number in range(requests)]
+    staying, leaving = settings[groups * GROUP :], settings[: groups * GROUP]
 
     with Server(model, folder, lifetime) as server:
         clients = connect(server, downloads, len(staying))
@@ -254,17 +254,17 @@ def test(requests: int, model: str, lifetime: float, folder: Path) -> list[Line]
     return [*lines, atmost("ffmpeg processes left by a server that ended", server.ffmpegs(), 0)]
 
 
-def about_films(load: Load, wishes: list[Wish], again: list[Path | Exception]) -> list[Line]:
+def about_films(load: Load, settings: list[Wish], again: list[Path | Exception]) -> list[Line]:
     """Did everybody who stayed get a film, and their own?"""
-    films = [(wish, path) for wish, path in zip(wishes, load.results, strict=True) if isinstance(path, Path)]
+    films = [(wish, path) for wish, path in zip(settings, load.results, strict=True) if isinstance(path, Path)]
     errors = {str(error) for error in [*load.results, *again] if isinstance(error, Exception)}
     right = sum(count_frames_and_secs(str(path))[0] == wish.frames for wish, path in films)
     same = sum(digest(first) == digest(second) for first, second in zip(load.results, again, strict=False))
     return [
         *(Line("error", error[:80], passed=False) for error in sorted(errors)),
         Line("requests", f"{load.answered} answered in {load.seconds:.0f} s"),
-        every("films with exactly the frames asked", right, len(wishes)),
-        every("films that differ from all others", len({digest(path) for _, path in films}), len(wishes)),
+        every("films with exactly the frames asked", right, len(settings)),
+        every("films that differ from all others", len({digest(path) for _, path in films}), len(settings)),
         every("same film when asked again, alone", same, len(again)),
     ]
 

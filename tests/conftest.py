@@ -84,7 +84,7 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory) -> Path:
     """Path of the config of a small model whose files have the released names and formats. Not to be changed."""
-    from scripts.make_random_checkpoint import make
+    from infworld.cli.random_checkpoint import make
 
     folder = tmp_path_factory.mktemp("random_model")
     return make(folder, from_dict(ModelConfig, SMALL_UMT5_MODEL, "SMALL_UMT5_MODEL"))
@@ -93,8 +93,8 @@ def random_model(tmp_path_factory) -> Path:
 def make_small_model(folder: Path) -> Path:
     """Writes the config and random weights of SMALL_MODEL; returns the path that `infworld.load` takes."""
     from infworld.dit import InfiniteWorldTransformer
-    from infworld.rollout import build_vae
     from infworld.text import ByteTextEncoder
+    from infworld.vae import build_vae
 
     config = from_dict(ModelConfig, SMALL_MODEL, "SMALL_MODEL")
     torch.manual_seed(0)
@@ -152,7 +152,7 @@ def serve(world, serve_models):
 @pytest.fixture(scope="session")
 def serve_models():
     """The same for any models: serve_models(what app.serve takes, films folder) -> address."""
-    import app
+    from infworld.app import page as app
 
     pages = []
 

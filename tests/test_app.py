@@ -24,40 +24,42 @@ import pytest
 import torch
 import yaml
 
-import app
 import infworld
 from infworld import models
 from infworld.actions import ActionScript
+from infworld.app import compute, status
+from infworld.app import model_pool as ui_models
+from infworld.app import page as app
+from infworld.app.compute import Replay, Report, gpu_seconds
+from infworld.app.drive import driven
+from infworld.app.films import Film, FilmStore
+from infworld.app.gallery import find_examples
+from infworld.app.memory_check import coverage_strip, covered_frames, memory_check, psnr
+from infworld.app.model_pool import ModelPool, SingleModelPool
+from infworld.app.studio import Job, Loading, Studio
+from infworld.camera import revisits, walk
 from infworld.config import load_config
 from infworld.presets import PRESETS, find_preset
-from infworld.rollout import Chunk, Progress, Session, World
+from infworld.progress import Progress
+from infworld.session import Session
+from infworld.settings import MAX_PROMPT, MAX_STEPS, FilmSettings
 from infworld.video import read_mp4
-from ui import compute, status
-from ui import models as ui_models
-from ui.compute import Replay, Report, gpu_seconds
-from ui.drive import driven
-from ui.films import Film, FilmStore
-from ui.gallery import find_examples
-from ui.memory_check import coverage_strip, covered_frames, memory_check, psnr
-from ui.models import Models, OneModel
-from ui.studio import Job, Loading, Studio
-from ui.walk import revisits, walk
-from ui.wishes import MAX_PROMPT, MAX_STEPS, Wishes
+from infworld.world import Chunk, World
 
-WISHES = Wishes(ActionScript.parse("forward 80, right 80"), "a hill", "", seed=3, steps=2, guidance=1.0)
+SETTINGS = FilmSettings(ActionScript.parse("forward 80, right 80"), "a hill", "", seed=3, steps=2, guidance=1.0)
 
 
 @pytest.fixture
 def studio(world, tmp_path) -> Studio:
-    return Studio(OneModel(world), FilmStore(tmp_path / "films", lifetime=60))
+    return Studio(SingleModelPool(world), FilmStore(tmp_path / "films", lifetime=60))
 
 
 def make(studio: Studio, film: Film, job: Job) -> list:
     return list(studio.run(film, job))
 
 
-def new_film(studio: Studio, picture, frames: int = 161, wishes: Wishes = WISHES) -> Film:
-    film, job = studio.begin(picture, frames, wishes)
+def new_film(studio: Studio, picture, frames: int = 161, settings: FilmSettings = SETTINGS) -> Film:
+    film, job = studio.begin(picture, frames, settings)
     make(studio, film, job)
     return film
 
@@ -67,7 +69,7 @@ def new_film(studio: Studio, picture, frames: int = 161, wishes: Wishes = WISHES
 
 def test_a_run_makes_what_the_world_makes(studio, picture, world):
     film = new_film(studio, picture)
-    expected = list(world.rollout(picture, WISHES.actions, WISHES.prompt, num_frames=161, seed=3))
+    expected = list(world.rollout(picture, SETTINGS.actions, SETTINGS.prompt, num_frames=161, seed=3))
     assert film.num_frames == 161
     assert np.array_equal(film.session().history, expected[-1].session.history)
     joined = read_mp4(film.finish()["film"])
@@ -77,7 +79,7 @@ def test_a_run_makes_what_the_world_makes(studio, picture, world):
 
 
 def test_a_run_tells_each_step_and_each_piece(studio, picture):
-    film, job = studio.begin(picture, 161, WISHES)
+    film, job = studio.begin(picture, 161, SETTINGS)
     news = make(studio, film, job)
     chunks = [item for item in news if isinstance(item, Chunk)]
     making = [item for item in news if not isinstance(item, Chunk)]
@@ -90,18 +92,18 @@ def test_a_run_tells_each_step_and_each_piece(studio, picture):
 
 def test_going_on_is_the_same_as_a_longer_film(studio, picture):
     script = ActionScript.parse("forward 80, right 80, up 40, back 40")
-    wishes = dataclasses.replace(WISHES, actions=script)
-    long = new_film(studio, picture, 241, wishes)
-    short = new_film(studio, picture, 81, wishes)
-    make(studio, short, studio.go_on(short, 2, wishes))
+    settings = dataclasses.replace(SETTINGS, actions=script)
+    long = new_film(studio, picture, 241, settings)
+    short = new_film(studio, picture, 81, settings)
+    make(studio, short, studio.go_on(short, 2, settings))
     assert short.num_frames == long.num_frames == 241
     assert np.array_equal(short.session().history, long.session().history)
 
 
 def test_going_on_takes_new_wishes_but_keeps_what_was_done(studio, picture):
     film = new_film(studio, picture, 81)
-    wishes = dataclasses.replace(WISHES, actions=ActionScript.parse("left 100, down 60"), prompt="night", steps=1)
-    make(studio, film, studio.go_on(film, 1, wishes))
+    settings = dataclasses.replace(SETTINGS, actions=ActionScript.parse("left 100, down 60"), prompt="night", steps=1)
+    make(studio, film, studio.go_on(film, 1, settings))
     session = film.session()
     assert session.actions.text() == "forward 80, left 20, down 60"
     assert (session.prompt, session.steps, session.seed) == ("night", 1, 3)
@@ -110,19 +112,19 @@ def test_going_on_takes_new_wishes_but_keeps_what_was_done(studio, picture):
 def test_redo_changes_the_last_chunk_only(studio, picture):
     film = new_film(studio, picture, 161)
     before, pieces = film.session(), film.pieces()
-    make(studio, film, studio.redo(film, dataclasses.replace(WISHES, seed=99)))
+    make(studio, film, studio.redo(film, dataclasses.replace(SETTINGS, seed=99)))
     after = film.session()
     assert film.num_frames == before.num_frames == after.num_frames == 161
     assert film.pieces()[0] == pieces[0] and film.pieces()[1] != pieces[1]
     assert np.array_equal(before.history[:, :, :21], after.history[:, :, :21])
     assert not np.array_equal(before.history[:, :, 21:], after.history[:, :, 21:])
-    make(studio, film, studio.redo(film, WISHES))  # any number of times
-    make(studio, film, studio.go_on(film, 1, WISHES))
+    make(studio, film, studio.redo(film, SETTINGS))  # any number of times
+    make(studio, film, studio.go_on(film, 1, SETTINGS))
     assert film.num_frames == 241
 
 
 def test_a_stopped_run_keeps_its_chunks_and_goes_on(studio, picture):
-    film, job = studio.begin(picture, 401, WISHES)
+    film, job = studio.begin(picture, 401, SETTINGS)
     run = studio.run(film, job)
     while not (isinstance(item := next(run), Chunk) and item.index == 1):
         pass
@@ -131,22 +133,22 @@ def test_a_stopped_run_keeps_its_chunks_and_goes_on(studio, picture):
     run.close()
     assert threading.active_count() < threads  # nothing goes on computing
     assert film.num_frames == film.session().num_frames == 161
-    make(studio, film, studio.go_on(film, 3, WISHES))
+    make(studio, film, studio.go_on(film, 3, SETTINGS))
     assert np.array_equal(film.session().history, new_film(studio, picture, 401).session().history)
 
 
 def test_a_film_stopped_in_its_first_chunk_can_go_on(studio, picture):
-    film, job = studio.begin(picture, 81, WISHES)
+    film, job = studio.begin(picture, 81, SETTINGS)
     run = studio.run(film, job)
     next(run)
     run.close()
     assert film.num_frames == 0
-    make(studio, film, studio.go_on(film, 1, WISHES))
+    make(studio, film, studio.go_on(film, 1, SETTINGS))
     assert film.num_frames == 81
 
 
 def test_an_error_in_the_middle_keeps_the_film(studio, picture, monkeypatch, world):
-    film, job = studio.begin(picture, 241, WISHES)
+    film, job = studio.begin(picture, 241, SETTINGS)
     run, next_chunk, calls = studio.run(film, job), world.next_chunk, []
 
     def breaks(session, callback):
@@ -169,7 +171,7 @@ def test_a_session_file_brings_the_film_back(studio, picture, tmp_path):
     again, session = studio.resume(copy)
     make(studio, again, Job(session.model, 0))
     assert again.num_frames == session.num_frames == 161 and not again.can_redo
-    make(studio, again, studio.go_on(again, 1, Wishes.of(session)))
+    make(studio, again, studio.go_on(again, 1, FilmSettings.of(session)))
     assert np.array_equal(again.session().history, new_film(studio, picture, 241).session().history)
 
 
@@ -179,11 +181,11 @@ def test_a_resumed_film_that_was_stopped_is_shown_in_full_when_it_goes_on(studio
     next(run)
     run.close()
     assert again.num_frames == 81
-    make(studio, again, studio.go_on(again, 1, Wishes.of(session)))
+    make(studio, again, studio.go_on(again, 1, FilmSettings.of(session)))
     assert [piece.index for piece in again.pieces()] == [0, 1, 2, 3]
 
 
-# --------------------------------------------------------------------------------------------------------- bad wishes
+# --------------------------------------------------------------------------------------------------------- bad settings
 
 
 @pytest.mark.parametrize(
@@ -201,14 +203,14 @@ def test_a_resumed_film_that_was_stopped_is_shown_in_full_when_it_goes_on(studio
 )
 def test_wishes_that_no_page_sends_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(WISHES, **change)
+        dataclasses.replace(SETTINGS, **change)
 
 
 def test_bad_beginnings_leave_no_folder(studio, picture, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     for image, frames in ((tmp_path / "text.png", 81), (picture, 0), (picture, 100), (picture, 10**9)):
         with pytest.raises(ValueError):
-            studio.begin(image, frames, WISHES)
+            studio.begin(image, frames, SETTINGS)
     assert os.listdir(studio.store.root) == []
 
 
@@ -226,14 +228,14 @@ def test_bad_session_files_leave_no_folder(studio, picture, tmp_path):
 
 
 def test_what_is_gone_is_said(studio, picture):
-    film, _ = studio.begin(picture, 81, WISHES)
+    film, _ = studio.begin(picture, 81, SETTINGS)
     with pytest.raises(ValueError, match="no last chunk"):
-        studio.redo(film, WISHES)
+        studio.redo(film, SETTINGS)
     film.remove()
     with pytest.raises(ValueError, match="no longer here"):
-        studio.go_on(film, 1, WISHES)
+        studio.go_on(film, 1, SETTINGS)
     with pytest.raises(ValueError, match="at most"):
-        studio.go_on(new_film(studio, picture, 81), 1000, WISHES)
+        studio.go_on(new_film(studio, picture, 81), 1000, SETTINGS)
 
 
 # -------------------------------------------------------------------------------------------------------------- films
@@ -251,7 +253,7 @@ def test_films_go_when_their_time_is_over(tmp_path):
 
 
 def test_a_film_that_waited_longer_than_its_lifetime_is_made_all_the_same(studio, picture):
-    film, job = studio.begin(picture, 81, WISHES)
+    film, job = studio.begin(picture, 81, SETTINGS)
     film.remove()
     assert [type(news) for news in studio.run(film, job)][-1] is Chunk and film.num_frames == 81
 
@@ -331,7 +333,7 @@ def test_a_film_is_the_same_across_a_process_border(world, picture, tmp_path, mo
         return decorate
 
     monkeypatch.setattr(compute.spaces, "GPU", gpu)
-    apart = Studio(OneModel(world), FilmStore(tmp_path / "apart", lifetime=60))
+    apart = Studio(SingleModelPool(world), FilmStore(tmp_path / "apart", lifetime=60))
     film = new_film(apart, picture, 161)
     assert np.array_equal(film.session().history, new_film(studio, picture, 161).session().history)
     again, _ = apart.resume(film.session_path)
@@ -341,7 +343,7 @@ def test_a_film_is_the_same_across_a_process_border(world, picture, tmp_path, mo
 
 
 def test_tasks_and_results_can_be_pickled(world, picture):
-    task = compute.Scene(**vars(WISHES), picture=np.zeros((32, 48, 3), np.uint8))
+    task = compute.Scene(**vars(SETTINGS), picture=np.zeros((32, 48, 3), np.uint8))
     run = compute.on_gpu(world)(task)
     for result in run:
         assert isinstance(pickle.loads(pickle.dumps(result)), (Session, Report, Chunk))
@@ -358,7 +360,7 @@ def test_gpu_time_grows_with_steps_guidance_and_chunks(world, picture, monkeypat
     assert 0 < few < many < guided
     longer = dataclasses.replace(session, chunk_latents=(None,) * 8)
     assert gpu_seconds(Replay(session), world) < gpu_seconds(Replay(longer), world)
-    assert gpu_seconds(compute.Scene(**vars(WISHES), picture=session.picture[0]), world) == few
+    assert gpu_seconds(compute.Scene(**vars(SETTINGS), picture=session.picture[0]), world) == few
 
 
 # ------------------------------------------------------------------------------------------------------ words, examples
@@ -369,11 +371,13 @@ def progress(step, remaining=None, seconds=0.0):
 
 
 def test_time_left_counts_the_chunks_to_come():
-    first = status.Making("small", 1, 4, 0, 6.0, 0, Report(progress(4, remaining=4.0, seconds=6.0), "CPU", 2**30))
+    first = status.RunProgress("small", 1, 4, 0, 6.0, 0, Report(progress(4, remaining=4.0, seconds=6.0), "CPU", 2**30))
     assert first.remaining == pytest.approx(4 + 3 * 10)
-    third = status.Making("small", 3, 4, 160, 22.0, 0, Report(progress(1, remaining=8.0, seconds=2.0), "CPU", 2**30))
+    third = status.RunProgress(
+        "small", 3, 4, 160, 22.0, 0, Report(progress(1, remaining=8.0, seconds=2.0), "CPU", 2**30)
+    )
     assert third.remaining == pytest.approx(8 + 10)
-    assert status.Making("small", 1, 4, 0, 1.0, 0, Report(progress(0), "CPU", 0)).remaining is None
+    assert status.RunProgress("small", 1, 4, 0, 1.0, 0, Report(progress(0), "CPU", 0)).remaining is None
     assert 0 < first.share < 0.25 < third.share < 0.75
 
 
@@ -421,7 +425,7 @@ def test_a_quota_error_leaves_the_film_and_continue(page, studio, picture, monke
         return next_chunk(session, callback)
 
     monkeypatch.setattr(world, "next_chunk", refused)
-    film, job = studio.begin(picture, 401, WISHES)
+    film, job = studio.begin(picture, 401, SETTINGS)
     *_, last = page.run(film, job)
     assert "exceeded your free GPU quota" in last[page.outcome]
     settled = page.settle(film, last[page.outcome])
@@ -430,12 +434,12 @@ def test_a_quota_error_leaves_the_film_and_continue(page, studio, picture, monke
     assert len(read_mp4(settled[page.player]["complete"])) == 161
     assert settled[page.drive] is None
     monkeypatch.undo()
-    make(studio, film, studio.go_on(film, 1, WISHES))
+    make(studio, film, studio.go_on(film, 1, SETTINGS))
     assert film.num_frames == 241
 
 
 def test_before_the_first_chunk_only_generate_is_offered(page, studio, picture):
-    film, _ = studio.begin(picture, 81, WISHES)  # stopped while it waited for its turn
+    film, _ = studio.begin(picture, 81, SETTINGS)  # stopped while it waited for its turn
     settled = page.settle(film, "stopped")
     assert not settled[page.more]["interactive"] and not settled[page.redo]["interactive"]
     assert page.player not in settled and "no film yet" in settled[page.status]
@@ -501,27 +505,27 @@ def loaded(monkeypatch) -> list:
 
 @pytest.fixture
 def two(two_configs, tmp_path, loaded) -> Studio:
-    return Studio(Models(two_configs, "cpu"), FilmStore(tmp_path / "films", lifetime=60))
+    return Studio(ModelPool(two_configs, "cpu"), FilmStore(tmp_path / "films", lifetime=60))
 
 
 def test_the_first_model_is_loaded_at_once_and_the_other_when_it_is_needed_alone(two, picture, loaded):
     assert two.models.names == ["small", "other"] and loaded == ["small"]
-    film, job = two.begin(picture, 81, WISHES, "other")
+    film, job = two.begin(picture, 81, SETTINGS, "other")
     news = make(two, film, job)
     assert isinstance(news[0], Loading) and news[0].model == "other" and loaded == ["small", "other"]
     assert film.session().model == "other" and film.session().history.shape[-2:] == (8, 8)
-    assert {item.model for item in news if isinstance(item, status.Making)} == {"other"}
-    film, job = two.begin(picture, 81, WISHES)
+    assert {item.model for item in news if isinstance(item, status.RunProgress)} == {"other"}
+    film, job = two.begin(picture, 81, SETTINGS)
     assert isinstance(make(two, film, job)[0], Loading) and film.session().model == "small"
-    make(two, film, two.redo(film, WISHES))
+    make(two, film, two.redo(film, SETTINGS))
     assert loaded == ["small", "other", "small"]
 
 
 def test_a_film_goes_on_with_the_model_that_began_it(two, picture):
-    wishes = dataclasses.replace(WISHES, steps=3, guidance=4.0, negative_prompt="fog")
+    settings = dataclasses.replace(SETTINGS, steps=3, guidance=4.0, negative_prompt="fog")
     page = app.Page(two)
     page.blocks()
-    film, job = two.begin(picture, 81, WISHES)
+    film, job = two.begin(picture, 81, SETTINGS)
     make(two, film, job)
     page_wishes = [{"segments": [[0, 4, 160]]}, "night", "fog", 5, False, 3, 4.0, "fast"]  # as set for the other model
     begun = page.go_on(film, 1, "other", *page_wishes)
@@ -531,12 +535,12 @@ def test_a_film_goes_on_with_the_model_that_began_it(two, picture):
     assert (session.steps, session.guidance, session.negative_prompt) == (2, 1.0, "")
     assert session.preset == "exact"
     again = page.make_again(film, "small", *page_wishes)[page.job]
-    assert (again.model, again.wishes.steps, again.wishes.guidance) == ("small", 3, 4.0)  # chosen for this one
-    assert again.wishes.preset == "fast"
+    assert (again.model, again.settings.steps, again.settings.guidance) == ("small", 3, 4.0)  # chosen for this one
+    assert again.settings.preset == "fast"
     driven_on = page.drive_on(film, {"script": "left 80", "number": 1}, None, "other", *page_wishes)[page.job]
-    assert (driven_on.model, driven_on.wishes.steps) == ("small", 2)
+    assert (driven_on.model, driven_on.settings.steps) == ("small", 2)
     assert page.begin(picture, 81, "other", *page_wishes)[page.job].model == "other"
-    assert app.for_film(wishes, session, "small") == wishes
+    assert app.for_film(settings, session, "small") == settings
 
 
 def test_choosing_a_model_brings_its_own_settings_and_says_what_runs(two, picture):
@@ -573,7 +577,7 @@ def test_a_single_model_is_no_choice_and_is_named(page):
 def test_a_session_brings_its_model_back(two, picture):
     page = app.Page(two)
     page.blocks()
-    film, job = two.begin(picture, 81, dataclasses.replace(WISHES, guidance=2.0, preset="balanced"), "other")
+    film, job = two.begin(picture, 81, dataclasses.replace(SETTINGS, guidance=2.0, preset="balanced"), "other")
     make(two, film, job)
     resumed = page.resume(film.session_path)
     assert resumed[page.preset]["value"] == "balanced" == film.session().preset
@@ -587,12 +591,12 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_and_not_the_page(two_configs
 
     page = app.Page(two)
     page.blocks()
-    film, job = two.begin(picture, 81, WISHES, "other")
+    film, job = two.begin(picture, 81, SETTINGS, "other")
     with monkeypatch.context() as patch:
         patch.setattr(ui_models.infworld, "load", broken)
         *_, last = page.run(film, job)
     assert last[page.outcome] == "World.safetensors is truncated"
-    film, job = two.begin(picture, 81, WISHES)
+    film, job = two.begin(picture, 81, SETTINGS)
     make(two, film, job)
     assert film.num_frames == 81
 
@@ -600,14 +604,14 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_and_not_the_page(two_configs
 def test_only_models_of_the_same_lengths_are_offered_together(two_configs, loaded):
     rollout = dataclasses.replace(two_configs["other"].validation_data, num_frames=41)
     shorter = dataclasses.replace(two_configs["other"], validation_data=rollout)
-    assert Models({"small": two_configs["small"], "other": shorter}, "cpu").names == ["small"]
+    assert ModelPool({"small": two_configs["small"], "other": shorter}, "cpu").names == ["small"]
 
 
 def test_zero_gpu_has_one_model_with_its_text_encoder_on_the_gpu(two_configs, world, monkeypatch):
     asked = []
     monkeypatch.setattr(ui_models, "ON_ZERO_GPU", True)
     monkeypatch.setattr(ui_models.infworld, "load", lambda *args, **kwargs: asked.append(kwargs) or world)
-    assert Models(two_configs, "cpu").names == ["small"]
+    assert ModelPool(two_configs, "cpu").names == ["small"]
     assert asked == [{"text_placement": "gpu", "team": None}]
 
 
@@ -615,7 +619,7 @@ def test_programs_may_name_a_model(serve_models, two_configs, picture, tmp_path)
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 
-    client = Client(serve_models(Models(two_configs, "cpu"), tmp_path / "films"), verbose=False)
+    client = Client(serve_models(ModelPool(two_configs, "cpu"), tmp_path / "films"), verbose=False)
 
     def film(model):
         return read_mp4(client.predict(handle_file(picture), "", 81, 0, "", model, api_name="/film"))
@@ -675,7 +679,10 @@ def page_of(environment: dict[str, str], log: Path) -> str:
         port = free.getsockname()[1]
     command = [sys.executable, "app.py", "--port", str(port)]
     environment = os.environ | {"SPACE_ID": "person/space", "GRADIO_ANALYTICS_ENABLED": "0"} | environment
-    with log.open("wb") as output, subprocess.Popen(command, cwd=app.ROOT, env=environment, stderr=output) as process:
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(command, cwd=app.PROJECT_ROOT, env=environment, stderr=output) as process,
+    ):
         try:
             for _ in range(240):
                 time.sleep(0.5)
@@ -781,11 +788,11 @@ def test_a_preset_from_a_program_brings_its_steps(client, picture, world, monkey
 
     started, start = [], World.start
     monkeypatch.setattr(
-        World, "start", lambda world, *args, **wishes: started.append(wishes) or start(world, *args, **wishes)
+        World, "start", lambda world, *args, **settings: started.append(settings) or start(world, *args, **settings)
     )
     client.predict(handle_file(picture), "", 81, 0, "", "", "fast", api_name="/film")
     assert started[0]["preset"] == "fast"
-    assert started[0]["steps"] == find_preset("fast").steps_of(world.config.val_scheduler_cfg)
+    assert started[0]["steps"] == find_preset("fast").sampler_steps(world.config.val_scheduler_cfg)
     with pytest.raises(AppError, match="(?i)hasty"):
         client.predict(handle_file(picture), "", 81, 0, "", "", "hasty", api_name="/film")
 
@@ -915,8 +922,8 @@ def test_likeness_is_high_for_the_same_and_low_for_others():
 
 
 def test_the_memory_check_shows_first_look_and_return(studio, picture):
-    wishes = dataclasses.replace(WISHES, actions=ActionScript.parse("right 80, left 80"))
-    shown = memory_check(new_film(studio, picture, 161, wishes))
+    settings = dataclasses.replace(SETTINGS, actions=ActionScript.parse("right 80, left 80"))
+    shown = memory_check(new_film(studio, picture, 161, settings))
     assert shown.count("<img") == 12 and "frame 160" in shown and "alike by" in shown
     assert "never comes back" in memory_check(new_film(studio, picture, 81))
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from infworld.cli.benchmark import benchmark
+from infworld.cli.benchmark.model import noise, noise_session, picture_size, plain_velocity, random_world
+from infworld.cli.benchmark.record import Record, fill, goals, number, table
 from infworld.config import load_config
-from scripts import benchmark
-from scripts.bench_model import noise, noise_session, picture_size, plain_velocity, random_world
-from scripts.bench_record import Record, fill, goals, number, table
 
 
 def run(tmp_path, model, *arguments) -> dict:

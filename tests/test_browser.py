@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app import EXAMPLES
 from infworld.actions import ActionScript
-from infworld.rollout import Session
+from infworld.app.gallery import find_examples
+from infworld.app.page import EXAMPLES
+from infworld.session import Session
 from infworld.video import read_mp4
-from ui.gallery import find_examples
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect

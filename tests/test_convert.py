@@ -11,8 +11,8 @@ import yaml
 
 import infworld
 from infworld.checkpoint import RELEASED_EXTRAS, read_tensors
+from infworld.cli import convert as script
 from infworld.config import load_config
-from scripts import convert_checkpoint as script
 
 FILES = ["infinite_world_model", "models/Wan2.1_VAE", "models/models_t5_umt5-xxl-enc-bf16"]
 

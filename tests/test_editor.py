@@ -10,9 +10,9 @@ gr = pytest.importorskip("gradio")
 from gradio.blocks import postprocess_update_dict  # noqa: E402
 
 from infworld.actions import MOVES, VIEWS, ActionScript, Segment  # noqa: E402
-from ui import editor  # noqa: E402
-from ui.editor import ActionEditor, script_of, value_of  # noqa: E402
-from ui.presets import presets  # noqa: E402
+from infworld.app import editor  # noqa: E402
+from infworld.app.editor import ActionEditor, script_of, value_of  # noqa: E402
+from infworld.app.templates import walk_templates  # noqa: E402
 
 
 def initial(component: ActionEditor) -> dict:
@@ -30,7 +30,7 @@ def end_of(script: ActionScript, turn_degrees: float) -> tuple[float, float, flo
     return x, y, heading
 
 
-@pytest.mark.parametrize("script", [*presets(1.125).values(), ActionScript(), ActionScript((Segment(9, 9, 3),))])
+@pytest.mark.parametrize("script", [*walk_templates(1.125).values(), ActionScript(), ActionScript((Segment(9, 9, 3),))])
 def test_a_value_and_its_script_are_one(script):
     value = json.loads(json.dumps(value_of(script)))
     assert script_of(value) == script
@@ -67,20 +67,20 @@ def test_no_value_is_the_empty_script():
 @pytest.mark.parametrize("turn_degrees", [1.125, 1.5, 0.9])
 @pytest.mark.parametrize("name", ["Look around", "Full circle", "Walk and return", "Square"])
 def test_closed_presets_end_where_they_began(name, turn_degrees):
-    x, y, heading = end_of(presets(turn_degrees)[name], turn_degrees)
+    x, y, heading = end_of(walk_templates(turn_degrees)[name], turn_degrees)
     assert math.hypot(x, y) < 1e-6
     assert heading % 360 == pytest.approx(0, abs=1e-6) or heading % 360 == pytest.approx(360)
 
 
 def test_presets_have_the_published_lengths():
-    lengths = {name: len(script) for name, script in presets(1.125).items()}
+    lengths = {name: len(script) for name, script in walk_templates(1.125).items()}
     assert lengths["Full circle"] == 320
     assert (lengths["Campus walk"], lengths["Fantasy street"]) == (1396, 1558)
 
 
 def test_a_camera_that_does_not_turn_has_no_presets():
     with pytest.raises(ValueError, match="turn_degrees"):
-        presets(0)
+        walk_templates(0)
 
 
 def test_the_browser_is_given_the_vocabulary():
@@ -90,7 +90,7 @@ def test_the_browser_is_given_the_vocabulary():
     words = {**given["move_words"], **given["view_words"]}
     assert set(given["keys"].values()) == set(words)
     for name, segments in given["presets"]:
-        assert script_of({"segments": segments}) == presets(1.125)[name]
+        assert script_of({"segments": segments}) == walk_templates(1.125)[name]
 
 
 def test_the_component_takes_scripts_and_values_and_refuses_others():

@@ -14,8 +14,8 @@ gr = pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
 
 from infworld.actions import ActionScript  # noqa: E402
-from ui.editor import ActionEditor, script_of  # noqa: E402
-from ui.presets import presets  # noqa: E402
+from infworld.app.editor import ActionEditor, script_of  # noqa: E402
+from infworld.app.templates import walk_templates  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next((path for path in map(shutil.which, BROWSERS) if path), None)
@@ -139,7 +139,7 @@ def centre(locator):
 
 
 def test_every_preset_reaches_python(page):
-    for name, script in presets(1.125).items():
+    for name, script in walk_templates(1.125).items():
         button(page, name).click()
         expect_text(page, script.text())
         sync_api.expect(page.locator(".segment")).to_have_count(len(script.segments))

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 
 from infworld.config import RolloutConfig
-from infworld.rollout import World
 from infworld.text import load_text_encoder
-from training import evaluate, films, measures, report
-from training.data import to_frames, to_video
-from training.films import Film, make_bench, next_chunk, own_film, same_script
-from training.measures import Figure, summarize
-from training.render import render
-from training.worlds import EVAL_SEEDS, TURN, captions, spawn, walk
+from infworld.training import evaluate, films, measures, report
+from infworld.training.data import to_frames, to_video
+from infworld.training.films import Film, make_bench, next_chunk, own_film, same_script
+from infworld.training.measures import Figure, summarize
+from infworld.training.render import render
+from infworld.training.worlds import EVAL_SEEDS, TURN, captions, spawn, walk
+from infworld.world import World
 
 CHUNK = 8  # frames, so that a test takes seconds
 HEIGHT, WIDTH = 16, 32

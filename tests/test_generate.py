@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from infworld.actions import ActionScript
-from infworld.rollout import Session
+from infworld.cli import generate
+from infworld.session import Session
 from infworld.video import read_mp4
-from scripts import generate
 
 
 def run(*arguments):
@@ -66,9 +66,9 @@ def test_a_resumed_film_is_the_film_in_one_go(begin, small_model, tmp_path, caps
 def test_a_resumed_film_takes_new_wishes_for_what_comes(begin, small_model, tmp_path):
     path = tmp_path / "s.safetensors"
     assert run(*begin, "--actions", "forward 80", "--session", path) == 0
-    wishes = ["--actions", "back 80", "--prompt", "night", "--seed", 5, "--steps", 1, "--guidance", 2]
+    settings = ["--actions", "back 80", "--prompt", "night", "--seed", 5, "--steps", 1, "--guidance", 2]
     out = ["--model", small_model, "--out", tmp_path / "film.mp4", "--session", path]
-    assert run(*out, "--resume", path, "--frames", 161, *wishes) == 0
+    assert run(*out, "--resume", path, "--frames", 161, *settings) == 0
     session = Session.load(path)
     assert session.actions.text() == "forward 80, back 80"
     assert (session.prompt, session.seed, session.steps, session.guidance) == ("night", 5, 1, 2.0)
@@ -94,7 +94,7 @@ def test_what_goes_wrong_while_writing_is_raised_by_the_next_write_or_at_the_end
         def write(self, frames):
             raise OSError("the disk is full")
 
-    with pytest.raises(OSError, match="full"), generate.Behind(Full()) as writer:
+    with pytest.raises(OSError, match="full"), generate.BackgroundWriter(Full()) as writer:
         writer.write(None)
         with pytest.raises(OSError, match="full"):
             writer.write(None)
@@ -116,7 +116,7 @@ def test_ctrl_c_keeps_film_and_session(picture, small_model, tmp_path, world):
         9,
     ]
     process = subprocess.Popen(
-        [sys.executable, generate.__file__, *map(str, arguments)],
+        [sys.executable, "-m", "infworld", "generate", *map(str, arguments)],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     seen = b""

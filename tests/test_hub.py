@@ -23,12 +23,12 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from infworld import hub, transfer
+from infworld.cli import download
+from infworld.cli.console import INTERRUPTED
 from infworld.config import PROJECT_ROOT, ModelConfig, from_dict, load_config
-from infworld.console import INTERRUPTED
 from infworld.dit import InfiniteWorldTransformer
-from infworld.rollout import build_vae
 from infworld.transfer import HubError
-from scripts import download
+from infworld.vae import build_vae
 
 GOLDEN = Path(__file__).parent / "golden"
 TRANSFORMER, VAE, TEXT = "checkpoints/small_world.ckpt", "checkpoints/models/Small_VAE.pth", "checkpoints/models/t5.pth"
@@ -472,7 +472,7 @@ def test_a_disk_that_fills_up_meanwhile_is_said_and_the_part_kept(server, config
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(transfer.Meter, "add", full)
+        patch.setattr(transfer.TransferProgress, "add", full)
         with pytest.raises(HubError, match=r"cannot write to .*No space left on device.*free space"):
             hub.fetch(config)
     assert list((tmp_path / "checkpoints").glob(".*.part"))
@@ -510,7 +510,7 @@ def test_the_script_says_errors_in_one_line(server, config, monkeypatch, capsys)
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transfer.Meter, "add", stop)
+    monkeypatch.setattr(transfer.TransferProgress, "add", stop)
     assert download.main(["--model", str(config.source)]) == INTERRUPTED
     assert "run the same again to go on" in capsys.readouterr().err
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from infworld.actions import MOVES, UNCERTAIN, VIEWS
-from training.labels import Thresholds, jitter, label_actions, main, naive_labels, poses_to_matrices
-from training.walks import MIXED, expand, sample_actions
-from training.worlds import MOVE_DIRECTIONS, VIEW_DIRECTIONS, make_worlds, walk
+from infworld.training.labels import Thresholds, jitter, label_actions, main, naive_labels, poses_to_matrices
+from infworld.training.walks import MIXED, expand, sample_actions
+from infworld.training.worlds import MOVE_DIRECTIONS, VIEW_DIRECTIONS, make_worlds, walk
 
 WALKS, FRAMES = 12, 200
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from infworld import hub, models
+from infworld import devices, hub, models
 from infworld.config import load_config
 
 GPU = torch.device("cuda", 0)
@@ -74,5 +74,5 @@ def test_a_model_that_is_none_is_named():
 
 def test_peak_memory_is_at_least_what_is_held(monkeypatch):
     held = torch.ones(2**25)  # 134 MB
-    words = models.peak_memory(torch.device("cpu"))
+    words = devices.peak_memory(torch.device("cpu"))
     assert float(words.removeprefix("CPU ").removesuffix(" GB")) > held.nbytes / 1e9

@@ -16,9 +16,10 @@ from torch._inductor import config as inductor
 
 import infworld
 from infworld import packages
+from infworld.cli import compile_blocks
+from infworld.cli import upload as upload_to_hf
 from infworld.config import PROJECT_ROOT, load_config
 from infworld.dit import InfiniteWorldTransformer
-from scripts import compile_blocks, upload_to_hf
 
 MEMORIES = (1, 5)
 

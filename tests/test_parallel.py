@@ -20,12 +20,13 @@ from PIL import Image
 import infworld
 from infworld import parallel
 from infworld.actions import ActionScript
-from infworld.console import INTERRUPTED
-from infworld.rollout import Session, World
+from infworld.app.compute import Replay, Report, Scene
+from infworld.app.team import follow, leading
+from infworld.cli import generate
+from infworld.cli.console import INTERRUPTED
+from infworld.session import Session
 from infworld.video import read_mp4
-from scripts import generate
-from ui.compute import Replay, Report, Scene
-from ui.team import follow, leading
+from infworld.world import World
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's signals are POSIX")
 
@@ -66,7 +67,7 @@ def in_a_team(size: int, model: Path, work, given) -> list:
 
 def work_in_a_team(model: Path, work, given: bytes, results) -> None:
     """Tensors go in and out pickled, as torch would share their memory, which ends with its process."""
-    with parallel.joined(torch.device("cpu")) as team:
+    with parallel.join_team(torch.device("cpu")) as team:
         result = work(infworld.load(model, team=team), pickle.loads(given))
         results.put((parallel.rank(), pickle.dumps(result)))
 
@@ -120,7 +121,7 @@ def test_shares_are_as_even_as_can_be(total, parts, expected):
 
 
 def test_one_process_is_no_team():
-    with parallel.joined(torch.device("cpu")) as team:
+    with parallel.join_team(torch.device("cpu")) as team:
         assert team is None
 
 
@@ -129,8 +130,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="3 processes, but 2 GPUs: use --nproc-per-node 2"):
-        parallel.own_device("auto")
-    assert parallel.own_device("cpu") == "cpu"
+        parallel.device_of_rank("auto")
+    assert parallel.device_of_rank("cpu") == "cpu"
 
 
 # ----------------------------------------------------------------------------------------------- from the command line
@@ -240,7 +241,7 @@ def test_wrong_lists_of_films_are_named(tmp_path, capsys, text, message):
 
 def page(world: World, picture: np.ndarray) -> list[torch.Tensor] | None:
     """Rank 0: films that are stopped at a step, at the first session, while shown, and one that is not."""
-    if not world.team.first:
+    if not world.team.is_rank0:
         return follow(world.team, lambda name: world)
     compute = leading(world)
     scene = Scene(ActionScript.of("forward 80"), "", "", 5, 3, 2.0, picture=picture)

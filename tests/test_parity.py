@@ -1,6 +1,5 @@
-"""scripts/check_parity.py: the engine passes on the golden folder, and tampering of any kind does not."""
+"""`infworld check-parity`: the engine passes on the golden folder, and tampering of any kind does not."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -11,12 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-GOLDEN = Path(__file__).parent / "golden"
-SCRIPT = Path(__file__).parent.parent / "scripts" / "check_parity.py"
+from infworld.cli import check_parity
 
-spec = importlib.util.spec_from_file_location("check_parity", SCRIPT)
-check_parity = sys.modules["check_parity"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(check_parity)
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture
@@ -160,7 +156,7 @@ def test_config_that_does_not_fit_is_named(golden_copy, only, capsys, section, k
 
 def test_missing_files_fail_on_the_command_line_and_are_all_named(tmp_path):
     (tmp_path / "config.json").symlink_to(GOLDEN / "config.json")
-    run = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "infworld", "check-parity", tmp_path], capture_output=True, text=True)
     assert run.returncode == 1
     summary = run.stdout.splitlines()[-1]
     assert summary.startswith("FAIL:")

@@ -9,8 +9,9 @@ import torch
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.config import SamplerConfig, load_config
 from infworld.presets import EXACT, PRESETS, Preset, find_preset
-from infworld.rollout import Session, World
 from infworld.sampler import guide, guided, sample, schedule
+from infworld.session import Session
+from infworld.world import World
 
 FASTER = [name for name in PRESETS if name != EXACT.name]
 
@@ -54,7 +55,7 @@ def test_one_step_is_eulers_whatever_the_order():
 @pytest.mark.parametrize("steps", [1, 2, 8, 1000])
 def test_even_steps_end_at_0_without_a_step_over_next_to_nothing(steps):
     u = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
-    timesteps = schedule(SamplerConfig(shift=7.0), steps, even=True)
+    timesteps = schedule(SamplerConfig(shift=7.0), steps, end_at_zero=True)
     torch.testing.assert_close(timesteps.double(), 1000 * 7 * u / (1 + 6 * u), rtol=1e-6, atol=1e-4)
     assert timesteps[0] == 1000 and timesteps[-1] == 0 and timesteps.dtype == torch.float32
 
@@ -105,7 +106,7 @@ def test_a_difference_that_does_not_change_may_be_kept_for_ever():
 
 def test_the_presets_do_less_and_less_of_the_work():
     sampler = load_config("infinite-world").val_scheduler_cfg
-    passes = [preset.passes(preset.steps_of(sampler), sampler.text_cfg_scale) for preset in PRESETS.values()]
+    passes = [preset.passes(preset.sampler_steps(sampler), sampler.text_cfg_scale) for preset in PRESETS.values()]
     assert passes[0] == 2 * sampler.num_sampling_steps and passes == sorted(passes, reverse=True)
     assert passes[0] >= 4.5 * passes[-1]  # what a film ten times as fast as the naive one's needs
 
@@ -136,23 +137,23 @@ def test_exact_is_the_sampler_of_the_spec(world, begun):
 @pytest.mark.parametrize("preset", FASTER)
 def test_the_faster_presets_make_nearly_the_same_film(world, picture, preset):
     """Of an untrained model, whose way is smooth: this tells mistakes, not quality."""
-    wishes = {"guidance": 3.0, "negative_prompt": "blur"}
-    exact = world.next_chunk(world.start(picture, steps=16, **wishes)).latents
-    faster = world.next_chunk(world.start(picture, steps=16, preset=preset, **wishes)).latents
+    settings = {"guidance": 3.0, "negative_prompt": "blur"}
+    exact = world.next_chunk(world.start(picture, steps=16, **settings)).latents
+    faster = world.next_chunk(world.start(picture, steps=16, preset=preset, **settings)).latents
     assert not torch.equal(exact, faster)
     assert (exact - faster).norm() < 0.1 * exact.norm()
 
 
 def test_steps_are_the_presets_unless_given(world, picture):
     for preset in PRESETS.values():
-        assert world.start(picture, preset=preset.name).steps == preset.steps_of(world.config.val_scheduler_cfg)
+        assert world.start(picture, preset=preset.name).steps == preset.sampler_steps(world.config.val_scheduler_cfg)
         assert world.start(picture, preset=preset.name, steps=7).steps == 7
 
 
 def test_steps_are_a_part_of_the_models_own_but_not_too_few():
-    preset = Preset("half", steps=1 / 2, least=5)
+    preset = Preset("half", steps=1 / 2, min_steps=5)
     for own, steps in ((30, 15), (31, 16), (9, 5), (8, 5), (3, 3), (1, 1)):
-        assert preset.steps_of(SamplerConfig(num_sampling_steps=own)) == steps
+        assert preset.sampler_steps(SamplerConfig(num_sampling_steps=own)) == steps
 
 
 def test_a_model_may_have_a_preset_of_its_own(world, picture):

@@ -10,9 +10,9 @@ from conftest import SMALL_MODEL, SMALL_UMT5_MODEL
 
 import infworld
 from infworld.checkpoint import RELEASED_EXTRAS, read_tensors
+from infworld.cli import random_checkpoint as script
 from infworld.config import ModelConfig, from_dict, load_config
 from infworld.text import load_tokenizer
-from scripts import make_random_checkpoint as script
 
 MANIFEST = json.loads((Path(__file__).parent / "checkpoint_manifest.json").read_text())
 SMALL = from_dict(ModelConfig, SMALL_UMT5_MODEL, "small")

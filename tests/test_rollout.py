@@ -20,12 +20,14 @@ from PIL import Image
 import infworld
 from infworld.actions import ActionScript
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
+from infworld.devices import pick_device, pick_threads, pick_vae_dtype
 from infworld.dit import InfiniteWorldTransformer
-from infworld.rollout import MAX_SEED, Chunk, Session, World, pick_device, pick_threads, pick_vae_dtype
+from infworld.session import MAX_SEED, Session
 from infworld.text import TextEmbedding, load_text_encoder
+from infworld.training.render import render
+from infworld.training.worlds import EVAL_SEEDS, make_worlds, spawn
 from infworld.video import prepare_image, to_uint8
-from training.render import render
-from training.worlds import EVAL_SEEDS, make_worlds, spawn
+from infworld.world import Chunk, World
 
 ROOT = Path(__file__).parent.parent
 ACTIONS = ActionScript.parse("forward 100, left+back 50")
@@ -148,7 +150,7 @@ def test_interleaved_films_do_not_meet(world, begun, film):
     assert_same_chunk(next(chunks), film[1])
 
 
-# ----------------------------------------------------------------------------------------------- wishes reach the model
+# --------------------------------------------------------------------------------------------- settings reach the model
 
 
 def test_actions_of_this_chunk_reach_the_model_and_no_others(world, session, film):
@@ -407,11 +409,11 @@ def test_a_session_that_cannot_be_written_says_so(begun, tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
-# ----------------------------------------------------------------------------------------------------------- bad wishes
+# --------------------------------------------------------------------------------------------------------- bad settings
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("settings", "message"),
     [
         ({"num_frames": 0}, "at least 81 frames"),
         ({"num_frames": -80}, "at least 81 frames"),
@@ -436,10 +438,10 @@ def test_a_session_that_cannot_be_written_says_so(begun, tmp_path, name):
         ({"image": None}, "not NoneType"),
     ],
 )
-def test_bad_wishes_are_refused_before_anything_is_computed(world, picture, monkeypatch, wishes, message):
+def test_bad_wishes_are_refused_before_anything_is_computed(world, picture, monkeypatch, settings, message):
     monkeypatch.setattr(World, "_encode", lambda *_: pytest.fail("encoded"))
     with pytest.raises(ValueError, match=message):
-        world.rollout(**{"image": picture, **wishes})
+        world.rollout(**{"image": picture, **settings})
 
 
 def test_largest_and_smallest_wishes_are_taken(world, picture):

@@ -16,16 +16,28 @@ from torch.utils._pytree import tree_iter
 
 import infworld
 from infworld import memory
-from infworld.budget import FASTEST, GB, PLANS, ROPES, USABLE, Needs, NotEnoughMemory, Plan, choose, leaner
+from infworld.cli import generate
 from infworld.config import TransformerConfig, load_config
 from infworld.dit import KEEP, InfiniteWorldTransformer
 from infworld.memory import MAX_SINGLE_PASS, WINDOW, MemoryCompressor, window_starts
-from infworld.offload import PassingTensors
-from infworld.rollout import Session, World, build_vae
+from infworld.memory_plan import (
+    FASTEST,
+    GB,
+    PLANS,
+    ROPES,
+    USABLE,
+    MemoryEstimate,
+    MemoryPlan,
+    NotEnoughMemory,
+    choose,
+    next_smaller_plan,
+)
+from infworld.offload import StreamedTensors
+from infworld.session import Session
 from infworld.text import FILM_ROOM, TextEmbedding
-from infworld.vae import VideoVAE
+from infworld.vae import VideoVAE, build_vae
 from infworld.video import read_mp4
-from scripts import generate
+from infworld.world import World
 
 HEIGHT, WIDTH = 448, 896
 
@@ -84,14 +96,14 @@ def test_offloaded_blocks_are_compiled_no_more(transformer):
 
 def test_at_most_two_of_what_passes_are_there_at_once():
     tensors = [torch.full((2, 3), float(i)) for i in range(6)]
-    passing = PassingTensors(iter(tensors))
+    passing = StreamedTensors(iter(tensors))
     assert len({tensor.data_ptr() for tensor in passing}) == 2
     for seen, tensor in zip(passing, tensors, strict=True):
         assert torch.equal(seen, tensor)
 
 
 def test_going_through_may_stop_anywhere_and_start_again():
-    passing = PassingTensors(torch.full((2,), float(i)) for i in range(4))
+    passing = StreamedTensors(torch.full((2,), float(i)) for i in range(4))
     assert [float(tensor[0]) for tensor in islice(passing, 2)] == [0, 1]
     assert [float(tensor[0]) for tensor in passing] == [0, 1, 2, 3]
 
@@ -119,9 +131,9 @@ def released() -> tuple[InfiniteWorldTransformer, VideoVAE]:
 
 
 @pytest.fixture(scope="module")
-def needs(released) -> Needs:
+def needs(released) -> MemoryEstimate:
     config = dataclasses.replace(load_config("infinite-world"), buckets=((HEIGHT, WIDTH),))
-    return Needs.of(config, *released)
+    return MemoryEstimate.of(config, *released)
 
 
 class Peak(TorchDispatchMode):
@@ -209,8 +221,8 @@ def test_a_smaller_card_gets_a_plan_that_takes_less_and_fits(needs):
         assert taken[-1] <= USABLE * card * GB
     assert taken == sorted(taken, reverse=True)
     assert choose(needs, 16 * GB, 32 * GB) == FASTEST
-    assert choose(needs, 12 * GB, 32 * GB) == Plan("gpu", "cpu")
-    assert choose(needs, 8 * GB, 32 * GB) == Plan("cpu", "cpu")
+    assert choose(needs, 12 * GB, 32 * GB) == MemoryPlan("gpu", "cpu")
+    assert choose(needs, 8 * GB, 32 * GB) == MemoryPlan("cpu", "cpu")
 
 
 def test_where_nothing_fits_the_leanest_plan_is_tried(needs):
@@ -218,10 +230,13 @@ def test_where_nothing_fits_the_leanest_plan_is_tried(needs):
 
 
 def test_a_plan_leaves_room_in_the_cpus_memory_too(needs):
-    assert choose(needs, 12 * GB, 4 * GB) == Plan("gpu", "nowhere")
-    assert choose(needs, 8 * GB, 6 * GB) == Plan("cpu", "nowhere")
+    assert choose(needs, 12 * GB, 4 * GB) == MemoryPlan("gpu", "recompute")
+    assert choose(needs, 8 * GB, 6 * GB) == MemoryPlan("cpu", "recompute")
     assert needs.cpu(FASTEST) == 0
-    assert needs.cpu(Plan("cpu", "nowhere")) >= 30 * needs.block and needs.cpu(Plan("gpu", "cpu")) >= 60 * needs.tokens
+    assert (
+        needs.cpu(MemoryPlan("cpu", "recompute")) >= 30 * needs.block
+        and needs.cpu(MemoryPlan("gpu", "cpu")) >= 60 * needs.tokens
+    )
 
 
 def test_an_encoder_that_stays_leaves_room_for_a_film_at_full_speed(needs):
@@ -234,14 +249,14 @@ def test_processes_that_film_together_all_compute_the_same(needs):
 
 def test_each_leaner_plan_takes_less_of_the_gpu(needs):
     plans = [FASTEST]
-    while (plan := leaner(needs, plans[-1], 32 * GB)) is not None:
+    while (plan := next_smaller_plan(needs, plans[-1], 32 * GB)) is not None:
         plans.append(plan)
-    assert plans == [FASTEST, Plan("gpu", "cpu"), Plan("cpu", "cpu")]
-    assert leaner(needs, FASTEST, 2 * GB) == Plan("gpu", "nowhere")
+    assert plans == [FASTEST, MemoryPlan("gpu", "cpu"), MemoryPlan("cpu", "cpu")]
+    assert next_smaller_plan(needs, FASTEST, 2 * GB) == MemoryPlan("gpu", "recompute")
 
 
 def test_a_plan_says_what_it_is():
-    assert str(Plan("gpu", "cpu")) == "the model on the GPU, memory streams in the CPU's memory"
+    assert str(MemoryPlan("gpu", "cpu")) == "the model on the GPU, memory streams in the CPU's memory"
 
 
 # ------------------------------------------------------------------------------------------ out of memory after all

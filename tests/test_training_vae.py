@@ -8,16 +8,16 @@ import torch
 from PIL import Image
 
 from infworld.checkpoint import load_strict, read_metadata, read_tensors, save_tensors
-from training.optim import EMA, Muon, lr_at, orthogonalize
-from training.train_vae import (
+from infworld.training.optim import EMA, Muon, lr_at, orthogonalize
+from infworld.training.train_vae import (
     Autoencoder,
     channel_statistics,
     fold,
     identity_vae,
     load_weights,
-    main,
     make_optimizers,
     parse_args,
+    train,
     vae_losses,
 )
 
@@ -79,7 +79,7 @@ def run(tmp_path_factory):
     """The folder of a training run of a few seconds, stopped before its end in the eyes of a later run."""
     out = tmp_path_factory.mktemp("vae")
     torch.manual_seed(0)
-    main(parse_args(["--out", str(out), "--minutes", "0.05", *SMALL]))
+    train(parse_args(["--out", str(out), "--minutes", "0.05", *SMALL]))
     return out
 
 
@@ -101,7 +101,7 @@ def test_a_run_writes_weights_that_load_strictly(run):
 def test_a_stopped_run_goes_on(run, tmp_path):
     stopped = tmp_path / "resume.safetensors"
     save_tensors(stopped, read_tensors(run / "resume.safetensors"), {"step": "1000", "progress": "0.9"})
-    main(parse_args(["--out", str(tmp_path), "--minutes", "0.05", "--resume", str(stopped), *SMALL]))
+    train(parse_args(["--out", str(tmp_path), "--minutes", "0.05", "--resume", str(stopped), *SMALL]))
     assert entries(tmp_path, "done")[-1]["step"] > 1000
     assert all(report["lr"] <= 0.1 * 3e-3 and report["frames"] == 81 for report in entries(tmp_path, "report"))
 

@@ -16,14 +16,13 @@ import infworld
 from infworld.checkpoint import read_tensors, save_tensors
 from infworld.config import ModelConfig, RolloutConfig, SamplerConfig, from_dict
 from infworld.memory import MemoryCompressor
-from infworld.rollout import build_vae
 from infworld.sampler import MAX_TIMESTEP
 from infworld.text import ByteTextEncoder
-from training import check_gradients, train_world
-from training.data import WalkPool, fade, first_seed, to_video
-from training.optim import EMA, GradientClipper
-from training.render import render
-from training.train_world import (
+from infworld.training import check_gradients, train_world
+from infworld.training.data import WalkPool, fade, first_seed, to_video
+from infworld.training.optim import EMA, GradientClipper
+from infworld.training.render import render
+from infworld.training.train_world import (
     FIRST_CHUNK,
     NOISES,
     Trainee,
@@ -36,8 +35,9 @@ from training.train_world import (
     pick_chunk,
     resume,
 )
-from training.walks import MIXED
-from training.worlds import TRAIN_SEEDS, captions, make_worlds, spawn, walk
+from infworld.training.walks import MIXED
+from infworld.training.worlds import TRAIN_SEEDS, captions, make_worlds, spawn, walk
+from infworld.vae import build_vae
 
 CHUNK = 8  # frames, so that a test takes seconds
 SETTINGS = SMALL_MODEL | {
@@ -68,7 +68,7 @@ def make_pool() -> WalkPool:
         device=torch.device("cpu"),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.data.sample_actions", restless)
+        patch.setattr("infworld.training.data.sample_actions", restless)
         pool.renew(WALKS)
     return pool
 
@@ -346,7 +346,7 @@ def train(folder, vae, *more: str) -> list[dict]:
     progress = iter([*torch.linspace(0, 0.9, STEPS).tolist(), 1.0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_world, "from_rank_0", lambda *_: (next(progress), 1.0))
-        train_world.main(train_world.parse_args([*command, *sizes, *more]))
+        train_world.train(train_world.parse_args([*command, *sizes, *more]))
     return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
 
 
@@ -411,7 +411,7 @@ def test_weights_alone_begin_a_new_count(run, model):
 def test_right_gradients_are_found_right_and_wrong_ones_wrong(run, capsys):
     arguments = ["--config", str(run / "small.yaml"), "--vae", str(run / "vae.safetensors"), "--chunks", str(CHUNKS)]
     arguments += ["--resume", str(run / "world.safetensors"), "--steps", "2", "--batch", "2"]
-    assert check_gradients.main(check_gradients.parse_args(arguments)) == 0
+    assert check_gradients.check(check_gradients.parse_args(arguments)) == 0
     assert "fine: the worst gradient is off by 0.000" in capsys.readouterr().out
 
     right = {"a": torch.ones(4), "b": torch.full((4,), 1e-9)}
@@ -431,4 +431,4 @@ def test_a_run_with_wrong_gradients_is_not_called_fine(run, monkeypatch):
 
     monkeypatch.setattr(check_gradients, "gradients", sometimes_wrong)
     arguments = ["--config", str(run / "small.yaml"), "--vae", str(run / "vae.safetensors"), "--chunks", str(CHUNKS)]
-    assert check_gradients.main(check_gradients.parse_args([*arguments, "--steps", "2", "--batch", "2"])) == 1
+    assert check_gradients.check(check_gradients.parse_args([*arguments, "--steps", "2", "--batch", "2"])) == 1

@@ -9,9 +9,9 @@ import pytest
 from hub_server import LFS_SIZE, TOKEN, HubServer, connect
 
 from infworld import transfer
+from infworld.cli import upload as upload_to_hf
+from infworld.cli.console import INTERRUPTED
 from infworld.config import PROJECT_ROOT
-from infworld.console import INTERRUPTED
-from scripts import upload_to_hf
 
 REPO = "somebody/world"
 CODE = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infworld.vae import CausalConv3d, Tails, VideoVAE, _convolve
+from infworld.vae import CausalConv3d, FeatureCache, VideoVAE, _convolve
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -58,15 +58,15 @@ def test_names_and_shapes_are_the_released_ones():
     assert {name: list(tensor.shape) for name, tensor in state.items()} == MANIFEST
 
 
-@pytest.mark.parametrize("slab", [1, 2, 3])
-def test_slabs_do_not_change_the_result(vae, slab):
+@pytest.mark.parametrize("tile", [1, 2, 3])
+def test_tiles_do_not_change_the_result(vae, tile):
     x = video(29, batch=2)
-    whole, whole_state = vae.encode(x, slab=100)
-    latents, state = vae.encode(x, slab=slab)
+    whole, whole_state = vae.encode(x, tile=100)
+    latents, state = vae.encode(x, tile=tile)
     assert difference(latents, whole) < 1e-12
     assert state.keys() == whole_state.keys()
     assert all(difference(state[name], whole_state[name]) < 1e-12 for name in state)
-    assert difference(vae.decode(whole, slab=slab), vae.decode(whole, slab=100)) < 1e-10
+    assert difference(vae.decode(whole, tile=tile), vae.decode(whole, tile=100)) < 1e-10
 
 
 @pytest.mark.parametrize("splits", [(1, 28), (5, 4, 20), (9, 20), (1, 4, 4, 4, 16)])
@@ -93,9 +93,9 @@ def test_one_state_serves_two_continuations_and_survives_copies(vae):
 
 def all_tails(vae: VideoVAE, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """What every layer of the encoder carries on after a clip: an earlier version's state."""
-    tails = Tails()
-    vae.encoder(x.movedim(1, -1), tails)
-    return tails.state
+    cache = FeatureCache()
+    vae.encoder(x.movedim(1, -1), cache)
+    return cache.state
 
 
 @pytest.mark.parametrize("frames", [1, 5, 17, 21, 29])
@@ -103,10 +103,10 @@ def test_the_tails_that_a_state_leaves_out_come_back(vae, frames):
     x = video(frames)
     _, state = vae.encode(x)
     assert state["frames"].shape[1] == min(frames, 19)
-    tails = all_tails(vae, x)
-    made = vae.encoder.full_rate_tails(state["frames"])
-    assert made.keys() | state.keys() == tails.keys() | {"frames"} and not made.keys() & state.keys()
-    assert all(difference(tail, tails[name]) < 1e-12 for name, tail in made.items() if tails[name].any())
+    cache = all_tails(vae, x)
+    made = vae.encoder.full_rate_features(state["frames"])
+    assert made.keys() | state.keys() == cache.keys() | {"frames"} and not made.keys() & state.keys()
+    assert all(difference(features, cache[name]) < 1e-12 for name, features in made.items() if cache[name].any())
 
 
 def test_a_state_of_the_released_sizes_is_a_quarter_of_the_tails():
@@ -138,7 +138,7 @@ def test_a_state_may_come_from_another_dtype(vae):
 
 
 def test_state_shares_no_memory_with_the_video(vae):
-    _, state = vae.encode(video(17), slab=100)
+    _, state = vae.encode(video(17), tile=100)
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in state.values())
 
 
@@ -192,9 +192,9 @@ def test_cpu_convolution_equals_conv3d(kernel, stride):
 
 
 def test_training_passes_keep_no_tails():
-    tails = Tails(keep=False)
-    assert tails.swap(torch.zeros(1, 4, 2, 2, 1), 2) is None
-    assert tails.state == {}
+    cache = FeatureCache(keep=False)
+    assert cache.swap(torch.zeros(1, 4, 2, 2, 1), 2) is None
+    assert cache.state == {}
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from training.render import render
-from training.walks import (
+from infworld.training.render import render
+from infworld.training.walks import (
     CIRCLE,
     KINDS,
     MIXED,
@@ -19,7 +19,7 @@ from training.walks import (
     revisits,
     sample_actions,
 )
-from training.worlds import (
+from infworld.training.worlds import (
     BODY_RADIUS,
     EVAL_SEEDS,
     MOVE_DIRECTIONS,
@@ -85,7 +85,7 @@ def test_solids_out_of_sight_may_be_left_out(worlds, starts, monkeypatch):
     poses = starts[:3, None].repeat(1, 3, 1)
     poses[:, 1, 3], poses[:, 2, 3] = PITCH_LIMIT, -PITCH_LIMIT
     culled = render(worlds[:3], poses, **SIZE)
-    monkeypatch.setattr("training.render._visible_solids", lambda *_: None)
+    monkeypatch.setattr("infworld.training.render._visible_solids", lambda *_: None)
     assert torch.equal(culled, render(worlds[:3], poses, **SIZE))
 
 

@@ -1,0 +1,93 @@
+"""The models that the page offers. At most one is loaded, since one film is made at a time and a GPU holds one."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Mapping
+
+import torch
+
+import infworld
+from infworld.app.compute import Compute, on_gpu
+from infworld.app.team import leading
+from infworld.config import ModelConfig
+from infworld.devices import pick_device
+from infworld.parallel import Team
+from infworld.world import World
+
+log = logging.getLogger(__name__)
+
+# A ZeroGPU Space takes what is on the GPU before the page is launched, and nothing later.
+ON_ZERO_GPU = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
+
+
+class ModelPool:
+    """Configs by name, and the world of the one that is loaded; loading another one frees it first.
+
+    The first one is the page's own: what a person meets, and a program that names none. It is loaded at once, so that
+    what is wrong with it is said at the start. Only those are offered whose chunks and films have the lengths of the
+    first, which the page is laid out for; on ZeroGPU the first alone. team: the processes that film together, if there
+    are several. Raises as `infworld.load` does.
+    """
+
+    def __init__(self, configs: Mapping[str, ModelConfig], device: str = "auto", team: Team | None = None):
+        self.first = next(iter(configs))
+        lengths = configs[self.first].validation_data
+        self._configs = {
+            name: config
+            for name, config in configs.items()
+            if name == self.first or (config.validation_data == lengths and not ON_ZERO_GPU)
+        }
+        self._device = device
+        self._team = team
+        self._loaded: tuple[World, Compute] | None = None
+        self.compute(self.first)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._configs)
+
+    @property
+    def device(self) -> torch.device:
+        """What the models run on."""
+        return pick_device(self._device)
+
+    def config(self, name: str) -> ModelConfig:
+        """ValueError for a model that is not offered here."""
+        if name not in self._configs:
+            raise ValueError(f"the model {name!r} is not here: there is {' and '.join(self.names)}")
+        return self._configs[name]
+
+    def is_loaded(self, name: str) -> bool:
+        return self._loaded is not None and self._loaded[0].config.name == name
+
+    def compute(self, name: str) -> Compute:
+        """The way to this model, which is loaded if it is not. Only for the one run that is on."""
+        return self._load(name)[1]
+
+    def world(self, name: str) -> World:
+        """The model itself, loaded as by `compute`; for the other processes of a team."""
+        return self._load(name)[0]
+
+    def _load(self, name: str) -> tuple[World, Compute]:
+        config = self.config(name)
+        if not self.is_loaded(name):
+            self._loaded = None
+            gc.collect()
+            if not ON_ZERO_GPU:
+                torch.cuda.empty_cache()
+            placement = "gpu" if ON_ZERO_GPU else "auto"
+            world = infworld.load(config, self._device, text_placement=placement, team=self._team)
+            self._loaded = world, leading(world) if self._team else on_gpu(world)
+        return self._loaded
+
+
+class SingleModelPool(ModelPool):
+    """A world that is there already, as the only model."""
+
+    def __init__(self, world: World):
+        self.first = world.config.name
+        self._configs, self._device = {self.first: world.config}, str(world.device)
+        self._loaded = world, on_gpu(world)

@@ -1,0 +1,87 @@
+"""From a model's name to a World on a device: files, dtypes, what stays on the GPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from infworld import packages
+from infworld.checkpoint import RELEASED_EXTRAS, check_file, load_strict, read_tensors
+from infworld.config import ModelConfig, load_config
+from infworld.devices import pick_device, pick_dtype, pick_threads, pick_vae_dtype
+from infworld.dit import InfiniteWorldTransformer
+from infworld.memory_plan import FASTEST, GB, MemoryEstimate, MemoryPlan, choose
+from infworld.parallel import Team
+from infworld.text import free_memory, open_text_encoder
+from infworld.vae import build_vae
+from infworld.world import World
+
+log = logging.getLogger(__name__)
+
+
+def load(
+    name: str | Path | ModelConfig = "tiny",
+    device: str = "auto",
+    *,
+    text_placement: str = "auto",
+    compile: bool = False,
+    team: Team | None = None,
+) -> World:
+    """Loads a model: "tiny", "infinite-world", the path of a config YAML, or the config itself.
+
+    device: "auto" (the GPU if there is one), "cuda", "cuda:1", "cpu". text_placement: where a large text encoder works
+    and whether it stays: "auto", "gpu" or "cpu", see `UMT5OnDemand`. compile: whether torch.compile makes the
+    transformer's blocks faster, which the first chunk waits for (docs/performance.md); blocks compiled ahead of time
+    (`packages`) are used unasked where they fit, and make that superfluous. team: of `parallel.joined`, to film
+    together with other processes; its device is used. What stays on a GPU is planned by its free memory (see
+    `budget`), except with text_placement "gpu", which wants everything there. Raises FileNotFoundError or ValueError
+    for missing, truncated or foreign weights, naming the file.
+    """
+    began = time.monotonic()
+    config = name if isinstance(name, ModelConfig) else load_config(name)
+    device = pick_device(device) if team is None else team.device
+    dtype = pick_dtype(device, getattr(torch, config.amp_dtype))
+    path, vae_path = check_file(config.path(config.checkpoint_path)), check_file(config.path(config.vae_cfg.vae_pth))
+    text_encoder = None  # except on the device that encodes for all
+    if team is None or team.is_rank0:  # before the transformer, as it may be the one that is cut
+        text_encoder = open_text_encoder(config, device, dtype, text_placement)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(pick_threads(torch.get_num_threads()))
+    plan = make_plan(config, device, dtype, team) if device.type == "cuda" and text_placement != "gpu" else FASTEST
+    transformer = load_strict(
+        lambda: InfiniteWorldTransformer(config.model_cfg),
+        read_tensors(path),
+        where=path,
+        device=device,
+        dtype=dtype,
+        drop=RELEASED_EXTRAS,
+    )
+    if plan.blocks == "gpu":
+        packaged = team is None and packages.apply(transformer, path.parent)
+        if compile and not packaged:
+            transformer.compile_blocks()
+    vae = load_strict(
+        lambda: build_vae(config),
+        read_tensors(vae_path),
+        where=vae_path,
+        device=device,
+        dtype=pick_vae_dtype(dtype),
+    )
+    log.info("%s from %s on %s (%s) in %.1f s", config.name, path, device, dtype, time.monotonic() - began)
+    return World(config, transformer, vae, text_encoder, team, plan)
+
+
+def make_plan(config: ModelConfig, device: torch.device, dtype: torch.dtype, team: Team | None = None) -> MemoryPlan:
+    """What of a model, which is not loaded yet, stays on a GPU: by what this process may still have of its memory."""
+    with torch.device("meta"):
+        transformer, vae = InfiniteWorldTransformer(config.model_cfg).to(dtype), build_vae(config)
+    needs = MemoryEstimate.of(config, transformer, vae.to(pick_vae_dtype(dtype)))
+    free = free_memory(device)
+    plan = choose(needs, free, psutil.virtual_memory().available, team is not None)
+    log.info("%.1f GB of GPU memory: %s; %.1f GB at most", free / GB, plan, needs.gpu(plan) / GB)
+    return plan

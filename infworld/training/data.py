@@ -1,0 +1,244 @@
+"""Walks through procedural worlds as latents: what the world model trains on, kept on the GPU and partly renewed.
+
+Everything is as inference has it: the history is the VAE's continued encoding of the whole walk, the target is the
+fresh encoding of one chunk's 81 frames.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from infworld.config import ModelConfig
+from infworld.text import ByteTextEncoder
+from infworld.training.render import render
+from infworld.training.run import finish
+from infworld.training.walks import revisits, sample_actions
+from infworld.training.worlds import TRAIN_SEEDS, Worlds, captions, make_worlds, spawn, walk
+from infworld.vae import VideoVAE
+
+RENDERED_AT_ONCE = 16  # walks
+SEEDS_PER_RUN = 1_000_000
+RETURNING = 4  # times more often a chunk is drawn if all that it shows was seen before and lost sight of
+BLUR = (0.5, 2.5)  # pixels, standard deviation
+PALE = (0.6, 1.0)  # contrast left
+
+
+@dataclass
+class Batch:
+    """Samples with histories of one length: history (B, 16, 1 + 20 k, h, w), target (B, 16, 21, h, w), move and view
+    (B, 81) int64, text ids and mask (B, L) int64."""
+
+    history: Tensor
+    target: Tensor
+    move: Tensor
+    view: Tensor
+    ids: Tensor
+    mask: Tensor
+
+
+Painter = Callable[["Batch"], Tensor]
+Labeller = Callable[[Tensor, Tensor], Tensor]
+
+
+class WalkPool:
+    """Up to `size` walks of `chunks` chunks each, as latents on `device`, from world seeds `first_seed`, + 1, ...
+
+    A sample is some chunk of a walk with any number of chunks before it as its history: a walk is as good as all the
+    shorter walks that lie in it.
+    """
+
+    def __init__(
+        self,
+        vae: VideoVAE,
+        text: ByteTextEncoder,
+        config: ModelConfig,
+        *,
+        size: int,
+        chunks: int,
+        mixture: dict[str, float],
+        first_seed: int,
+        device: torch.device,
+        compile: bool = False,
+        labeller: Labeller | None = None,
+        faded: float = 0.0,
+    ):
+        """labeller: says of a walk's poses (T, 4) and of what was done (2, T - 1) what is learned as move and view; by
+        default what was done. compile: the renderer. faded: the share of walks whose history fades (`fade`).
+        """
+        self.vae, self.text, self.config, self.mixture = vae, text, config, mixture
+        self.size, self.chunks, self.device, self.compile = size, chunks, device, compile
+        self.labeller, self.faded = labeller, faded
+        self.next_seed = first_seed
+        self.generator = torch.Generator().manual_seed(first_seed)
+        self.filled = self.oldest = 0
+        height, width = config.buckets[0]
+        shape = (config.vae_cfg.z_dim, height // 8, width // 8)
+        made = {"dtype": vae.conv1.weight.dtype, "device": device}
+        self.new_latents = config.chunk_latents - 1
+        self.history = torch.zeros(size, 1 + chunks * self.new_latents, *shape, **made)
+        self.targets = torch.zeros(size, chunks, 1 + self.new_latents, *shape, **made)
+        self.actions = torch.zeros(size, 2, chunks * config.chunk_frames + 1, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(size, 2, text.model_max_length, dtype=torch.int64, device=device)
+        self.returns = torch.full((size, chunks * config.chunk_frames), -1, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def renew(self, count: int, painter: Painter | None = None) -> float:
+        """Adds `count` walks, in place of the oldest ones once the pool is full; returns the seconds it took.
+
+        painter: paints every chunk's target anew, given its history; the walks' histories become what it painted, so
+        that a model learns from histories like its own. Targets stay the truth.
+        """
+        finish(self.device)
+        began = time.monotonic()
+        worlds = make_worlds(range(self.next_seed, self.next_seed + count))
+        frames = self.chunks * self.config.chunk_frames + 1
+        actions = torch.stack(sample_actions(self.mixture, count, frames, self.generator), 1)
+        # On the CPU, where the many small steps of a walk start faster.
+        poses = walk(worlds, spawn(worlds), actions[:, 0, :-1], actions[:, 1, :-1])
+        if self.labeller:
+            done = zip(poses, actions[:, :, :-1], strict=True)
+            actions[:, :, :-1] = torch.stack([self.labeller(pose, action) for pose, action in done])
+        slots = torch.arange(self.oldest, self.oldest + count) % self.size
+        self.next_seed, self.oldest = self.next_seed + count, int(slots[-1] + 1) % self.size
+        self.filled = min(self.size, self.filled + count)
+        tokens = torch.stack(self.text.tokenize(captions(worlds)), 1)
+        self.actions[slots], self.tokens[slots] = actions.to(self.device), tokens.to(self.device)
+        for first in range(0, count, RENDERED_AT_ONCE):
+            part = slice(first, first + RENDERED_AT_ONCE)
+            there = poses[part].to(self.device)
+            self.returns[slots[part]] = revisits(there)[:, 1:]
+            self._encode(slots[part], worlds[part].to(self.device), there)
+        if painter:
+            self._paint(slots, painter)
+        finish(self.device)
+        return time.monotonic() - began
+
+    def _encode(self, slots: Tensor, worlds: Worlds, poses: Tensor) -> None:
+        """Renders walks and keeps their latents: continued ones as history, fresh ones of every chunk as targets.
+
+        Some histories fade; targets do not.
+        """
+        height, width = self.config.buckets[0]
+        video = to_video(render(worlds, poses, height, width, compile=self.compile), self.vae.conv1.weight.dtype)
+        latents, _ = self.vae.encode(fade(video, self.faded, self.generator))
+        self.history[slots] = rearrange(latents, "b c t h w -> b t c h w").to(self.history)
+        step = self.config.chunk_frames
+        for chunk in range(self.chunks):
+            latents, _ = self.vae.encode(video[:, :, chunk * step : (chunk + 1) * step + 1])
+            self.targets[slots, chunk] = rearrange(latents, "b c t h w -> b t c h w").to(self.targets)
+
+    def _paint(self, slots: Tensor, painter: Painter) -> None:
+        """Puts the painter's films in place of the histories of these walks, chunk after chunk as in a rollout."""
+        slots = slots.to(self.device)
+        start = torch.zeros_like(slots)
+        first = rearrange(self.targets[slots, 0, :1], "b t c h w -> b c t h w")
+        _, state = self.vae.encode(self.vae.decode(first))
+        for chunk in range(self.chunks):
+            video = self.vae.decode(painter(self.select(slots, start, chunk)).to(self.history.dtype))
+            latents, state = self.vae.encode(video[:, :, 1:], state)
+            new = slice(1 + chunk * self.new_latents, 1 + (chunk + 1) * self.new_latents)
+            self.history[slots, new] = rearrange(latents, "b c t h w -> b t c h w").to(self.history)
+
+    def batch(self, chunks: int, count: int) -> Batch:
+        """`count` random samples with a history of that many chunks, more often such as need it: where the walk comes
+        back to what the history has seen and then lost sight of."""
+        weights = 1 + RETURNING * self.needs(chunks)
+        drawn = torch.multinomial(weights.flatten(), count, replacement=True)
+        return self.select(drawn // weights.shape[1], drawn % weights.shape[1], chunks)
+
+    def needs(self, chunks: int) -> Tensor:
+        """Of every sample with a history of that many chunks, by walk and first chunk: the share of the target's frames
+        that need the history's memory (`training.walks.revisits`), (filled, self.chunks - chunks)."""
+        step = self.config.chunk_frames
+        seen = self.returns[: self.filled].unflatten(1, (self.chunks, step))[:, chunks:]
+        begun = step * torch.arange(self.chunks - chunks, device=self.device)[:, None]
+        return ((begun <= seen) & (seen <= begun + step * chunks)).float().mean(2)
+
+    def select(self, index: Tensor, start: Tensor, chunks: int) -> Batch:
+        """Of the walks `index` (N,): `chunks` chunks from chunk `start` (N,) on as history, the next one as target.
+
+        A history that begins inside a walk begins with that chunk's fresh encoding and goes on with the walk's own
+        latents: by then the encoder has forgotten what it saw before, but for a thousandth of their deviation.
+        """
+        end = start + chunks
+        frames = self._offsets(end * self.config.chunk_frames, self.config.chunk_frames + 1)
+        move, view = self.actions[index[:, None], :, frames].unbind(2)
+        ids, mask = self.tokens[index].unbind(1)
+        known = 1 + chunks * self.new_latents
+        own = self.history[index[:, None], self._offsets(start * self.new_latents, known)]
+        fresh = self.targets[index, start][:, :known]
+        inside = (start > 0).view(-1, 1, 1, 1, 1)
+        begun = torch.where(inside, fresh, own[:, : fresh.shape[1]])
+        return Batch(
+            history=rearrange(torch.cat([begun, own[:, fresh.shape[1] :]], 1), "b t c h w -> b c t h w").float(),
+            target=rearrange(self.targets[index, end], "b t c h w -> b c t h w").float(),
+            move=move,
+            view=view,
+            ids=ids,
+            mask=mask,
+        )
+
+    def _offsets(self, first: Tensor, count: int) -> Tensor:
+        """first (N,) -> first, first + 1, ... (N, count)."""
+        return first[:, None] + torch.arange(count, device=self.device)
+
+
+def fade(video: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """Blurs and pales a share of the videos (B, 3, T, H, W) more and more, as a model's own long films do.
+
+    It learns to bring back what they lost: the truth that follows such a history is as crisp as ever. The first frame
+    stays as it is. generator: on the CPU; it decides which, how far and how fast.
+    """
+    count, _, frames, *_ = video.shape
+    draw = torch.rand(count, 4, generator=generator)
+    faded = video.clone()
+    for row in (draw[:, 0] < share).nonzero().flatten().tolist():
+        sigma, left = (
+            low + u * (high - low) for u, (low, high) in zip(draw[row, 1:3].tolist(), (BLUR, PALE), strict=True)
+        )
+        pictures = rearrange(video[row], "c t h w -> t c h w")
+        pale = pictures.mean((2, 3), keepdim=True).lerp(blur(pictures, sigma), left)
+        full = max(1, draw[row, 3].item() * frames)  # the frame from which on it fades no further
+        along = (torch.arange(frames, device=video.device) / full).clamp(max=1).to(video.dtype)
+        faded[row] = rearrange(pictures.lerp(pale, along.view(-1, 1, 1, 1)), "t c h w -> c t h w")
+    return faded
+
+
+def blur(pictures: Tensor, sigma: float) -> Tensor:
+    """Pictures (B, C, H, W) under a Gaussian of `sigma` pixels."""
+    reach = min(math.ceil(3 * sigma), *(size - 1 for size in pictures.shape[2:]))
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=pictures.device) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(pictures.dtype)
+    channels = pictures.shape[1]
+    padded = F.pad(pictures, (reach, reach, reach, reach), mode="reflect")
+    rows = F.conv2d(padded, kernel.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels)
+    return F.conv2d(rows, kernel.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels)
+
+
+def to_video(frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rendered frames (B, T, H, W, 3) uint8 -> video (B, 3, T, H, W) in [-1, 1]."""
+    return rearrange(frames, "b t h w c -> b c t h w").to(dtype) / 127.5 - 1
+
+
+def to_frames(video: Tensor) -> Tensor:
+    """Video (B, 3, T, H, W) in [-1, 1] -> frames (B, T, H, W, 3) uint8; clamps what lies outside."""
+    return rearrange((video.clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8), "b c t h w -> b t h w c")
+
+
+def first_seed(run: int, rank: int, ranks: int) -> int:
+    """The first world seed of a rank in run 0, 1, ... of a series: far enough from all others' that no two meet.
+
+    Raises: ValueError for a run that would leave the training seeds.
+    """
+    runs = len(TRAIN_SEEDS) // SEEDS_PER_RUN
+    if not 0 <= run < runs:
+        raise ValueError(f"--seed is {run}: expected 0 to {runs - 1}, as the worlds beyond are kept for measuring")
+    return SEEDS_PER_RUN * run + SEEDS_PER_RUN // ranks * rank
