@@ -10,8 +10,7 @@ from collections.abc import Mapping
 import torch
 
 import infworld
-from infworld.app.compute import Compute, on_gpu
-from infworld.app.team import leading
+from infworld.app.compute import Compute, leading, on_gpu
 from infworld.config import ModelConfig
 from infworld.devices import pick_device
 from infworld.parallel import Team
