@@ -44,10 +44,10 @@ from infworld.camera import STEP, TURN_DEGREES
 from infworld.config import PROJECT_ROOT, ModelConfig
 from infworld.devices import device_name, pick_device
 from infworld.models import available, default_model, prepare
+from infworld.pictures import crop_image
 from infworld.presets import PRESETS, find_preset
 from infworld.session import Session
 from infworld.settings import MAX_PROMPT, MAX_STEPS, FilmSettings
-from infworld.video import crop_image
 from infworld.world import Chunk, World
 
 log = logging.getLogger(__name__)

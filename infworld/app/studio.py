@@ -20,9 +20,9 @@ from infworld.app.films import Film, FilmStore
 from infworld.app.model_pool import ModelPool
 from infworld.app.status import RunProgress
 from infworld.devices import peak_memory
+from infworld.pictures import crop_image
 from infworld.session import Session, check_session
 from infworld.settings import FilmSettings
-from infworld.video import crop_image
 from infworld.world import Chunk
 
 log = logging.getLogger(__name__)
