@@ -331,9 +331,8 @@ def report(film: Mp4Writer, session: infworld.Session, session_path: Path | None
     """Says what there is now and how to go on; saves the session if there is a place for it."""
     if film.frames:
         stopped = "stopped: " if interrupted else ""
-        print(
-            f"{stopped}{film.path} has {film.frames} frames ({film.frames / film.fps:.1f} s), seed {session.settings.seed}"
-        )
+        seconds = film.frames / film.fps
+        print(f"{stopped}{film.path} has {film.frames} frames ({seconds:.1f} s), seed {session.settings.seed}")
     if session_path is not None:
         session.save(session_path)
         print(f"go on with: --resume {session_path} --frames {session.num_frames + 160}")
