@@ -356,9 +356,12 @@ def test_bad_session_files_leave_no_folder(runner, studio, picture, tmp_path):
     session = new_film(runner, studio, picture, 81).session()
     (tmp_path / "text.safetensors").write_text("no session")
     dataclasses.replace(session, model="other").save(tmp_path / "other.safetensors")
+    wrong = copy.copy(session.settings)
+    object.__setattr__(wrong, "steps", 10**6)
+    dataclasses.replace(session, settings=wrong).save(tmp_path / "steps.safetensors")
     dataclasses.replace(session, num_frames=10**6 + 1).save(tmp_path / "frames.safetensors")
     films = os.listdir(studio.store.root)
-    for name, message in (("text", "text"), ("other", "other"), ("frames", "damaged")):
+    for name, message in (("text", "text"), ("other", "other"), ("steps", "steps"), ("frames", "damaged")):
         with pytest.raises(ValueError, match=message):
             studio.resume(tmp_path / f"{name}.safetensors")
     assert os.listdir(studio.store.root) == films

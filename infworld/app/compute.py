@@ -156,11 +156,12 @@ def leading(world: World) -> Compute:
             task = last = world.start(task.picture, task.settings)
             yield task
         order(task)
+        result = None
         with closing(perform(world, task)) as results:
             for result in results:
-                if isinstance(result, Chunk) and isinstance(task, Session):
-                    last = result.session
                 yield result
+        if isinstance(task, Session):  # not before the end, without which the other ranks have no session either
+            last = result.session
 
     def compute(task: Task) -> Iterator[Result]:
         """An error that the other ranks do not have too leaves them waiting for ever: then all processes end."""

@@ -36,10 +36,10 @@ from infworld.camera import STEP, TURN_DEGREES
 from infworld.config import PROJECT_ROOT, ModelConfig
 from infworld.devices import device_name
 from infworld.memory_plan import NotEnoughMemory
+from infworld.pictures import crop_image
 from infworld.presets import PRESETS, find_preset
 from infworld.session import Session
 from infworld.settings import MAX_PROMPT, MAX_STEPS, FilmSettings
-from infworld.video import crop_image
 
 STATIC = Path(__file__).resolve().parent / "static"
 EXAMPLES = PROJECT_ROOT / "examples"

@@ -9,9 +9,9 @@ import numpy as np
 from infworld.app.films import Film, FilmStore
 from infworld.app.model_pool import ModelPool
 from infworld.app.runner import Job
+from infworld.pictures import crop_image
 from infworld.session import Session, check_session
 from infworld.settings import FilmSettings
-from infworld.video import crop_image
 
 
 class Studio:
