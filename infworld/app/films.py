@@ -87,7 +87,7 @@ class Film:
 
     def begin(self, session: Session) -> None:
         """Makes the folder, and keeps the session of a film that has no chunk here yet."""
-        self.folder.mkdir(mode=0o700, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._keep(session, self.session_path)
 
     def add(self, chunk: Chunk) -> None:

@@ -132,7 +132,7 @@ class Page:
             )
         self.gallery = Gallery(self.examples, elem_id="examples")
         self.prompt = gr.Textbox(
-            label="What the world looks like", placeholder="optional", max_length=MAX_PROMPT, elem_id="prompt"
+            "", label="What the world looks like", placeholder="optional", max_length=MAX_PROMPT, elem_id="prompt"
         )
         self.negative_prompt = gr.Textbox(
             self.config.negative_prompt, label="What to avoid", max_length=MAX_PROMPT, visible=guided
