@@ -503,6 +503,52 @@ def test_a_film_is_the_same_across_a_process_border(world, picture, tmp_path, mo
     assert len(asked) == 3 and all(isinstance(seconds, int) and seconds > 0 for seconds in asked)  # one call a chunk
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="ZeroGPU forks")
+def test_a_gpu_call_sees_the_request_it_is_for_and_stops_after_its_step(
+    world, picture, tmp_path, monkeypatch, serve_models
+):
+    """Whose quota a call takes is read from the request's context, though another thread makes the call."""
+    from gradio.context import LocalContext
+    from gradio_client import Client, handle_file
+
+    callers, steps = [], multiprocessing.Value("i", 0)
+    iterate_chunk = world.iterate_chunk
+
+    def counted(session):
+        for result in iterate_chunk(session):
+            steps.value += 1
+            time.sleep(0.3)
+            yield result
+
+    def gpu(duration):
+        def decorate(function):
+            call = other_process(function)
+
+            def wrapped(task):
+                callers.append(LocalContext.request.get().session_hash)
+                yield from call(task)
+
+            return wrapped
+
+        return decorate
+
+    monkeypatch.setattr(compute.spaces, "GPU", gpu)
+    monkeypatch.setattr(world, "iterate_chunk", counted)
+    address = serve_models(SingleModelPool(world), tmp_path / "films")
+    clients = [Client(address, verbose=False) for _ in range(2)]
+    jobs = [client.submit(handle_file(picture), "", 81, 0, "", api_name="/film") for client in clients]
+    assert [len(read_mp4(job.result())) for job in jobs] == [81, 81]
+    assert sorted(callers) == sorted(client.session_hash for client in clients)
+    before = steps.value
+    job = clients[0].submit(handle_file(picture), "", 4001, 0, "", api_name="/film")
+    until(lambda: steps.value > before)
+    job.cancel()
+    time.sleep(1)
+    stopped = steps.value
+    time.sleep(1)
+    assert steps.value == stopped < before + 8
+
+
 def test_tasks_and_results_can_be_pickled(world, picture):
     run = compute.on_gpu(world)(Opening(np.zeros((32, 48, 3), np.uint8), SETTINGS))
     for result in run:
