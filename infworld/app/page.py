@@ -28,10 +28,10 @@ from infworld.app.editor import ActionEditor, script_of
 from infworld.app.films import Film
 from infworld.app.gallery import Gallery, find_examples
 from infworld.app.memory_check import memory_check
-from infworld.app.picture import Picture
 from infworld.app.player import FilmPlayer, film_value, still_value
 from infworld.app.runner import Ended, Job, Loading, NewChunk, Run, Runner, RunProgress, Waiting
 from infworld.app.studio import Studio
+from infworld.app.uploads import Picture, SessionUpload
 from infworld.camera import STEP, TURN_DEGREES
 from infworld.config import PROJECT_ROOT, ModelConfig
 from infworld.devices import device_name
@@ -154,7 +154,7 @@ class Page:
                 1, MAX_STEPS, defaults.steps, step=1, label="Steps", info="More are slower and finer."
             )
             self.guidance = gr.Slider(1, 10, defaults.guidance, step=0.5, label="Guidance", visible=guided)
-        self.session_file = gr.UploadButton(
+        self.session_file = SessionUpload(
             "Resume a film from its session file", file_types=[".safetensors"], size="sm", elem_id="resume"
         )
 
