@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -96,3 +97,30 @@ def test_a_link_among_the_uploads_is_not_followed(client, picture, tmp_path):
     link.symlink_to(secret)
     for more in ({}, MARK):
         assert "event: error" in ask_for_film(client, {"path": str(link), **more}, "", 81, 0, "", "", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------- words
+
+HTML = '<form action="http://evil"><a href="//evil">log in</a></form>'
+
+
+@pytest.mark.parametrize("name", ["plain", "<a href=evil>film<a>"])
+def test_words_of_a_file_are_not_read_as_html(client, world, picture, tmp_path, name):
+    session = dataclasses.replace(world.start(picture), model=HTML)
+    session.save(tmp_path / f"{name}.safetensors")
+    number = client.start("resume", "upload", resume=client.upload(tmp_path / f"{name}.safetensors"))
+    message = client.wait(number)["output"]["error"]
+    assert "<" not in message and "&lt;form action=" in message, message
+    (tmp_path / f"{name}.png").write_text("no picture")
+    number = client.start("picture", "change", picture=client.upload(tmp_path / f"{name}.png"))
+    message = client.wait(number)["output"]["error"]
+    assert "<" not in message and "not a picture" in message
+
+
+def test_words_of_a_request_are_not_read_as_html(client, picture):
+    for values in ({"model": HTML}, {"prompt": HTML, "steps": HTML}, {"picture": {"path": HTML}}):
+        number = client.start("generate", **{"picture": client.upload(picture)} | values)
+        client.wait(number)
+        assert "<form" not in "".join(
+            str(message["output"].get("error")) for message in client.messages[number] if message.get("output")
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ class CheckedBlocks(gr.Blocks):
     async def preprocess_data(self, *args: Any, **kwargs: Any) -> list[Any]:
         try:
             return await super().preprocess_data(*args, **kwargs)
-        except gr.Error:
-            raise
+        except gr.Error as error:
+            raise gr.Error(escape(error.message, quote=False), print_exception=False) from error
         except (ValidationError, InvalidPathError) as error:  # of a file: nothing else has a data model here
             raise gr.Error(NOT_UPLOADED, print_exception=False) from error
         except Exception as error:
-            raise gr.Error(f"An input cannot be used: {error}", print_exception=False) from error
+            raise gr.Error(escape(f"An input cannot be used: {error}", quote=False), print_exception=False) from error
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -14,6 +14,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,16 @@ Update = dict[Any, Any]
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
-    """What a person can do something about is shown to them as it is worded. Also a decorator of handlers."""
+def plainly(to_program: bool = False) -> Iterator[None]:
+    """What a person can do something about is shown to them as it is worded. Also a decorator of handlers.
+
+    The page reads an error as HTML, and the words may come from a file.
+    """
     try:
         yield
     except (ValueError, OSError, NotEnoughMemory) as error:
-        raise gr.Error(sentence(error), print_exception=False) from error
+        words = sentence(error)
+        raise gr.Error(words if to_program else escape(words, quote=False), print_exception=False) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -449,7 +454,7 @@ class Page:
             model: One of the models that are here, by name; empty for the page's own.
             preset: exact, or balanced or fast, which are faster and less exact; empty for the model's own.
         """
-        with plainly():
+        with plainly(to_program=True):
             job = await asyncio.to_thread(self._asked, image, actions, frames, seed, prompt, model, preset)
             run = self.runner.submit(job)
         try:
