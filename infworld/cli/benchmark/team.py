@@ -1,10 +1,10 @@
 """Times a chunk on several devices of this host against one of them, and says how far its latents are apart.
 
-    torchrun --nproc-per-node 4 scripts/bench_team.py --model infinite-world
+    torchrun --nproc-per-node 4 -m infworld benchmark team --model infinite-world
 
-As in `benchmark.py` the sizes are a model's and the weights random, made in memory, the same on each device. A chunk of
-fewer steps than the preset's tells the same: the time of a whole one is put together from its parts, and a film's from
-chunks like it, which are as long as any.
+As in `infworld benchmark` the sizes are a model's and the weights random, made in memory, the same on each device. A
+chunk of fewer steps than the preset's is enough: the time of a whole one is put together from its parts, and a film's
+from chunks like it, which take as long as any.
 """
 
 from __future__ import annotations
@@ -86,7 +86,3 @@ def measure(world: World, session: Session, what: str, steps: int) -> torch.Tens
             flush=True,
         )
     return chunk.latents
-
-
-if __name__ == "__main__":
-    main()
