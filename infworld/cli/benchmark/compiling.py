@@ -35,7 +35,7 @@ def packaged(bench: Benchmark) -> None:
         making = bench.once(lambda: packages.make(bench.config, bench.device, bench.dtype, package))
         bench.record.put("packaged: compiling ahead of time", making, "s", "once for a kind of card")
         world = other_blocks(bench.world)
-        if not packages.apply(world.transformer, Path(folder)):
+        if not packages.apply(world.transformer, [Path(folder)]):
             return bench.record.leave_out("packaged: first step", "the package is of no use here, see the log")
         time_other_blocks(bench, "packaged", world, "loading the package, the chunk's preparation and one step")
 
