@@ -10,7 +10,7 @@ import infworld
 # Command -> module, and what it does. A module is imported when its command is given: torch takes seconds.
 COMMANDS = {
     "generate": ("infworld.cli.generate", "make a film: a picture and actions in, an mp4 out"),
-    "serve": ("infworld.app.page", "open the page in a browser"),
+    "serve": ("infworld.app.server", "open the page in a browser"),
     "download": ("infworld.cli.download", "download the released weights, or what is missing of them"),
     "convert": ("infworld.cli.convert", "rewrite the released weights so that they load faster"),
     "upload": ("infworld.cli.upload", "upload this project to the Hub as a model or a Space"),

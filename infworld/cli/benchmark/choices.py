@@ -29,7 +29,7 @@ def two_texts_at_once(bench: Benchmark) -> None:
         return
     model, session = bench.world.transformer, bench.session(bench.histories[0])
     z, t = bench.noise(bench.config.chunk_latents), timestep(bench)
-    texts = NoiseText(bench.config).encode([session.prompt, session.negative_prompt]).to(bench.device)
+    texts = NoiseText(bench.config).encode([session.settings.prompt, session.settings.negative_prompt]).to(bench.device)
     move, view = torch.zeros(2, 2, bench.config.chunk_frames + 1, dtype=torch.long, device=bench.device)
     with torch.inference_mode(), fastest_attention(bench.device):
         memory = model.latent_encoder(session.history.to(bench.device, model.dtype)).repeat(2, 1, 1, 1, 1)
@@ -67,7 +67,7 @@ def attention_backends(bench: Benchmark) -> None:
         return
     session, z, t = bench.session(bench.histories[0]), bench.noise(bench.config.chunk_latents), timestep(bench)
     model, order = bench.world.transformer, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    texts = NoiseText(bench.config).encode([session.prompt]).to(bench.device)
+    texts = NoiseText(bench.config).encode([session.settings.prompt]).to(bench.device)
     move, view = torch.zeros(2, 1, bench.config.chunk_frames + 1, dtype=torch.long, device=bench.device)
     with torch.inference_mode(), bench.attention(*order, SDPBackend.MATH):
         context, actions = model.embed_text(texts.hidden, texts.mask), model.action_encoder(move, view)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from infworld.cli.benchmark.harness import Benchmark, film_histories, guidance_of, relative_error
 from infworld.config import FRAMES_PER_LATENT
 from infworld.memory import MAX_SINGLE_PASS, memory_latents
@@ -62,7 +60,7 @@ def faster_presets(bench: Benchmark) -> None:
         name, guess = f"{preset.name}: chunk, longest history", chunk_seconds(bench, "exact", longest, passes)
         if not bench.record.allows(name, guess):
             continue
-        session = dataclasses.replace(bench.session(longest), preset=preset.name, steps=steps)
+        session = bench.session(longest).replace_settings(preset=preset.name, steps=steps)
         taken, chunk = bench.made(session)
         note = f"{steps} steps that cost as much as {passes:g} of exact; measured once; {guess:.4g} by its parts"
         bench.record.put(name, taken, "s", note)

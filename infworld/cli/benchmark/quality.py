@@ -13,10 +13,10 @@ from infworld.cli.benchmark.harness import Benchmark, film_histories, guidance_o
 from infworld.cli.benchmark.model import noise, noise_session, plain_velocity, random_world
 from infworld.cli.benchmark.record import name_of
 from infworld.config import PROJECT_ROOT, ModelConfig, TextConfig, TransformerConfig, load_config
+from infworld.pictures import prepare_image
 from infworld.sampler import sample, schedule
 from infworld.session import Session
 from infworld.vae import build_vae
-from infworld.video import prepare_image
 from infworld.world import World
 
 WAYS = ("exact", "naive")
@@ -52,7 +52,7 @@ def errors(bench: Benchmark) -> None:
 def chunk_error(bench: Benchmark, world: World, session: Session) -> float:
     height, width = session.picture.shape[1:3]
     z = noise(world.config, (height, width), world.config.chunk_latents).to(bench.device)
-    timesteps = schedule(world.config.val_scheduler_cfg, session.steps)
+    timesteps = schedule(world.config.val_scheduler_cfg, session.settings.steps)
     ours = sample(world.velocity(session), z, timesteps)
     with naive_attention(bench):
         plain = sample(plain_velocity(world, session), z, timesteps)
