@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from infworld.cli.benchmark import run as benchmark
+from infworld.cli.benchmark import team
 from infworld.cli.benchmark.model import noise, noise_session, picture_size, plain_velocity, random_world
 from infworld.cli.benchmark.record import Record, goals, number, table
 from infworld.config import load_config
@@ -135,3 +136,13 @@ def test_a_goal_is_reached_from_the_right_side():
         "peak GPU memory of a chunk, GiB": True,
         "error of a chunk's latents, bfloat16": False,
     }
+
+
+def test_a_chunk_is_timed_by_its_stages_for_every_preset(small_model, capsys, monkeypatch):
+    """The command that compares several devices, on one."""
+    options = ["--device", "cpu", "--history", "21", "--presets", "exact,fast", "--steps", "1"]
+    monkeypatch.setattr("sys.argv", ["infworld benchmark team", "--model", str(small_model), *options])
+    team.main()
+    exact, fast = capsys.readouterr().out.splitlines()
+    assert exact.startswith("exact, one: chunk of 1 steps ") and fast.startswith("fast, one: chunk of 1 steps ")
+    assert "of 2 steps" in exact and "decode" in exact and "encode and the rest" in exact

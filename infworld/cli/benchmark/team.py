@@ -10,7 +10,6 @@ from chunks like it, which take as long as any.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 
 import torch
@@ -44,7 +43,7 @@ def main() -> None:
         session = noise_session(one, picture_size(config), args.history)
         for name in args.presets.split(","):
             steps = find_preset(name).sampler_steps(config.val_scheduler_cfg)
-            measured = dataclasses.replace(session, preset=name, steps=min(steps, args.steps or steps))
+            measured = session.replace_settings(preset=name, steps=min(steps, args.steps or steps))
             alone = measure(one, measured, f"{name}, one", steps)
             if team:
                 ours = measure(together, measured, f"{name}, {team.size}", steps)
