@@ -41,6 +41,7 @@ from infworld.app.model_pool import ModelPool, SingleModelPool
 from infworld.app.player import film_value
 from infworld.app.runner import Ended, Job, Loading, NewChunk, Runner, RunProgress, Update, Waiting
 from infworld.app.studio import Studio
+from infworld.app.sweeper import Sweeper
 from infworld.camera import revisits, walk
 from infworld.config import load_config
 from infworld.memory_plan import NotEnoughMemory
@@ -407,7 +408,7 @@ def test_a_film_has_no_folder_before_it_begins(runner, studio, picture):
 def test_the_sweeper_sweeps_by_itself(tmp_path):
     store = FilmStore(tmp_path / "films", lifetime=0.5, fps=30)
     film = begun(store)
-    store.keep_sweeping()
+    Sweeper(store, tmp_path / "uploads", 60).start()
     until(lambda: not film.folder.exists(), 10)
 
 

@@ -44,7 +44,6 @@ from infworld.settings import MAX_PROMPT, MAX_STEPS, FilmSettings
 
 STATIC = Path(__file__).resolve().parent / "static"
 EXAMPLES = PROJECT_ROOT / "examples"
-UPLOADS_LIFETIME = 12 * 3600  # seconds; longer than a full queue, as a program's picture is read when its turn comes
 RANDOM_SEEDS = 2**31  # short enough to write down
 
 MEMORY_HINT = (
@@ -90,7 +89,7 @@ class Page:
 
     def blocks(self) -> gr.Blocks:
         """The whole page, ready to launch."""
-        with CheckedBlocks(title="Infinite-World", fill_width=True, delete_cache=(3600, UPLOADS_LIFETIME)) as blocks:
+        with CheckedBlocks(title="Infinite-World", fill_width=True) as blocks:
             self.film = gr.State(None)  # a Film
             self._header()
             with gr.Row(elem_id="stage"):

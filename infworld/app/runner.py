@@ -206,6 +206,11 @@ class Runner:
         with self._changed:
             return next((run for run in self._runs() if run.job.film == film), None)
 
+    def films(self) -> set[Film]:
+        """The films that are being made, or wait to be."""
+        with self._changed:
+            return {run.job.film for run in self._runs()}
+
     def close(self) -> None:
         """Cancels everything, and waits for the thread to end. Not to be called by a request."""
         with self._changed:
