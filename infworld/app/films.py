@@ -57,12 +57,16 @@ class Film:
         return sum(piece.frames for piece in self.pieces())
 
     @property
+    def has_begun(self) -> bool:
+        return self.session_path.is_file()
+
+    @property
     def can_redo(self) -> bool:
         return self._previous.is_file()
 
     def session(self) -> Session:
         """The session to go on from. ValueError when there is none, as the film has expired."""
-        if not self.session_path.is_file():
+        if not self.has_begun:
             raise ValueError("this film has expired; if you have downloaded its session, resume from that file")
         return Session.load(self.session_path)
 
