@@ -23,7 +23,7 @@ from gradio.context import LocalContext
 from PIL import Image
 
 from infworld.actions import ActionScript
-from infworld.app import runner, status
+from infworld.app import status
 from infworld.app.drive import Drive, driven
 from infworld.app.editor import ActionEditor, script_of
 from infworld.app.films import Film
@@ -31,7 +31,7 @@ from infworld.app.gallery import Gallery, find_examples
 from infworld.app.inputs import Argument, CheckedBlocks, Picture, SessionUpload, script, text, whole_number
 from infworld.app.memory_check import memory_check
 from infworld.app.player import FilmPlayer, film_value, still_value
-from infworld.app.runner import Ended, Job, Loading, NewChunk, Run, Runner, RunProgress, Visitor, Waiting
+from infworld.app.runner import Ended, Job, Loading, NewChunk, Runner, RunProgress, Visitor, Waiting
 from infworld.app.studio import Studio
 from infworld.camera import STEP, TURN_DEGREES
 from infworld.config import PROJECT_ROOT, ModelConfig
@@ -375,8 +375,10 @@ class Page:
                     async for update in updates:
                         if isinstance(update, Ended):
                             yield await asyncio.to_thread(self.settle, begun.job.film, update, film)
+                        elif isinstance(update, NewChunk):
+                            yield await asyncio.to_thread(self._grown, begun.job.film)
                         else:
-                            yield self._shown(run, update)
+                            yield {self.status: STOPPING if run.is_cancelled else status.of(update)}
             finally:
                 run.cancel()
 
@@ -388,10 +390,9 @@ class Page:
         seed = {self.seed: job.settings.seed} if job.settings else {}
         return {self.film: job.film, self.downloads: ""} | seed | busy
 
-    def _shown(self, run: Run, update: runner.Update) -> Update:
-        if isinstance(update, NewChunk):
-            return {self.player: film_value(run.job.film)}
-        return {self.status: STOPPING if run.is_cancelled else status.of(update)}
+    def _grown(self, film: Film) -> Update:
+        """A chunk more, which can be downloaded at once."""
+        return {self.player: film_value(film), self.downloads: status.downloads(film.finish())}
 
     @plainly()
     def stop_filming(self, film: Film | None) -> Update:
