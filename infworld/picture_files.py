@@ -33,9 +33,10 @@ _TIFF_PIXELS = {
 
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation of a picture, 1 to 8; 1 if there is none that can be read."""
-    found = _exif_orientation(image.info.get("exif"))
+    # An AVIF's own orientation counts and not that of its EXIF block; Pillow tells it as if it were EXIF.
+    found = None if image.format == "AVIF" else _exif_orientation(image.info.get("exif"))
     try:
-        found = found or image.getexif().get(_ORIENTATION)  # of TIFF, XMP and PNG texts
+        found = found or image.getexif().get(_ORIENTATION)  # also of TIFF, XMP and PNG texts
         return int(found) if found in range(1, 9) else 1
     except Exception:  # Pillow's parser of EXIF raises many kinds of errors
         return 1

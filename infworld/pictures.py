@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +26,16 @@ MAX_SIDE = 20_000
 MAX_PIXELS = 64_000_000
 KEPT_PIXELS = 6_000_000  # of a large picture at least: the largest bucket has 0.4 million
 STRIP_PIXELS = 1_000_000  # converted at a time
-LARGE_PIXELS = 24_000_000  # pictures of more are decoded one at a time, others four at a time
+LARGE_PIXELS = 16_000_000  # pictures of more are decoded one at a time, others two at a time
 MAX_SCANS = 100  # of a progressive JPEG, each of which passes over the whole picture; encoders make about ten
 
 PictureSource = Image.Image | np.ndarray | str | os.PathLike
 
-_LARGE, _SMALL = threading.BoundedSemaphore(1), threading.BoundedSemaphore(4)
+_LARGE, _SMALL = threading.BoundedSemaphore(1), threading.BoundedSemaphore(2)
 _WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # grey, more than 8 bits
 _INTEGER_BITS = (1, 8, 10, 12, 14, 15, 16)  # what whole numbers without a range of their own may have
+_FLOAT_RANGES = ((1, -math.inf), (255, 127), (65535, 32767))  # white, and what the brightest pixel has at least
+_OVERSHOOT = 0.001  # of white, that interpolation may have added at both ends
 _PROFILE_SPACES = {"L": "GRAY", "LA": "GRAY", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK", "LAB": "Lab"}  # by mode
 _UPRIGHT = {
     **{2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM},
@@ -58,15 +60,20 @@ def load_image(image: PictureSource) -> Image.Image:
     Raises FileNotFoundError for a missing file and ValueError for one that cannot be read, is under 16 pixels on a
     side, or too large (20,000 pixels on a side or more than 64 megapixels): too large a file is never decoded.
     """
+    return _read(image, lambda upright: upright)
+
+
+def _read(image: PictureSource, finish: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What `finish` makes of the image that `load_image` returns; few at a time, so that it should take away pixels."""
     try:
         if isinstance(image, (str, os.PathLike)):
-            return _read_file(Path(image).expanduser())
+            return _read_file(Path(image).expanduser(), finish)
         if isinstance(image, np.ndarray):
             image = _from_array(image)
         if not isinstance(image, Image.Image):
             raise _Unfit(f"must be a PIL image, an array or a path, not {type(image).__name__}")
         _check_size(image.size)
-        return _to_rgb(image)
+        return finish(_to_rgb(image))
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow and the libraries below it raise whatever they like for a broken picture
@@ -74,7 +81,7 @@ def load_image(image: PictureSource) -> Image.Image:
         raise ValueError(f"{name} {_problem(error)}") from error
 
 
-def _read_file(path: Path) -> Image.Image:
+def _read_file(path: Path, finish: Callable[[Image.Image], Image.Image]) -> Image.Image:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no picture at {path}")
     failure: Exception | None = None
@@ -82,11 +89,12 @@ def _read_file(path: Path) -> Image.Image:
         try:
             with Image.open(source, formats=FORMATS) as picture:
                 _check_size(picture.size)
-                _check_cost(picture)
+                _check_file(picture)
                 factor = _reduction(picture.size)
                 if factor > 1:  # JPEGs decode at 1/2, 1/4 or 1/8
                     picture.draft(None, (picture.width // factor, picture.height // factor))
-                return _to_rgb(picture)
+                with _LARGE if picture.width * picture.height > LARGE_PIXELS else _SMALL:
+                    return finish(_to_rgb(picture))
         except (_Unfit, MemoryError, PermissionError, Image.DecompressionBombError):
             raise
         except Exception as error:
@@ -104,8 +112,8 @@ def _problem(error: Exception) -> str:
         return "does not fit into the memory: use a smaller one"
     if isinstance(error, Image.UnidentifiedImageError):
         return (
-            f"cannot be read: it is damaged, of another kind than {FORMAT_NAMES}, "
-            "or has more bits per colour than are supported. Save it as PNG or JPEG"
+            f"is not a picture that can be read: use {FORMAT_NAMES}, with at most 16 bits per colour "
+            "(or, if it is one of these, it is damaged)"
         )
     return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
@@ -119,19 +127,18 @@ def _versions(path: Path) -> Iterator[Path | io.BytesIO]:
 def _from_array(array: np.ndarray) -> Image.Image:
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or 0 in array.shape:
         raise _Unfit(f"must be an array H W, H W 3 or H W 4, not {array.shape}")
-    if array.dtype == np.uint16:
+    if array.dtype == np.uint16 and array.ndim == 3:
         array = (array >> 8).astype(np.uint8)
-    if array.dtype != np.uint8:
+    if array.dtype != np.uint8 and not (array.dtype == np.uint16 and array.ndim == 2):
         raise _Unfit(f"must be an array of uint8 or uint16, not {array.dtype}")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
     """The picture that `load_image` promises, from one of a size that was checked and that may not be decoded yet."""
-    with _LARGE if picture.width * picture.height > LARGE_PIXELS else _SMALL:
-        picture.load()
-        reduced = _reduced(picture, _reduction(picture.size))
-        turn = orientation(picture)
+    picture.load()
+    reduced = _reduced(picture, _reduction(picture.size))
+    turn = orientation(picture)
     upright = reduced.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else reduced
     return _on_white(_to_srgb(upright, picture.info.get("icc_profile")))
 
@@ -147,8 +154,8 @@ def _check_size(size: tuple[int, int]) -> None:
         )
 
 
-def _check_cost(picture: Image.Image) -> None:
-    """Refuses files that take far more time or memory than their size in pixels tells."""
+def _check_file(picture: Image.Image) -> None:
+    """Refuses files that take far more time or memory than their size tells, and those that Pillow misreads."""
     file = getattr(picture, "fp", None)
     if "progressive" in picture.info and file is not None:
         position = file.tell()
@@ -160,6 +167,9 @@ def _check_cost(picture: Image.Image) -> None:
     tile = _tiff_tag(picture, 322, 0) * _tiff_tag(picture, 323, 0)
     if tile > MAX_PIXELS:
         raise _Unfit(f"is a TIFF in tiles of {tile:,} pixels: save it anew")
+    bits, signed, planar = _tiff_tag(picture, 258, 8), _tiff_tag(picture, 339, 1) == 2, _tiff_tag(picture, 284, 1) == 2
+    if (bits > 8 and planar and len(picture.getbands()) > 1) or (bits == 8 and signed):  # Pillow reads other values
+        raise _Unfit(f"is a TIFF of {bits}-bit {'signed values' if signed else 'planes'}: save it as PNG or JPEG")
 
 
 def _tiff_tag(picture: Image.Image, tag: int, default: int) -> int:
@@ -224,35 +234,39 @@ class _White:
 
 
 def _white(picture: Image.Image, boxes: list[tuple[int, int, int, int]]) -> _White:
-    """The value that is white. 16-bit files say it themselves: it is 65535, or 4095 if they have 12 bits.
+    """The value that is white.
 
-    Integers of other files: the greatest value of 1, 8, 10, 12, 14, 15 or 16 bits, the fewest that hold the brightest
-    pixel. Floats: 1 if no pixel is brighter, else 255 or 65535 if the brightest pixel has at least half of it.
+    Of 16-bit files it is 65535 (4095 if they say 12 bits), unless no pixel has a sixteenth of it. Of other integers it
+    is the greatest value of 1, 8, 10, 12, 14, 15 or 16 bits, the fewest that hold the brightest pixel. Of floats it is
+    1 if no pixel is brighter, else 255 or 65535 if the brightest pixel has at least half of it.
     Raises _Unfit for negative values, NaN, infinity, and values that fit none of these.
     """
     inverted = _tiff_tag(picture, 262, 1) == 0
+    least, most = _extremes(picture, boxes)
+    full = 2 ** min(_tiff_tag(picture, 258, 16), 16) - 1
+    if (picture.mode.startswith("I;16") or picture.format == "PNG") and (most >= full / 16 or inverted):
+        white = full
+    elif picture.mode == "F":
+        white = next((white for white, dim in _FLOAT_RANGES if dim <= most <= white * (1 + _OVERSHOOT)), None)
+    else:
+        white = next((2**bits - 1 for bits in _INTEGER_BITS if most < 2**bits), None)
+    if white is None or least < (-_OVERSHOOT * white if picture.mode == "F" else 0):
+        raise _Unfit(
+            f"has values from {least:g} to {most:g}, of which it is not clear what is white: "
+            "scale them to 0 to 1 (floats) or save it as 8-bit PNG or JPEG"
+        )
     transparent = picture.info.get("transparency")
-    transparent = transparent if isinstance(transparent, int) else None
-    if picture.mode.startswith("I;16") or picture.format == "PNG":
-        return _White(2 ** min(_tiff_tag(picture, 258, 16), 16) - 1, inverted, transparent)
+    return _White(white, inverted, transparent if isinstance(transparent, int) else None)
+
+
+def _extremes(picture: Image.Image, boxes: list[tuple[int, int, int, int]]) -> tuple[float, float]:
     least, most = math.inf, -math.inf
     for box in boxes:
         values = np.asarray(picture.crop(box))
         if not np.isfinite(values).all():
             raise _Unfit("has values that are NaN or infinite: save it as PNG or JPEG")
         least, most = min(least, values.min().item()), max(most, values.max().item())
-    if picture.mode == "I":
-        ranges, tolerance = [2**bits - 1 for bits in _INTEGER_BITS], 0
-    else:
-        ranges, tolerance = [1, 255, 65535], 0.001  # of what interpolation adds
-    white = next((white for white in ranges if most <= white * (1 + tolerance)), None)
-    unclear = white is None or (picture.mode == "F" and white > 1 and most < white / 2)
-    if unclear or least < -tolerance * white:
-        raise _Unfit(
-            f"has values from {least:g} to {most:g}, of which it is not clear what is white: "
-            "scale them to 0 to 1 (floats) or save it as 8-bit PNG or JPEG"
-        )
-    return _White(white, inverted, transparent)
+    return least, most
 
 
 # Colours
@@ -306,8 +320,11 @@ def nearest_bucket(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) ->
 
 def crop_image(image: PictureSource, buckets: Sequence[tuple[int, int]]) -> Image.Image:
     """What the model sees of a picture: scaled to cover the nearest bucket, the centre cut out (spec section 2)."""
-    image = load_image(image)
-    height, width = nearest_bucket(image.size, buckets)
+    return _read(image, lambda upright: _cover(upright, nearest_bucket(upright.size, buckets)))
+
+
+def _cover(image: Image.Image, bucket: tuple[int, int]) -> Image.Image:
+    height, width = bucket
     factor = max(height / image.height, width / image.width)
     # A product that should be whole may come out a hair above it, and ceil would add a row of pixels.
     wide, high = (math.ceil(side * factor - 1e-6) for side in image.size)
