@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -118,9 +119,10 @@ def _problem(error: Exception) -> str:
     return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
-def _versions(path: Path) -> Iterator[Path | io.BytesIO]:
+def _versions(path: Path) -> Iterator[BinaryIO]:
     """The file, and after a failure the same picture without the metadata that may be the reason."""
-    yield path
+    with path.open("rb") as file:  # given its path, Pillow would map an uncompressed TIFF and garble one that is turned
+        yield file
     yield from map(io.BytesIO, without_metadata(path.read_bytes()))
 
 
