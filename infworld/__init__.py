@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from infworld.settings import FilmSettings
     from infworld.world import Chunk, World
 
+__version__ = "0.1.0"
+
 try:
     getpass.getuser()
 except (KeyError, OSError):  # a container's user without a name, which torch asks for when it builds a module
