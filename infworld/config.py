@@ -22,6 +22,7 @@ INSTALLED = (PACKAGE / "examples").is_dir()
 PROJECT_ROOT = PACKAGE if INSTALLED else PACKAGE.parent
 MODELS = {"infinite-world": "infworld_config.yaml", "tiny": "tiny.yaml"}  # by name, in CONFIG_DIR
 FRAMES_PER_LATENT = 4  # of the causal VAE; the first latent stands for one frame alone
+NORM_GROUPS = 32  # of the memory compressor's group norms
 BUCKET_STEP = 16  # pixels per patch: 8 per latent, 2 latents per patch
 
 # Spec section 2: (height, width), widest first.
@@ -52,7 +53,7 @@ _BOUNDS = {
     **{"model_max_length": (1, 65_536), "vocab": (1, 10_000_000), "num_buckets": (2, 4096)},
     **{"shift": (1e-3, 1000), "num_sampling_steps": (1, 1000), "text_cfg_scale": (-100, 100)},
     **{"num_frames": (-math.inf, 1001), "fps": (1, 240), "trained_chunks": (1, 10_000), "max_chunks": (1, 10_000)},
-    "buckets": (-math.inf, 8192),
+    "buckets": (-math.inf, 4096),
 }
 MAX_BYTES, MAX_DEPTH, MAX_ENTRIES = 100_000, 16, 1000  # of a config file, of its nesting, of a list in it
 
@@ -97,8 +98,15 @@ class TransformerConfig(_Bounded):
         super().__post_init__()
         _check_heads("dim", self.dim, "num_heads", self.num_heads)
         _check_heads("memory_hidden_dim", self.memory_hidden_dim, "memory_num_heads", self.memory_num_heads)
+        if self.in_channels <= self.out_channels:
+            raise ValueError(
+                f"in_channels ({self.in_channels}) must be more than out_channels ({self.out_channels}): "
+                "the latents and a mask"
+            )
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim must be even, not {self.freq_dim}")
+        if self.memory_hidden_dim % NORM_GROUPS:
+            raise ValueError(f"memory_hidden_dim must be a multiple of {NORM_GROUPS}, not {self.memory_hidden_dim}")
 
 
 def _check_heads(name: str, dim: int, heads_name: str, heads: int) -> None:
@@ -117,6 +125,11 @@ class VAEConfig(_Bounded):
     num_res_blocks: int = 2
     latents_mean: tuple[float, ...] = RELEASED_LATENTS_MEAN
     latents_std: tuple[float, ...] = RELEASED_LATENTS_STD
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.dim_mult) != 4:
+            raise ValueError(f"dim_mult must have 4 entries, since a latent is 8 pixels wide, not {len(self.dim_mult)}")
 
 
 @dataclass(frozen=True)
@@ -187,6 +200,12 @@ class ModelConfig(_Bounded):
             raise ValueError(
                 f"text_encoder_cfg.dim ({self.text_encoder_cfg.dim}) and model_cfg.caption_channels "
                 f"({self.model_cfg.caption_channels}) must be equal"
+            )
+        vae, channels = self.vae_cfg, self.model_cfg.out_channels
+        if not vae.z_dim == len(vae.latents_mean) == len(vae.latents_std) == channels:
+            raise ValueError(
+                f"vae_cfg.z_dim ({vae.z_dim}), the lengths of latents_mean ({len(vae.latents_mean)}) and latents_std "
+                f"({len(vae.latents_std)}) and model_cfg.out_channels ({channels}) must be equal"
             )
         frames = self.validation_data.num_frames
         if frames <= 1 or frames % FRAMES_PER_LATENT != 1:
