@@ -40,7 +40,6 @@ from infworld.app.picture import Picture
 from infworld.app.player import FilmPlayer, film_value, still_value
 from infworld.app.studio import Job, Loading, RunProgress, Studio
 from infworld.app.team import follow
-from infworld.camera import STEP, TURN_DEGREES
 from infworld.config import PROJECT_ROOT, ModelConfig
 from infworld.devices import device_name, pick_device
 from infworld.models import available, default_model, prepare
@@ -188,8 +187,7 @@ class Page:
             horizon_frames=1 + rollout.trained_chunks * step,
             chunk_frames=step,
             fps=rollout.fps,
-            turn_degrees=TURN_DEGREES,
-            step_units=STEP,
+            camera=self.config.camera,
             follow="#film video",
             elem_id="actions",
         )
