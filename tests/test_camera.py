@@ -30,11 +30,14 @@ def node(*arguments: str, given: object) -> str:
     return done.stdout
 
 
+OPPOSITE = (0, 2, 1, 4, 3, 8, 7, 6, 5, 9)  # of moves as of views
+
+
 def random_script(seed: int) -> ActionScript:
-    """A walk that turns back now and then: any moves and views, few of them, so that places come again."""
+    """A walk of any moves and views, on the spot and under way, and then the way back."""
     draw = random.Random(seed)
-    segments = [Segment(draw.randrange(10), draw.randrange(10), draw.choice([1, 7, 20, 40, 80])) for _ in range(6)]
-    return ActionScript(segments + [draw.choice(segments) for _ in range(8)])
+    there = [Segment(draw.randrange(10), draw.randrange(10), draw.choice([1, 7, 20, 40, 80])) for _ in range(8)]
+    return ActionScript(there + [Segment(OPPOSITE[s.move], OPPOSITE[s.view], s.frames) for s in reversed(there)])
 
 
 def test_the_modules_of_the_page_hold_by_themselves():
