@@ -41,7 +41,7 @@ function seenBefore(poses, { near, away, alike_degrees, away_degrees }, degrees)
     const alike = (i) => distance(pose, poses[i]) < near && degrees(pose, poses[i]) < alike_degrees;
     again = around(squares, pose, near).some((frames) => someBefore(frames, lastAway, alike));
     if (again) found.push(frame);
-    const key = square(pose.x, pose.z, near);
+    const key = `${square(pose, near)}`;
     if (!squares.has(key)) squares.set(key, []);
     squares.get(key).push(frame);
   });
@@ -50,16 +50,17 @@ function seenBefore(poses, { near, away, alike_degrees, away_degrees }, degrees)
 
 const equal = (a, b) => a.x === b.x && a.z === b.z && a.yaw === b.yaw && a.pitch === b.pitch;
 const distance = (a, b) => Math.hypot(a.x - b.x, a.z - b.z);
-const square = (x, z, side) => `${Math.floor(x / side)},${Math.floor(z / side)}`;
+const square = ({ x, z }, side) => [Math.floor(x / side), Math.floor(z / side)];
 
 function degreesApart(a, b) {
   const turn = a.yaw - b.yaw;
   return Math.max(Math.abs(turn - 360 * Math.round(turn / 360)), Math.abs(a.pitch - b.pitch));
 }
 
-function around(squares, { x, z }, side) {
-  const steps = [-side, 0, side];
-  return steps.flatMap((dx) => steps.map((dz) => squares.get(square(x + dx, z + dz, side)) ?? []));
+function around(squares, pose, side) {
+  const [i, j] = square(pose, side);
+  const steps = [-1, 0, 1];
+  return steps.flatMap((di) => steps.map((dj) => squares.get(`${[i + di, j + dj]}`) ?? []));
 }
 
 // Frames are in order.
