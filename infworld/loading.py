@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -16,10 +17,12 @@ from infworld.config import ModelConfig, load_config
 from infworld.devices import pick_device, pick_dtype, pick_threads, pick_vae_dtype
 from infworld.dit import InfiniteWorldTransformer
 from infworld.memory_plan import FASTEST, GB, MemoryEstimate, MemoryPlan, choose
-from infworld.parallel import Team
 from infworld.text import free_memory, open_text_encoder
 from infworld.vae import build_vae
 from infworld.world import World
+
+if TYPE_CHECKING:
+    from infworld.parallel import Team
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ def load(
     device: "auto" (the GPU if there is one), "cuda", "cuda:1", "cpu". text_placement: where a large text encoder works
     and whether it stays: "auto", "gpu" or "cpu", see `UMT5OnDemand`. compile: whether torch.compile makes the
     transformer's blocks faster, which the first chunk waits for (docs/performance.md); blocks compiled ahead of time
-    (`packages`) are used unasked where they fit, and make that superfluous. team: of `parallel.joined`, to film
+    (`packages`) are used unasked where they fit, and make that superfluous. team: of `parallel.join_team`, to film
     together with other processes; its device is used. What stays on a GPU is planned by its free memory (see
     `budget`), except with text_placement "gpu", which wants everything there. Raises FileNotFoundError or ValueError
     for missing, truncated or foreign weights, naming the file.

@@ -29,8 +29,14 @@ WORKSPACE = GB // 2  # what cuBLAS and cuDNN take for themselves
 USABLE = 0.9  # part of the memory that there is; the allocator loses some between tensors of many sizes
 
 
+TOO_LITTLE = (
+    "there is too little GPU memory for a chunk: close other programs that use the GPU, take a smaller picture or the "
+    "CPU; what was filmed before is kept"
+)
+
+
 class NotEnoughMemory(RuntimeError):
-    """A chunk does not fit even by the leanest plan. What was filmed before it is whole."""
+    """A chunk does not fit even by the smallest plan. The film so far is kept."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infworld.app.compute import Compute, Replay, Result, Scene, Task, step_by_step
+from infworld.memory_plan import NotEnoughMemory
 from infworld.parallel import Abandoned, Team
 from infworld.session import Session
 from infworld.world import Chunk, World
@@ -61,7 +62,7 @@ def leading(world: World) -> Compute:
         try:
             with team.turn:
                 yield from compute(task)
-        except (ValueError, GeneratorExit):
+        except (ValueError, NotEnoughMemory, GeneratorExit):
             raise
         except BaseException as error:
             team.fail(f"{type(error).__name__}: {error}")
@@ -78,7 +79,7 @@ def follow(team: Team, world_of: Callable[[str], World]) -> None:
         except Abandoned:
             return
         # What ends rank 0's work ends it here too, and bad input is bad on all ranks.
-        with suppress(Abandoned, ValueError):
+        with suppress(Abandoned, NotEnoughMemory, ValueError):
             task = dataclasses.replace(last, **order.changes) if order.task is None else order.task
             last = _do(world_of(order.model), task) or last
 
