@@ -33,7 +33,7 @@ from infworld.world import World
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's signals are POSIX")
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["scripts.generate", "ui.team"])
+FORK.set_forkserver_preload(["infworld.cli.generate", "infworld.app.team"])
 SIZES = (2, 3, 4)
 CLOSE = {"latents": 1e-5, "history": 1e-4, "frames": 1.01 / 255}  # relative error in float32; frames: one level
 
