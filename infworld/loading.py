@@ -42,8 +42,8 @@ def load(
     for the transformer's blocks, which delays the first chunk (docs/performance.md); blocks compiled ahead of time
     (`packages`) are always used where they fit, in place of that. team: of `parallel.join_team`, to film
     together with other processes; its device is used. What stays on a GPU is planned by its free memory (see
-    `memory_plan`), except with text_placement "gpu", which keeps everything there. Raises FileNotFoundError or ValueError
-    for missing, truncated or wrong weights, naming the file.
+    `memory_plan`), except with text_placement "gpu", which keeps everything there. Raises FileNotFoundError or
+    ValueError for missing, truncated or wrong weights, naming the file.
     """
     began = time.monotonic()
     config = name if isinstance(name, ModelConfig) else load_config(name)

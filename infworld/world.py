@@ -25,6 +25,7 @@ from infworld.config import ModelConfig
 from infworld.dit import InfiniteWorldTransformer, MemoryStream, TextContext
 from infworld.layers import LOCAL, fastest_attention
 from infworld.memory_plan import FASTEST, TOO_LITTLE, MemoryEstimate, MemoryPlan, NotEnoughMemory, next_smaller_plan
+from infworld.pictures import prepare_image, to_uint8
 from infworld.presets import find_preset
 from infworld.progress import Callback, Progress, ProgressTracker
 from infworld.sampler import guide, guided, sample_steps, schedule
@@ -32,7 +33,6 @@ from infworld.session import Session, check_session, generator_state_of
 from infworld.settings import FilmSettings
 from infworld.text import TextEmbedding
 from infworld.vae import VideoVAE
-from infworld.video import prepare_image, to_uint8
 
 if TYPE_CHECKING:
     from infworld.parallel import Team

@@ -30,8 +30,9 @@ from infworld.config import load_config
 from infworld.devices import device_name, limit_memory, peak_memory, pick_device
 from infworld.memory_plan import FASTEST, GB, NotEnoughMemory
 from infworld.models import default_model, prepare
+from infworld.pictures import load_image
 from infworld.presets import PRESETS, find_preset
-from infworld.video import Mp4Writer, check_output, load_image
+from infworld.video import Mp4Writer, check_output
 
 
 def main(arguments: list[str] | None = None) -> int:
