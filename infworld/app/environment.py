@@ -12,7 +12,11 @@ log = logging.getLogger(__name__)
 
 
 def prepare() -> None:
-    """Uploads go to a folder of this user's own; proxies are used where they can be."""
+    """Uploads go to a folder of this user's own, and proxies are used where they can be.
+
+    Gradio's statistics, which it makes anew after each event, are of the last events only.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")
     os.environ.setdefault("GRADIO_TEMP_DIR", str(own_folder("uploads")))
     mind_proxies()
 
