@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infworld.actions import ActionScript, Segment
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
-from infworld.config import ModelConfig
+from infworld.config import FRAMES_PER_LATENT, ModelConfig
 from infworld.presets import EXACT
 from infworld.settings import FilmSettings, check_seed
 from infworld.vae import PIXELS_PER_LATENT
@@ -25,9 +25,9 @@ SESSION_FORMAT = "infworld-session-1"
 class Session:
     """One film's state between chunks: CPU tensors and plain values only.
 
-    history: latents of all known frames, (1, 16, T, h, w), T = 1 + 20 per chunk. encoder_state: what the VAE encoder
-    carries on. chunk_latents: the sampled latents of each chunk, (1, 16, 21, h, w) float16, from which the film can
-    be shown again. picture: (1, H, W, 3) uint8. generator_state: of the noise generator.
+    history: latents of all known frames, (1, 16, T, h, w), T = 1 + a quarter of the other frames. encoder_state: what
+    the VAE encoder carries on. chunk_latents: the sampled latents of each chunk, (1, 16, 1 + frames / 4, h, w) float16,
+    from which the film can be shown again. picture: (1, H, W, 3) uint8. generator_state: of the noise generator.
     """
 
     model: str
@@ -120,22 +120,27 @@ def check_session(session: Session, config: ModelConfig) -> None:
     """Raises ValueError if the session is not of the model of this config or does not hang together."""
     if session.model != config.name:
         raise ValueError(f"this session was made with the model {session.model!r}, but {config.name!r} is loaded")
-    made, channels, per_chunk = len(session.chunk_latents), config.vae_cfg.z_dim, config.chunk_latents
-    height, width = session.history.shape[-2:]
+    channels, (height, width) = config.vae_cfg.z_dim, session.history.shape[-2:]
+    chunks = [z.shape[2] if z.dim() == 5 else 0 for z in session.chunk_latents]
     shapes = {
         "picture": (session.picture, (1, height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT, 3)),
-        "history": (session.history, (1, channels, 1 + made * (per_chunk - 1), height, width)),
-        **{f"chunk {i}": (z, (1, channels, per_chunk, height, width)) for i, z in enumerate(session.chunk_latents)},
+        "history": (session.history, (1, channels, 1 + sum(chunks) - len(chunks), height, width)),
+        **{
+            f"chunk {i}": (z, (1, channels, min(max(2, chunks[i]), config.chunk_latents), height, width))
+            for i, z in enumerate(session.chunk_latents)
+        },
     }
     for name, (found, expected) in shapes.items():
         if tuple(found.shape) != expected:
             raise ValueError(f"the session is damaged: its {name} is {tuple(found.shape)} and not {expected}")
-    if session.num_frames != 1 + made * config.chunk_frames:
-        raise ValueError(f"the session is damaged: {made} chunks make no {session.num_frames} frames")
+    if session.num_frames != 1 + FRAMES_PER_LATENT * (session.history.shape[2] - 1):
+        raise ValueError(
+            f"the session is damaged: {session.history.shape[2]} latents are not those of {session.num_frames} frames"
+        )
 
 
 def generator_state_of(seed: int) -> Tensor:
-    """State of a CPU generator, so that the noise is the same on every device. Raises ValueError for an invalid seed."""
+    """State of a CPU generator: the noise is the same on every device. Raises ValueError for an invalid seed."""
     check_seed(seed)
     return torch.Generator().manual_seed(seed).get_state()
 
