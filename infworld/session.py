@@ -140,7 +140,7 @@ def check_session(session: Session, config: ModelConfig) -> None:
 
 
 def generator_state_of(seed: int) -> Tensor:
-    """State of a CPU generator: the noise is the same on every device. Raises ValueError for an invalid seed."""
+    """State of a CPU generator, whose noise is the same on every device. Raises ValueError for an invalid seed."""
     check_seed(seed)
     return torch.Generator().manual_seed(seed).get_state()
 

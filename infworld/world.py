@@ -25,6 +25,7 @@ from infworld.dit import InfiniteWorldTransformer, MemoryStream, TextContext
 from infworld.layers import fastest_attention
 from infworld.memory_plan import FASTEST, MemoryEstimate, MemoryPlan, NotEnoughMemory, next_smaller_plan
 from infworld.parallel import SpatialShard, Team
+from infworld.pictures import prepare_image, to_uint8
 from infworld.presets import find_preset
 from infworld.progress import Callback, Progress, ProgressTracker
 from infworld.sampler import guide, guided, sample_steps, schedule
@@ -32,7 +33,6 @@ from infworld.session import Session, check_session, generator_state_of
 from infworld.settings import FilmSettings
 from infworld.text import TextEmbedding
 from infworld.vae import PIXELS_PER_LATENT, VideoVAE
-from infworld.video import prepare_image, to_uint8
 
 log = logging.getLogger(__name__)
 

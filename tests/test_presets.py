@@ -169,7 +169,7 @@ def test_a_model_may_have_a_preset_of_its_own(world, picture):
         ("exact", 16),
     ]
     assert load_config("tiny").val_scheduler_cfg.preset == "balanced"
-    assert load_config("infinite-world").val_scheduler_cfg.preset == "exact"
+    assert load_config("infinite-world").val_scheduler_cfg.settings.preset == "exact"
 
 
 def test_an_unknown_preset_is_named_with_those_there_are(world, picture):
@@ -200,7 +200,7 @@ def stored(begun: Session, path, change) -> None:
 
 def test_a_session_file_from_before_there_were_presets_is_exact(begun, tmp_path):
     stored(begun, tmp_path / "film.safetensors", lambda values: values.pop("preset"))
-    assert Session.load(tmp_path / "film.safetensors").preset == "exact"
+    assert Session.load(tmp_path / "film.safetensors").settings.preset == "exact"
 
 
 def test_a_session_file_of_an_unknown_preset_is_refused(begun, tmp_path):

@@ -22,12 +22,12 @@ from infworld.actions import ActionScript
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.devices import pick_device, pick_threads, pick_vae_dtype
 from infworld.dit import InfiniteWorldTransformer
+from infworld.pictures import prepare_image, to_uint8
 from infworld.session import Session
 from infworld.settings import MAX_SEED, MAX_STEPS
 from infworld.text import TextEmbedding, load_text_encoder
 from infworld.training.render import render
 from infworld.training.worlds import EVAL_SEEDS, make_worlds, spawn
-from infworld.video import prepare_image, to_uint8
 from infworld.world import Chunk, World
 
 ROOT = Path(__file__).parent.parent

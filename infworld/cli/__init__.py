@@ -8,7 +8,7 @@ import sys
 # Command -> module, and what it does. A module is imported when its command is given: torch takes seconds.
 COMMANDS = {
     "generate": ("infworld.cli.generate", "film a walk: a picture and actions in, an mp4 out"),
-    "serve": ("infworld.app.page", "the page in the browser"),
+    "serve": ("infworld.app.server", "the page in the browser"),
     "download": ("infworld.cli.download", "download the released weights"),
     "convert": ("infworld.cli.convert", "write released weights in a form that loads faster"),
     "upload": ("infworld.cli.upload", "upload this project to the Hub, as a model or a Space"),

@@ -30,8 +30,9 @@ from infworld.config import load_config
 from infworld.devices import device_name, limit_memory, peak_memory, pick_device
 from infworld.memory_plan import FASTEST, GB, NotEnoughMemory
 from infworld.models import default_model, prepare
+from infworld.pictures import load_image
 from infworld.presets import PRESETS, find_preset
-from infworld.video import Mp4Writer, check_output, load_image
+from infworld.video import Mp4Writer, check_output
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -330,9 +331,8 @@ def report(film: Mp4Writer, session: infworld.Session, session_path: Path | None
     """Says what there is now and how to go on; saves the session if there is a place for it."""
     if film.frames:
         stopped = "stopped: " if interrupted else ""
-        print(
-            f"{stopped}{film.path} has {film.frames} frames ({film.frames / film.fps:.1f} s), seed {session.settings.seed}"
-        )
+        seconds = film.frames / film.fps
+        print(f"{stopped}{film.path} has {film.frames} frames ({seconds:.1f} s), seed {session.settings.seed}")
     if session_path is not None:
         session.save(session_path)
         print(f"go on with: --resume {session_path} --frames {session.num_frames + 160}")

@@ -50,11 +50,11 @@ from infworld.devices import pick_device, pick_dtype, pick_vae_dtype
 from infworld.dit import InfiniteWorldTransformer
 from infworld.layers import fastest_attention
 from infworld.memory import MAX_SINGLE_PASS, memory_latents
+from infworld.pictures import prepare_image
 from infworld.presets import EXACT, PRESETS
 from infworld.sampler import sample, schedule
 from infworld.session import Session
 from infworld.vae import build_vae
-from infworld.video import prepare_image
 from infworld.world import Chunk, World
 
 WAYS = ("exact", "naive")

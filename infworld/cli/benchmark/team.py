@@ -81,8 +81,8 @@ def measure(world: World, session: Session, what: str, steps: int) -> torch.Tens
         parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in stages.items())
         whole = now - began + stages["sample"] * (steps / session.settings.steps - 1)
         print(
-            f"{what}: chunk of {session.settings.steps} steps {now - began:.2f} s ({parts}); of {steps} steps {whole:.2f} s; "
-            f"{CHUNKS} like it {CHUNKS * whole:.1f} s",
+            f"{what}: chunk of {session.settings.steps} steps {now - began:.2f} s ({parts}); "
+            f"of {steps} steps {whole:.2f} s; {CHUNKS} like it {CHUNKS * whole:.1f} s",
             flush=True,
         )
     return chunk.latents
