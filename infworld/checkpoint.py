@@ -136,7 +136,7 @@ def save_tensors(
     metadata: Mapping[str, str] | None = None,
     *,
     dtype: torch.dtype | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> None:
     """Writes one `.safetensors` file, whole or not at all: a file that was there stays until the new one is complete.
 
@@ -165,7 +165,7 @@ def _write(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     dtype: torch.dtype | None,
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> None:
     """A safetensors file: length of the header, header (JSON), tensors; the widest first, so that all are aligned."""
     dtypes = {name: _dtype_of(tensor, dtype) for name, tensor in tensors.items()}

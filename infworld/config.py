@@ -7,6 +7,7 @@ model leaves out have its values as defaults here, so an existing file loads as 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,28 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class CameraConfig:
+    """`camera`: what one frame of an action does, and what the picture shows. Defaults: those of the training worlds.
+
+    turn_degrees, pitch_degrees: of turning and of looking up or down; pitch_limit: degrees up and down at most; step:
+    units walked; fov_degrees: horizontal field of view.
+    """
+
+    turn_degrees: float = 1.125  # 80 frames are a quarter turn, 320 a full circle
+    pitch_degrees: float = 0.75
+    pitch_limit: float = 22.5
+    step: float = 0.04
+    fov_degrees: float = 80.0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"camera.{name} must be above 0 and finite, not {value!r}")
+        if self.fov_degrees >= 180:
+            raise ValueError(f"camera.fov_degrees must be below 180, not {self.fov_degrees!r}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One model: where its weights are and every size. Read with `load_config`."""
 
@@ -129,6 +152,7 @@ class ModelConfig:
     text_encoder_cfg: TextConfig = field(default_factory=TextConfig)
     val_scheduler_cfg: SamplerConfig = field(default_factory=SamplerConfig)
     validation_data: RolloutConfig = field(default_factory=RolloutConfig)
+    camera: CameraConfig = field(default_factory=CameraConfig)
     amp_dtype: str = "bfloat16"
     buckets: tuple[tuple[int, int], ...] = RELEASED_BUCKETS
     negative_prompt: str = ""

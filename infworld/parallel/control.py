@@ -42,7 +42,8 @@ class Team:
 
     def _make_groups(self) -> None:
         size, rank = self._link.size, self._link.rank
-        self._everyone, self._pair, self._half = RankGroup.of(dist.group.WORLD), None, None
+        # Not torch's default group, whose connections outlive its end.
+        self._everyone, self._pair, self._half = RankGroup.of(dist.new_group()), None, None
         if size % 2 == 0:
             half = size // 2
             pairs = [dist.new_group([place, place + half]) for place in range(half)]
