@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from infworld.cli.console import unfailing_output
+
 # Command -> module, and what it does. A module is imported when its command is given: torch takes seconds.
 COMMANDS = {
     "generate": ("infworld.cli.generate", "film a walk: a picture and actions in, an mp4 out"),
@@ -22,6 +24,7 @@ COMMANDS = {
 }
 
 
+@unfailing_output()
 def main(arguments: list[str] | None = None) -> int:
     """Runs the named command with the arguments after it; returns its exit code."""
     command, *rest = arguments or sys.argv[1:] or ["--help"]
