@@ -52,14 +52,14 @@ def _exists(path: Path) -> bool:
 
 
 def temporary_path(path: Path, end: str = "") -> Path:
-    """A hidden name beside `path` that no other process uses: `.film.mp4.1a2b3c4d.part`, with `end` after it."""
-    return path.with_name(f".{_short(path.name)}.{secrets.token_hex(4)}.part{end}")
+    """A hidden name beside `path` that nothing else has, with this process's number: `.film.mp4.1a2b3c4d.123.part`."""
+    return path.with_name(f".{_short(path.name)}.{secrets.token_hex(4)}.{os.getpid()}.part{end}")
 
 
 def remove_leftovers(path: Path, end: str = "") -> None:
     """Removes what runs that were killed have left under temporary names of `path`. The caller has claimed it."""
     token = "[0-9a-f]" * 8
-    for part in path.parent.glob(f".{glob.escape(_short(path.name))}.{token}.part{end}"):
+    for part in path.parent.glob(f".{glob.escape(_short(path.name))}.{token}.[0-9]*.part{end}"):
         with suppress(OSError):
             part.unlink()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -83,7 +84,7 @@ class Mp4Writer:
             process.stdin.close()
         code = process.wait()
         self._log.seek(0)
-        reason = self._log.read().decode(errors="replace").strip()[-500:]
+        reason = _reason(self._log.read())
         self._log.close()
         try:
             if code:
@@ -195,4 +196,11 @@ def _file(path: str | os.PathLike) -> str:
 def _run(command: list[str], what: str) -> None:
     result = subprocess.run(command, capture_output=True, start_new_session=True)
     if result.returncode:
-        raise OSError(f"ffmpeg could not {what}: {result.stderr.decode(errors='replace').strip()[-500:]}")
+        raise OSError(f"ffmpeg could not {what}: {_reason(result.stderr)}")
+
+
+def _reason(log: bytes) -> str:
+    """The last line of what ffmpeg says, without the part of it that says so; empty if it says nothing."""
+    lines = log.decode(errors="replace").split("\n")
+    said = [re.sub(r"^\[[^]]*\] ", "", line).strip() for line in lines if line.strip()]
+    return said[-1][:500] if said else ""

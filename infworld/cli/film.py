@@ -95,20 +95,25 @@ class FilmPlan:
         """The command that goes on from a session of so many frames: up to what was asked for, or two chunks more."""
         with suppress(ValueError):  # a film of the greatest length: it can only be written again
             frames = self.frames if frames < self.frames else self._longer(frames)
-        args = self.args
-        given = {"--session": args.session, "--model": args.model, "--memory-gb": args.memory_gb}
-        given |= {"--device": None if args.device == "auto" else args.device}
-        options = [f"{name}={value}" for name, value in given.items() if value is not None]
-        program = ["infworld", "generate"]
-        if parallel.world_size() > 1 and not args.jobs:
+        args, program = self.args, ["infworld", "generate"]
+        if parallel.world_size() > 1 and args.jobs is None:
             program = ["torchrun", "--nproc-per-node", str(parallel.world_size()), "-m", *program]
-        made = ["--resume", str(session_path), "--frames", str(frames), "--out", str(self.out)]
-        return shlex.join([*program, *made, *options, *(["--compile"] if args.compile else [])])
+        words = ["--resume", _word(session_path), "--frames", str(frames), "--out", _word(self.out)]
+        device = None if args.device == "auto" else args.device
+        given = {"--session": args.session, "--model": args.model, "--device": device, "--memory-gb": args.memory_gb}
+        for name, value in given.items():
+            words += [] if value is None else [name, _word(value)]
+        return shlex.join([*program, *words, *(["--compile"] if args.compile else [])])
 
     def _longer(self, frames: int) -> int:
         longer = frames + 2 * self.config.chunk_frames
         self.config.chunks_for(longer)
         return longer
+
+
+def _word(value: object) -> str:
+    """An option's value as the command line takes it: a name such as `-film.mp4` would be read as an option."""
+    return f"./{value}" if str(value).startswith("-") else str(value)
 
 
 def asked(args: argparse.Namespace) -> dict:
@@ -139,7 +144,7 @@ def film(plan: FilmPlan, world: infworld.World, loading: float, stop: StopSignal
         print(f"there is too little GPU memory for all at once: {world.plan}")
     with stop.deferred():
         mp4 = Mp4Writer(plan.out, world.config.validation_data.fps)
-        writer = FilmWriter(mp4, plan.session_path, plan.next_command)
+        writer = FilmWriter(mp4, plan.session_path, plan.next_command, plan.keeps_session)
         if team:
             team.if_lost(lambda: "; ".join(writer.rescue()))
         try:

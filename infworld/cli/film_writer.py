@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import tempfile
 import threading
@@ -14,18 +15,24 @@ from tqdm import tqdm
 import infworld
 from infworld.video import Mp4Writer
 
+log = logging.getLogger(__name__)
+
 
 class FilmWriter:
     """Writes each chunk's session, then its frames, in a thread of its own, which the next chunk does not wait for.
 
     What goes wrong there is raised by the next `write`, or by `finish`; then `rescue` keeps what can be kept.
-    next_command: the command that goes on from a session file with so many frames.
+    next_command: the command that goes on from a session file with so many frames. must_save: a session that cannot
+    be saved is an error; else the film goes on without one, and `rescue` tries again.
     """
 
-    def __init__(self, film: Mp4Writer, session_path: Path, next_command: Callable[[Path, int], str]):
+    def __init__(
+        self, film: Mp4Writer, session_path: Path, next_command: Callable[[Path, int], str], must_save: bool = True
+    ):
         self._film = film
         self._session_path = session_path
         self._next_command = next_command
+        self._must_save = must_save
         self._session: infworld.Session | None = None  # the newest
         self._saved: tuple[Path, int] | None = None  # the newest session file and its number of frames
         self._thread = ThreadPoolExecutor(max_workers=1)
@@ -67,6 +74,10 @@ class FilmWriter:
         try:
             if new:
                 self._save(chunk.session, self._session_path)
+        except ValueError as error:
+            if self._must_save:
+                raise
+            log.warning("should the program be killed, the last chunk is lost: %s", error)
         finally:
             self._film.write(chunk.frames)
 

@@ -136,10 +136,10 @@ def check_jobs(jobs: list[Job], problems: list[str]) -> tuple[list[Job], list[st
             good.append(job)
             for path in (plan.out, plan.session_path):
                 writers[os.path.normcase(os.path.realpath(path))].append(job.where)
-    for path, places in writers.items():
-        if len(places) > 1:
-            problems = [*problems, f"{' and '.join(places)}: they would all write {path}"]
-            good = [job for job in good if job.where not in places]
+    clashes = {tuple(places): path for path, places in writers.items() if len(places) > 1}
+    for places, path in clashes.items():
+        problems = [*problems, f"{' and '.join(places)}: they would all write {path}"]
+        good = [job for job in good if job.where not in places]
     return good, problems
 
 
