@@ -1,5 +1,6 @@
 """Several processes make one film: the same as one process makes, and none is left behind when one is lost."""
 
+import asyncio
 import dataclasses
 import json
 import multiprocessing
@@ -9,8 +10,8 @@ import signal
 import socket
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -20,10 +21,13 @@ from PIL import Image
 import infworld
 from infworld import parallel
 from infworld.actions import ActionScript
-from infworld.app.compute import Replay, Report, Scene
-from infworld.app.team import follow, leading
+from infworld.app.compute import Opening, Replay, Report, follow, leading
+from infworld.app.films import FilmStore
+from infworld.app.model_pool import SingleModelPool
+from infworld.app.runner import Ended, Job, Runner, RunProgress
 from infworld.cli import generate
 from infworld.cli.console import INTERRUPTED
+from infworld.memory_plan import NotEnoughMemory
 from infworld.session import Session
 from infworld.settings import FilmSettings
 from infworld.video import read_mp4
@@ -32,7 +36,7 @@ from infworld.world import World
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's signals are POSIX")
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["scripts.generate", "ui.team"])
+FORK.set_forkserver_preload(["infworld.cli.generate", "infworld.app.runner"])
 SIZES = (2, 3, 4)
 CLOSE = {"latents": 1e-5, "history": 1e-4, "frames": 1.01 / 255}  # relative error in float32; frames: one level
 
@@ -135,6 +139,65 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     assert parallel.device_of_rank("cpu") == "cpu"
 
 
+# -------------------------------------------------------------------------------------------------------- out of memory
+
+
+def out_of_memory(world: World, given) -> list[torch.Tensor]:
+    """A rank runs out of memory in a film's beginning or second chunk, twice; what the team makes in spite of that."""
+    picture, place, rank = given
+    owner, name, at = {
+        "start": (world, "_encode", 1),
+        "text": (world, "_encode_texts", 1),
+        "sample": (world.transformer, "denoise", 2),
+        "decode": (world.vae, "decode", 1),
+        "frames": (world, "_encode", 1),
+    }[place]
+    whole = getattr(owner, name)
+
+    def fail() -> None:
+        calls = []
+
+        def failing(*args, **kwargs):
+            calls.append(name)
+            if parallel.rank() == rank and len(calls) == at:
+                large = torch.zeros(1000)
+                raise torch.OutOfMemoryError(f"out of memory beside {len(large)} numbers")
+            return whole(*args, **kwargs)
+
+        setattr(owner, name, failing)
+
+    settings = FilmSettings.for_model(world.config, "forward 100, left 50", "a meadow", seed=3, guidance=3.0)
+    if place == "start":
+        fail()
+        with pytest.raises(NotEnoughMemory, match="too little GPU memory"):
+            world.start(picture, settings)
+        setattr(owner, name, whole)
+    first = world.next_chunk(world.start(picture, settings))
+    for _ in range(2):
+        if place != "start":
+            fail()
+            heard = []
+            with pytest.raises(NotEnoughMemory, match="what was filmed before is kept"):
+                world.next_chunk(first.session, heard.append)
+            assert all(progress.chunk == 1 for progress in heard)
+            setattr(owner, name, whole)
+    second = world.next_chunk(first.session)
+    return [first.latents, second.latents, second.session.history]
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "place"),
+    [(2, 0, "sample"), (2, 1, "decode"), (3, 1, "start"), (4, 3, "sample"), (3, 2, "frames"), (2, 0, "text")],
+)
+def test_a_team_works_on_after_running_out_of_memory_on_one_rank(small_model, world, picture, size, rank, place):
+    ours, *others = in_a_team(size, small_model, out_of_memory, (picture, place, rank))
+    begun = world.start(picture, "forward 100, left 50", "a meadow", seed=3, guidance=3.0)
+    first, second = world.extend(begun, 2)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(other, ours, strict=True))
+    for mine, theirs in zip(ours, (first.latents, second.latents, second.session.history), strict=True):
+        assert error(mine, theirs) < CLOSE["history"]
+
+
 # ----------------------------------------------------------------------------------------------- from the command line
 
 
@@ -182,7 +245,8 @@ def test_a_lost_process_ends_all_and_the_film_goes_on_from_its_session(filming, 
     assert time.monotonic() - began < 10
     assert processes[1 - lost].exitcode == parallel.LOST
     saved = Session.load(tmp_path / "film.session.safetensors")
-    advice = f"go on with: --resume {tmp_path / 'film.session.safetensors'} --frames 1281"
+    team = "torchrun --nproc-per-node 2 -m infworld generate"
+    advice = f"go on with: {team} --resume {tmp_path / 'film.session.safetensors'} --frames 1281"
     assert f"error: rank {lost} was lost" in said(tmp_path) and advice in said(tmp_path)
     whole = world.extend(world.start(picture, seed=0, steps=2, guidance=3.0), 2)
     *_, second = whole
@@ -198,7 +262,7 @@ def test_ctrl_c_ends_all_after_a_step_and_keeps_film_and_session(filming, tmp_pa
         process.join(timeout=30)
     assert [process.exitcode for process in processes] == [INTERRUPTED, 0]
     assert len(read_mp4(tmp_path / "film.mp4")) == frames_saved(tmp_path) >= 161
-    assert "stopped: " in said(tmp_path) and "go on with: --resume" in said(tmp_path)
+    assert "stopped: " in said(tmp_path) and "go on with: torchrun " in said(tmp_path)
 
 
 @pytest.mark.parametrize("as_lines", [False, True])
@@ -245,7 +309,8 @@ def page(world: World, picture: np.ndarray) -> list[torch.Tensor] | None:
     if not world.team.is_rank0:
         return follow(world.team, lambda name: world)
     compute = leading(world)
-    scene = Scene(FilmSettings(ActionScript.of("forward 80"), "", "", 5, 3, 2.0, "exact"), picture)
+    settings = FilmSettings(ActionScript.of("forward 80"), "", "", 5, 3, 2.0, "exact")
+    scene = Opening(picture, settings)
     stopped_at_once = compute(scene)
     assert isinstance(next(stopped_at_once), Session)
     stopped_at_once.close()
@@ -258,10 +323,25 @@ def page(world: World, picture: np.ndarray) -> list[torch.Tensor] | None:
     next(shown)
     shown.close()
     *_, changed = compute(first.session.with_prompt("a desert").with_seed(6))
-    with ThreadPoolExecutor(2) as pool:  # a run that nobody waits for any more, and the next one
-        last = list(pool.map(lambda session: list(compute(session))[-1], [first.session, second.session]))
-    assert torch.equal(last[0].latents, second.latents)
+    with TemporaryDirectory() as folder:
+        store, runner = FilmStore(folder, 60, 30), Runner(SingleModelPool(world))
+        cancelled, whole = (Job(store.new(), world.config.name, 2, settings, picture) for _ in range(2))
+        ended = asyncio.run(cancel_the_first(runner, cancelled, whole))
+        runner.close()
+        assert ended == [Ended(stopped=True), Ended()]
+        assert torch.equal(whole.film.session().chunk_latents[1], second.session.chunk_latents[1])
     return [chunk.latents for chunk in (first, second, changed)]
+
+
+async def cancel_the_first(runner: Runner, *jobs: Job) -> list[Ended]:
+    """How the jobs end, of which the first is cancelled at its first step."""
+    ended = []
+    for run in [runner.submit(job) for job in jobs]:
+        async for update in run.updates():
+            if isinstance(update, RunProgress) and not ended:
+                run.cancel()
+        ended.append(update)
+    return ended
 
 
 def test_a_visitors_stop_leaves_the_processes_of_the_page_together(small_model, world):

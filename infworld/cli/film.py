@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -15,12 +16,12 @@ from PIL import Image
 
 import infworld
 from infworld import parallel
-from infworld.cli.console import StopSignals, stop_code
+from infworld.cli.console import FAILED, StopSignals, stop_code
 from infworld.cli.film_writer import Bar, FilmWriter, describe
 from infworld.config import ModelConfig, load_config
 from infworld.devices import device_name, peak_memory
 from infworld.files import check_output, claimed, remove_leftovers, session_beside
-from infworld.memory_plan import FASTEST, GB
+from infworld.memory_plan import FASTEST, GB, NotEnoughMemory
 from infworld.models import default_model
 from infworld.pictures import load_image
 from infworld.session import check_session
@@ -154,6 +155,9 @@ def film(plan: FilmPlan, world: infworld.World, loading: float, stop: StopSignal
             print(*writer.rescue(), sep="\n")
             if isinstance(error, KeyboardInterrupt):
                 return stop_code(error)
+            if team and isinstance(error, NotEnoughMemory):  # which all ranks know, and end without another error
+                print(f"error: {error}", file=sys.stderr)
+                return FAILED
             raise
     remove_leftovers(plan.out, ".mp4")
     remove_leftovers(plan.session_path)

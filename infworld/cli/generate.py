@@ -18,6 +18,7 @@ from infworld.cli.console import StopSignals, exit_code
 from infworld.cli.film import FilmPlan, film
 from infworld.cli.jobs import WRONG, generate_all
 from infworld.devices import limit_memory, pick_device
+from infworld.memory_plan import NotEnoughMemory
 from infworld.models import prepare
 from infworld.presets import PRESETS
 
@@ -111,7 +112,7 @@ def follow(plan: FilmPlan, world: infworld.World) -> int:
     """What the other processes of a team do: the same work, without showing or keeping anything."""
     began = time.time()
     world.team.if_lost(lambda: how_to_go_on(plan, began))
-    with suppress(parallel.Abandoned):
+    with suppress(parallel.Abandoned, NotEnoughMemory):
         session = plan.begin(world)
         for _ in world.replay(session):
             pass
