@@ -31,6 +31,15 @@ from infworld.video import Mp4Writer
 SESSION = ".safetensors"
 
 
+@contextmanager
+def unknown_homes() -> Iterator[None]:
+    """A path such as `~nobody/film.mp4` is an error of who wrote it; pathlib raises RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(f"a path begins with ~ and a user who has no home here: {error}") from error
+
+
 @dataclass(frozen=True)
 class FilmPlan:
     """What the film of `args` begins with, checked as far as it can be without the model.
@@ -51,6 +60,7 @@ class FilmPlan:
     session: infworld.Session | None
 
     @staticmethod
+    @unknown_homes()
     def of(args: argparse.Namespace) -> FilmPlan:
         """Raises ValueError or OSError for all that cannot work."""
         out = check_output(args.out)

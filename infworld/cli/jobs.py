@@ -18,7 +18,7 @@ import torch.distributed as dist
 import infworld
 from infworld import hub, parallel
 from infworld.cli.console import FAILED, StopSignals
-from infworld.cli.film import FilmPlan, film
+from infworld.cli.film import FilmPlan, film, unknown_homes
 from infworld.config import load_config
 from infworld.devices import limit_memory, pick_device
 from infworld.memory_plan import NotEnoughMemory
@@ -45,8 +45,9 @@ def generate_all(args: argparse.Namespace, stop: StopSignals) -> int:
     """
     device = parallel.device_of_rank(args.device)
     name = args.model or default_model(device)
-    config = load_config(name)
-    jobs, problems = read_jobs(Path(args.jobs).expanduser(), argparse.Namespace(**{**vars(args), "model": name}))
+    with unknown_homes():
+        config, path = load_config(name), Path(args.jobs).expanduser()
+    jobs, problems = read_jobs(path, argparse.Namespace(**{**vars(args), "model": name}))
     jobs, problems = check_jobs(jobs, problems)
     if parallel.rank() == 0:
         print(*(f"error: {problem}\n" for problem in problems), sep="", end="", file=sys.stderr)
