@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,9 +103,9 @@ class FilmPlan:
             yield
 
     def next_command(self, session_path: Path, frames: int) -> str:
-        """The command that goes on from a session of so many frames: up to what was asked for, or two chunks more."""
-        with suppress(ValueError):  # a film of the greatest length: it can only be written again
-            frames = self.frames if frames < self.frames else self._longer(frames)
+        """The command that goes on from a session when the mp4 has so many frames: to the length that was asked for,
+        or two chunks more."""
+        frames = self.frames if frames < self.frames else self._longer()
         args, program = self.args, ["infworld", "generate"]
         if parallel.world_size() > 1 and args.jobs is None:
             program = ["torchrun", "--nproc-per-node", str(parallel.world_size()), "-m", *program]
@@ -116,10 +116,9 @@ class FilmPlan:
             words += [] if value is None else [name, _word(value)]
         return shlex.join([*program, *words, *(["--compile"] if args.compile else [])])
 
-    def _longer(self, frames: int) -> int:
-        longer = frames + 2 * self.config.chunk_frames
-        self.config.chunks_for(longer)
-        return longer
+    def _longer(self) -> int:
+        longest = 1 + self.config.validation_data.max_chunks * self.config.chunk_frames
+        return min(self.frames + 2 * self.config.chunk_frames, longest)
 
 
 def _word(value: object) -> str:
