@@ -22,8 +22,8 @@ class FilmWriter:
     """Writes each chunk's session, then its frames, in a thread of its own, which the next chunk does not wait for.
 
     What goes wrong there is raised by the next `write`, or by `finish`; then `rescue` keeps what can be kept.
-    next_command: the command that goes on from a session file when the mp4 has so many frames. must_save: a session that cannot
-    be saved is an error; else the film goes on without one, and `rescue` tries again.
+    next_command: the command that goes on from a session file when the mp4 has so many frames. must_save: a session
+    that cannot be saved is an error; else the film goes on without one, and `rescue` tries again.
     """
 
     def __init__(
