@@ -2,7 +2,7 @@
 
 python scripts/soak.py --minutes 60
 
-Each visitor loads the page, uploads a picture of its own, films a chunk, continues twice, resumes from the session file,
+Each visitor loads the page, uploads a picture, films a chunk, continues twice, resumes from its session file,
 and goes; every tenth only chooses a picture. Prints the memory once a minute, and exits with 1 if in the end it is more
 than 15 % above that of the fifth minute. Needs what the tests need. Not part of the tests, as it takes an hour.
 """
