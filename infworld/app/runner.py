@@ -340,7 +340,7 @@ class Runner:
                         yield RunProgress(job.model, number, job.chunks, frames, seconds, seed, result)
                     else:
                         job.film.add(result)
-                        frames += self.models.config(job.model).chunk_frames
+                        frames += len(result.frames) - (result.index == 0)  # which begins with the picture
                         task = result.session
                         self._chunk_seconds[job.model] = time.monotonic() - chunk_began
                         yield NewChunk(result.index)
