@@ -146,19 +146,19 @@ class World:
                     callback(result)
         return result
 
-    def iterate_chunk(self, session: Session, *, noise: Tensor | None = None) -> Iterator[Progress | Chunk]:
+    def iterate_chunk(self, session: Session, *, noise: Tensor | None = None) -> Generator[Progress | Chunk]:
         """The next chunk step by step: a Progress after each stage and step, and at last the Chunk.
 
         Closing the iterator ends the work after the step it is in. It may be run by any thread.
         """
         return self._iterate(session, 1, noise)
 
-    def _iterate(self, session: Session, chunks: int, noise: Tensor | None = None) -> Iterator[Progress | Chunk]:
+    def _iterate(self, session: Session, chunks: int, noise: Tensor | None = None) -> Generator[Progress | Chunk]:
         self.check_session(session)
         results = self._make_chunks(session, chunks, noise)
         return results if self.team is None else self.team.synced_iterator(results)
 
-    def _make_chunks(self, session: Session, chunks: int, noise: Tensor | None) -> Iterator[Progress | Chunk]:
+    def _make_chunks(self, session: Session, chunks: int, noise: Tensor | None) -> Generator[Progress | Chunk]:
         tracker = ProgressTracker(chunks, session, self.config.chunk_frames)
         for _ in range(chunks):
             chunk = yield from self._make_chunk(session, tracker, noise)

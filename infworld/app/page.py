@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -356,13 +356,13 @@ class Page:
         seed = random.randrange(RANDOM_SEEDS) if randomise or seed is None else seed
         return FilmSettings(script_of(actions), prompt, negative, seed, steps, float(guidance), preset)
 
-    def filming(self, begin: Callable[..., Begun]) -> Callable[..., AsyncIterator[Update]]:
+    def filming(self, begin: Callable[..., Begun]) -> Callable[..., AsyncGenerator[Update]]:
         """The handler that has done what `begin` asks for, and shows each step and each new piece of the film.
 
         Closing it, as Gradio does when the page is closed, cancels the run.
         """
 
-        async def handler(*values: Any) -> AsyncIterator[Update]:
+        async def handler(*values: Any) -> AsyncGenerator[Update]:
             with plainly():
                 begun = await asyncio.to_thread(begin, *values)
                 run = self.runner.submit(begun.job)

@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
@@ -101,7 +101,7 @@ class Team:
         """`function` computed by rank 0 for every rank."""
         return lambda *arguments: self.broadcast_from_rank0(lambda: function(*arguments))
 
-    def synced_iterator(self, items: Iterator[T]) -> Iterator[T]:
+    def synced_iterator(self, items: Iterator[T]) -> Generator[T]:
         """The items, made by all ranks `together` as long as rank 0 asks for them."""
         done = object()
         try:
