@@ -179,7 +179,7 @@ def _read_values(text: str) -> tuple[str, int, FilmSettings]:
         raise ValueError(f"num_frames is {reprlib.repr(num_frames)}")
     if not isinstance(segments, list) or not all(isinstance(s, list) and len(s) == 3 for s in segments):
         raise ValueError("its actions are not a list of [move, view, frames]")
-    actions = ActionScript(Segment(*segment) for segment in segments)  # type: ignore[arg-type]
+    actions = ActionScript(Segment(*segment) for segment in segments)
     return model, num_frames, FilmSettings(actions=actions, **values)
 
 

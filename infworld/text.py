@@ -105,7 +105,7 @@ def open_text_encoder(
     if placement not in PLACEMENTS:
         raise ValueError(f"the text encoder's placement must be auto, gpu or cpu, not {placement!r}")
     if config.text_encoder_cfg.type == "bytes":
-        return load_text_encoder(config, device, dtype)  # type: ignore[return-value]  # by its type
+        return load_text_encoder(config, device, dtype)
     return UMT5OnDemand(config, device, dtype, placement)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -104,11 +104,16 @@ class World:
         guidance the model's own. Raises ValueError for bad input before anything is computed.
         """
         chunks = self.config.chunks_for(num_frames)
-        choices = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "preset": preset}
+        choices: dict[str, Any] = {
+            "negative_prompt": negative_prompt,
+            "steps": steps,
+            "guidance": guidance,
+            "preset": preset,
+        }
         settings = FilmSettings.for_model(self.config, actions, prompt, seed=seed, **choices)
         return self.extend(self.start(image, settings), chunks, callback)
 
-    def start(self, image, settings: FilmSettings | None = None, *args, **choices) -> Session:
+    def start(self, image, settings: Any = None, *args, **choices) -> Session:
         """A film of one frame, the picture (as for `rollout`). In place of settings: the arguments of
         `FilmSettings.for_model` after the config."""
         if not isinstance(settings, FilmSettings):
@@ -144,7 +149,7 @@ class World:
             for result in results:
                 if isinstance(result, Progress) and callback is not None:
                     callback(result)
-        return result
+        return result  # type: ignore[return-value]  # the last one is the Chunk
 
     def iterate_chunk(self, session: Session, *, noise: Tensor | None = None) -> Generator[Progress | Chunk]:
         """The next chunk step by step: a Progress after each stage and step, and at last the Chunk.
@@ -298,7 +303,8 @@ class World:
             return lambda z, timestep: guide(*branches.both(of_texts[0](z, timestep)), settings.guidance)
         if len(of_texts) == 1:
             return of_texts[0]
-        return guided(*of_texts, settings.guidance, preset.guidance_interval)
+        positive, negative = of_texts
+        return guided(positive, negative, settings.guidance, preset.guidance_interval)
 
     @torch.inference_mode()
     def _encode(self, video: Tensor, state: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:

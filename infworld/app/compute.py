@@ -180,12 +180,12 @@ def follow(team: Team, world_of: Callable[[str], World]) -> None:
     last: Session | None = None
     while True:
         try:
-            order = team.broadcast_from_rank0(lambda: None)
+            order: Any = team.broadcast_from_rank0(lambda: None)
         except Abandoned:
             return
         # What ends rank 0's work ends it here too: bad input is bad, and too little memory too little, on all ranks.
         with suppress(Abandoned, ValueError, NotEnoughMemory):
-            task = dataclasses.replace(last, **order.changes) if order.task is None else order.task
+            task = order.task or dataclasses.replace(last, **order.changes)  # type: ignore[type-var]
             last = _do(world_of(order.model), task) or last
 
 

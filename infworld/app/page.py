@@ -402,7 +402,7 @@ class Page:
         """After a run, however it ended: the whole film, its files, and what can be done next."""
         frames, can_go_on = film.num_frames, film.session_path.is_file()
         outcome = sentence(ended.error) if ended.error else "stopped" if ended.stopped else "done"
-        update = {
+        update: Update = {
             self.status: status.ended(outcome, frames, film.fps),
             self.generate: gr.update(interactive=True),
             self.stop: gr.update(interactive=False),

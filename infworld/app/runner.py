@@ -85,7 +85,7 @@ class RunProgress:
         if progress.remaining is None and self.chunk == 1:
             return None
         done = self.seconds - progress.seconds
-        per_chunk = done / (self.chunk - 1) if self.chunk > 1 else progress.seconds + progress.remaining
+        per_chunk = done / (self.chunk - 1) if self.chunk > 1 else progress.seconds + (progress.remaining or 0.0)
         rest = per_chunk - progress.seconds if progress.remaining is None else progress.remaining
         return max(0.0, rest) + per_chunk * (self.chunks - self.chunk)
 
