@@ -10,7 +10,7 @@ import dataclasses
 import gc
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -103,7 +103,7 @@ class World:
         guidance: float | None = None,
         preset: str | None = None,
         chunk_frames: int | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk]:
         """Films a walk from a picture, yielding each chunk as soon as it is finished.
 
         image: PIL picture, array (H W 3 uint8) or path. actions: list of {"move", "view"} per frame, ActionScript,
@@ -139,7 +139,7 @@ class World:
 
     def extend(
         self, session: Session, chunks: int, callback: Callback | None = None, *, frames: int | None = None
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk]:
         """Adds chunks of `frames` new frames each (None: 80) to a film; each Chunk's session can be saved, or extended
         again. callback: as for `rollout`."""
         with closing(self._iterate(session, chunks, frames)) as results:
@@ -203,7 +203,7 @@ class World:
             session = chunk.session
             yield chunk
 
-    def replay(self, session: Session) -> Iterator[Chunk]:
+    def replay(self, session: Session) -> Generator[Chunk]:
         """The film so far once more, decoded from its stored latents.
 
         Pixels may differ by rounding, as the stored latents are float16.
@@ -211,7 +211,7 @@ class World:
         shown = self._replay(session)
         return shown if self.team is None else self.team.synced_iterator(shown)
 
-    def _replay(self, session: Session) -> Iterator[Chunk]:
+    def _replay(self, session: Session) -> Generator[Chunk]:
         self.check_session(session)
         for index, latents in enumerate(session.chunk_latents):
             began = time.monotonic()
@@ -219,7 +219,7 @@ class World:
             yield Chunk(index, frames, latents.float(), time.monotonic() - began, session)
 
     def check_session(self, session: Session) -> None:
-        """Raises ValueError if the session is another model's or does not hang together."""
+        """Raises ValueError if the session is inconsistent or of another model."""
         check_session(session, self.config)
 
     def _make_chunk(
@@ -252,7 +252,7 @@ class World:
             raise NotEnoughMemory(TOO_LITTLE) from error
 
     def memory_estimate(self) -> MemoryEstimate:
-        """What a film takes by the sums of `budget`."""
+        """Estimate of the memory that a film takes."""
         return MemoryEstimate.of(self.config, self.transformer, self.vae)
 
     def apply_plan(self, plan: MemoryPlan) -> None:
@@ -319,8 +319,8 @@ class World:
         step by step: what a preset saves depends on the steps before. frames, compressed: as for `iterate_chunk`.
 
         Both on the model's device: (1, 16, 21, h, w) and a scalar. Everything that does not depend on them is computed
-        here, once: the compressed memory, each text's keys and values, and the memory's way through the transformer
-        for each text.
+        here, once: the compressed memory, each text's keys and values, and the memory's tokens at every block for
+        each text.
         """
         model, device, settings = self.transformer, self.device, session.settings
         preset, prompts = find_preset(settings.preset), _prompts(session)
