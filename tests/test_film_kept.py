@@ -325,7 +325,7 @@ def test_the_length_that_is_proposed_is_one_that_the_model_can_make(begin, small
     args = generate.parse([str(argument) for argument in begin[:4]] + ["--out", "film.mp4"])
     settings = film.load_config(small_model)
     monkeypatch.setattr(type(settings), "chunk_frames", 40)
-    longest = 1 + 40 * settings.validation_data.max_chunks
+    longest = settings.max_frames
     assert film.FilmPlan.of(args).frames == 81
     for asked, made, proposed in ((81, 41, 81), (81, 81, 161), (longest, longest, longest)):
         args.frames = asked
@@ -333,3 +333,10 @@ def test_the_length_that_is_proposed_is_one_that_the_model_can_make(begin, small
         words = shlex.split(plan.next_command(plan.session_path, made))
         assert int(words[words.index("--frames") + 1]) == proposed
         settings.chunks_for(proposed)
+
+
+def test_a_session_of_shorter_chunks_goes_on_by_whole_ones(small_model, picture, world, tmp_path, capsys, loaded):
+    world.next_chunk(world.start(picture), frames=8).session.save(tmp_path / "s.safetensors")
+    resume = ["--model", small_model, "--resume", tmp_path / "s.safetensors", "--out", tmp_path / "film.mp4"]
+    assert run(*resume, "--frames", 161) == 2 and "ask for 89 or 169, not 161" in capsys.readouterr().err
+    assert run(*resume, "--frames", 89) == 0 and len(read_mp4(tmp_path / "film.mp4")) == 89
