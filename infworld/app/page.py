@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -355,14 +355,14 @@ class Page:
         seed = random.randrange(RANDOM_SEEDS) if randomise or seed is None else seed
         return FilmSettings(script_of(actions), prompt, negative, seed, steps, float(guidance), preset)
 
-    def filming(self, begin: Callable[..., Begun]) -> Callable[..., AsyncIterator[Update]]:
+    def filming(self, begin: Callable[..., Begun]) -> Callable[..., AsyncGenerator[Update]]:
         """The handler that has done what `begin` asks for, and shows each step and each new piece of the film.
 
         Closing it, as Gradio does when the page is closed, cancels the run. A new film that was stopped before it began
         leaves the page with the film that it had.
         """
 
-        async def handler(film: Film | None, *values: Any) -> AsyncIterator[Update]:
+        async def handler(film: Film | None, *values: Any) -> AsyncGenerator[Update]:
             visitor = visitor_of_event(most=1)
             with plainly():
                 begun = await asyncio.to_thread(begin, film, *values)
@@ -407,7 +407,7 @@ class Page:
             film = before
         frames, can_go_on = film.num_frames, film.has_begun
         outcome = sentence(ended.error) if ended.error else "stopped" if ended.stopped else "done"
-        update = {
+        update: Update = {
             self.film: film,
             self.status: status.ended(outcome, frames, film.fps),
             self.generate: gr.update(interactive=True),

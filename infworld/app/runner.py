@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import closing, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -105,7 +105,7 @@ class RunProgress:
         if progress.remaining is None and self.chunk == 1:
             return None
         done = self.seconds - progress.seconds
-        per_chunk = done / (self.chunk - 1) if self.chunk > 1 else progress.seconds + progress.remaining
+        per_chunk = done / (self.chunk - 1) if self.chunk > 1 else progress.seconds + (progress.remaining or 0.0)
         rest = per_chunk - progress.seconds if progress.remaining is None else progress.remaining
         return max(0.0, rest) + per_chunk * (self.chunks - self.chunk)
 
@@ -163,7 +163,7 @@ class Run:
         self._cancelled.set()
         self._runner._drop(self)
 
-    async def updates(self, pause: float = 1.0) -> AsyncIterator[Update]:
+    async def updates(self, pause: float = 1.0) -> AsyncGenerator[Update]:
         """What happens, from the run's beginning to its `Ended`; where nothing does, every `pause` seconds where it
         stands. Closing the iterator before that cancels the run.
         """
@@ -320,7 +320,7 @@ class Runner:
         log.info("%s: %d chunks in %.1f s, peak memory %s", run.job.model, run.job.chunks, seconds, memory)
         return False
 
-    def _updates_of(self, job: Job) -> Iterator[Update]:
+    def _updates_of(self, job: Job) -> Generator[Update]:
         """Does a job, one GPU call per chunk. What is finished is in the film's folder before it is told."""
         if not self.models.is_loaded(job.model):
             yield Loading(job.model)
@@ -345,7 +345,7 @@ class Runner:
                         self._chunk_seconds[job.model] = time.monotonic() - chunk_began
                         yield NewChunk(result.index)
 
-    def _show(self, film: Film, compute) -> Iterator[Update]:
+    def _show(self, film: Film, compute) -> Generator[Update]:
         """Decodes the chunks that the film's session has and its folder has no frames of."""
         session, there = film.session(), len(film.pieces())
         if there < len(session.chunk_latents):
