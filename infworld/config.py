@@ -17,7 +17,6 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = PROJECT_ROOT / "configs"
 MODELS = {"infinite-world": "infworld_config.yaml", "tiny": "tiny.yaml"}  # by name, in CONFIG_DIR
 FRAMES_PER_LATENT = 4  # of the causal VAE; the first latent stands for one frame alone
-BUCKET_STEP = 16  # pixels per patch: 8 per latent, 2 latents per patch
 
 # Spec section 2: (height, width), widest first.
 RELEASED_BUCKETS = (
@@ -52,6 +51,7 @@ class TransformerConfig:
     memory_num_heads: int = 8
     action_embed_dim: int = 256
     action_hidden_dim: int = 512
+    patch: int = 2  # latents a side that make a token
     model_type: str = "t2v"
 
 
@@ -66,6 +66,12 @@ class VAEConfig:
     num_res_blocks: int = 2
     latents_mean: tuple[float, ...] = RELEASED_LATENTS_MEAN
     latents_std: tuple[float, ...] = RELEASED_LATENTS_STD
+    fold: int = 1  # pixels a side that the network takes as one
+
+    @property
+    def space(self) -> int:
+        """Pixels a side of a latent: 8."""
+        return self.fold * 2 ** (len(self.dim_mult) - 1)
 
 
 @dataclass(frozen=True)
@@ -139,12 +145,18 @@ class ModelConfig:
         frames = self.validation_data.num_frames
         if frames <= 1 or frames % FRAMES_PER_LATENT != 1:
             raise ValueError(f"validation_data.num_frames must be 1 + 4n, n at least 1, not {frames}")
-        wrong = [b for b in self.buckets if len(b) != 2 or any(side <= 0 or side % BUCKET_STEP for side in b)]
+        step = self.token_pixels
+        wrong = [b for b in self.buckets if len(b) != 2 or any(side <= 0 or side % step for side in b)]
         if wrong or not self.buckets:
             raise ValueError(
-                f"buckets must be (height, width) pairs of positive multiples of {BUCKET_STEP}, "
+                f"buckets must be (height, width) pairs of positive multiples of {step}, "
                 f"not {wrong[0] if wrong else self.buckets}"
             )
+
+    @property
+    def token_pixels(self) -> int:
+        """Pixels a side of a token: 16, of 2 latents of 8."""
+        return self.vae_cfg.space * self.model_cfg.patch
 
     @property
     def chunk_frames(self) -> int:

@@ -34,7 +34,7 @@ from infworld.parallel import Rows, Team
 from infworld.presets import EXACT, find_preset
 from infworld.sampler import guide, guided, sample, schedule
 from infworld.text import TextEmbedding, free_memory, open_text_encoder
-from infworld.vae import PIXELS_PER_LATENT, VideoVAE
+from infworld.vae import VideoVAE
 from infworld.video import prepare_image, to_uint8
 
 log = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ class World:
         generator_state = _generator_state(seed)
         script = ActionScript.of(actions)
         video = prepare_image(image, self.config.buckets)
-        rows = None if self.team is None else self.team.rows(video.shape[3] // PIXELS_PER_LATENT)
+        rows = None if self.team is None else self.team.rows(video.shape[3] // self.vae.space)
         history, state = self._encode(video if rows is None else rows.own(video, 3), None, rows)
         return Session(
             model=self.config.name,
@@ -459,7 +459,7 @@ def check_session(session: Session, config: ModelConfig) -> None:
     made, channels, per_chunk = len(session.chunk_latents), config.vae_cfg.z_dim, config.chunk_latents
     height, width = session.history.shape[-2:]
     shapes = {
-        "picture": (session.picture, (1, height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT, 3)),
+        "picture": (session.picture, (1, height * config.vae_cfg.space, width * config.vae_cfg.space, 3)),
         "history": (session.history, (1, channels, 1 + made * (per_chunk - 1), height, width)),
         **{f"chunk {i}": (z, (1, channels, per_chunk, height, width)) for i, z in enumerate(session.chunk_latents)},
     }

@@ -14,7 +14,7 @@ from infworld.presets import EXACT
 from infworld.rollout import Session, World, build_vae
 from infworld.sampler import guide
 from infworld.text import TextEmbedding
-from infworld.vae import PIXELS_PER_LATENT, VideoVAE
+from infworld.vae import VideoVAE
 
 
 def random_world(
@@ -62,7 +62,7 @@ def noise_session(world: World, size: tuple[int, int], history: int) -> Session:
 
 
 def noise(config: ModelConfig, size: tuple[int, int], latents: int) -> Tensor:
-    height, width = (side // PIXELS_PER_LATENT for side in size)
+    height, width = (side // config.vae_cfg.space for side in size)
     return torch.randn(1, config.vae_cfg.z_dim, latents, height, width, generator=generator())
 
 
