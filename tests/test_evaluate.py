@@ -11,8 +11,8 @@ from infworld.config import RolloutConfig
 from infworld.rollout import World
 from infworld.text import load_text_encoder
 from training import evaluate, films, measures, report
-from training.data import to_frames, to_video
 from training.films import Film, make_bench, next_chunk, own_film, same_script
+from training.frames import to_frames, to_video
 from training.measures import Figure, summarize
 from training.render import render
 from training.worlds import EVAL_SEEDS, TURN, captions, spawn, walk

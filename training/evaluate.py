@@ -36,7 +36,6 @@ from infworld.dit import TextContext
 from infworld.presets import PRESETS
 from infworld.rollout import World, load, pick_dtype
 from infworld.text import load_text_encoder
-from training.data import to_frames, to_video
 from training.films import (
     Bench,
     Film,
@@ -49,6 +48,7 @@ from training.films import (
     true_film,
     true_walk,
 )
+from training.frames import to_frames, to_video
 from training.measures import Figure, colours, contrast, psnr, ratio, saturation, sharpness, summarize, to_db
 from training.report import DRIFT_CHUNKS, ROWS, Results, Strip, strips, table, write_sheet
 from training.walks import MIXED

@@ -17,7 +17,7 @@ from infworld.dit import TextContext
 from infworld.presets import Preset, find_preset
 from infworld.rollout import World
 from infworld.sampler import sample, schedule
-from training.data import to_frames, to_video
+from training.frames import to_frames, to_video
 from training.render import render
 from training.walks import sample_actions
 from training.worlds import Worlds, captions, make_worlds, spawn, walk
