@@ -169,6 +169,16 @@ def test_files_that_are_no_config_are_named(tmp_path):
         load_config("huge")
 
 
+def test_buckets_are_made_of_tokens(load):
+    assert ModelConfig().token_pixels == 16
+    folded = "vae_cfg: {fold: 4, dim_mult: [1, 2, 3]}\nmodel_cfg: {patch: 1}\n"
+    assert load(folded + "buckets: [[48, 80]]").token_pixels == 16
+    coarse = load(folded.replace("patch: 1", "patch: 2") + "buckets: [[64, 96]]")
+    assert coarse.vae_cfg.space == 16 and coarse.token_pixels == 32
+    with pytest.raises(ValueError, match=r"multiples of 32, not \(48, 80\)"):
+        load(folded.replace("patch: 1", "patch: 2") + "buckets: [[48, 80]]")
+
+
 def test_a_chunk_is_80_frames_and_21_latents():
     config = ModelConfig()
     assert (config.chunk_frames, config.chunk_latents) == (80, 21)

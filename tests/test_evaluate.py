@@ -11,8 +11,8 @@ from infworld.config import RolloutConfig
 from infworld.measures import MAX_PSNR, psnr
 from infworld.text import load_text_encoder
 from infworld.training import evaluate, films, measures, report
-from infworld.training.data import to_frames, to_video
 from infworld.training.films import Film, make_bench, next_chunk, own_film, same_script
+from infworld.training.frames import to_frames, to_video
 from infworld.training.measures import Figure, summarize
 from infworld.training.render import render
 from infworld.training.worlds import EVAL_SEEDS, TURN, captions, spawn, walk

@@ -1,8 +1,8 @@
 """Measures a trained tiny model against the truth, on worlds that training never drew.
 
-    python -m training.evaluate --model tiny --device cuda --out runs/evaluation
-    python -m training.evaluate --tests turn,circle --worlds 16      # only some tests
-    python -m training.evaluate --tests rollouts --worlds 6          # only the picture of the model's own films
+    python -m infworld.training.evaluate --model tiny --device cuda --out runs/evaluation
+    python -m infworld.training.evaluate --tests turn,circle --worlds 16      # only some tests
+    python -m infworld.training.evaluate --tests rollouts --worlds 6          # the model's own films
 
 Writes evaluation.md (the table), evaluation.json (every mean with its interval) and one contact sheet per test.
 
@@ -38,7 +38,6 @@ from infworld.loading import load
 from infworld.measures import psnr, to_db
 from infworld.presets import PRESETS
 from infworld.text import load_text_encoder
-from infworld.training.data import to_frames, to_video
 from infworld.training.films import (
     Bench,
     Film,
@@ -51,6 +50,7 @@ from infworld.training.films import (
     true_film,
     true_walk,
 )
+from infworld.training.frames import to_frames, to_video
 from infworld.training.measures import Figure, colours, contrast, ratio, saturation, sharpness, summarize
 from infworld.training.report import DRIFT_CHUNKS, ROWS, Results, Strip, strips, table, write_sheet
 from infworld.training.walks import MIXED

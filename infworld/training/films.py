@@ -16,7 +16,7 @@ from infworld.config import FRAMES_PER_LATENT
 from infworld.dit import TextContext
 from infworld.presets import Preset, find_preset
 from infworld.sampler import sample, schedule
-from infworld.training.data import to_frames, to_video
+from infworld.training.frames import to_frames, to_video
 from infworld.training.render import render
 from infworld.training.walks import sample_actions
 from infworld.training.worlds import Worlds, captions, make_worlds, spawn, walk
