@@ -123,7 +123,7 @@ def test_what_does_not_belong_is_named(load, text, message):
         ("vae_cfg: {z_dim: 4}", r"vae_cfg.z_dim \(4\).*must be equal"),
         ("vae_cfg: {latents_mean: [0]}", r"latents_mean \(1\).*must be equal"),
         ("vae_cfg: {latents_std: [0]}", "latents_std must be from 1e-06 to 1e\\+06, not 0.0"),
-        ("vae_cfg: {dim_mult: [1, 2]}", "dim_mult must have 4 entries"),
+        ("vae_cfg: {dim_mult: [1, 2]}", "dim_mult must have 3 entries or more"),
         ("vae_cfg: {dim_mult: [1, 2, 4, -4]}", "dim_mult must be from 1 to 64, not -4"),
         ("vae_cfg: {dim: 0}", "vae_cfg: dim must be from"),
         ("text_encoder_cfg: {model_max_length: 0}", "model_max_length must be from 1 to 65536, not 0"),
