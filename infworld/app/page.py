@@ -498,7 +498,9 @@ class Page:
 def visitor_of_event(**limits: int) -> Visitor | None:
     """Who fired the present event."""
     request = LocalContext.request.get(None)
-    return request and Visitor(request.session_hash or "", request.client.host if request.client else "", **limits)
+    if request is None:
+        return None
+    return Visitor(request.session_hash or "", request.client.host if request.client else "", **limits)
 
 
 def client_is_gone() -> bool:
