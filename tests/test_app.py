@@ -41,6 +41,7 @@ from infworld.app.model_pool import ModelPool, SingleModelPool
 from infworld.app.player import film_value
 from infworld.app.runner import Ended, Job, Loading, NewChunk, Runner, RunProgress, Update, Waiting
 from infworld.app.studio import Studio
+from infworld.app.sweeper import Sweeper
 from infworld.camera import revisits, walk
 from infworld.config import load_config
 from infworld.memory_plan import NotEnoughMemory
@@ -407,7 +408,7 @@ def test_a_film_has_no_folder_before_it_begins(runner, studio, picture):
 def test_the_sweeper_sweeps_by_itself(tmp_path):
     store = FilmStore(tmp_path / "films", lifetime=0.5, fps=30)
     film = begun(store)
-    store.keep_sweeping()
+    Sweeper(store, tmp_path / "uploads", 60).start()
     until(lambda: not film.folder.exists(), 10)
 
 
@@ -643,7 +644,7 @@ def test_a_quota_error_leaves_the_film_and_continue(page, runner, studio, pictur
         return iterate_chunk(session)
 
     monkeypatch.setattr(world, "iterate_chunk", refused)
-    first, *_, settled = shown(page, page.begin, str(picture), 401, "small", *PAGE_SETTINGS)
+    first, *_, settled = shown(page, page.begin, None, str(picture), 401, "small", *PAGE_SETTINGS)
     film = first[page.film]
     assert "161 frames" in settled[page.status] and "exceeded your free GPU quota" in settled[page.status]
     assert settled[page.more]["interactive"] and settled[page.generate]["interactive"]
@@ -661,9 +662,9 @@ def test_too_little_memory_is_said_and_the_page_goes_on(page, picture, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(world, "iterate_chunk", full)
-        *_, settled = shown(page, page.begin, str(picture), 81, "small", *PAGE_SETTINGS)
+        *_, settled = shown(page, page.begin, None, str(picture), 81, "small", *PAGE_SETTINGS)
     assert "There is too little GPU memory" in settled[page.status]
-    *_, settled = shown(page, page.begin, str(picture), 81, "small", *PAGE_SETTINGS)
+    *_, settled = shown(page, page.begin, None, str(picture), 81, "small", *PAGE_SETTINGS)
     assert "81 frames" in settled[page.status]
 
 
@@ -678,7 +679,7 @@ def test_a_closed_event_cancels_its_run_wherever_it_is(page, runner, picture, he
     """Gradio closes the generator of a page that is gone: after its first update, or a later one."""
 
     async def close_after(number: int):
-        updates = page.filming(page.begin)(str(picture), 81, "small", *PAGE_SETTINGS)
+        updates = page.filming(page.begin)(None, str(picture), 81, "small", *PAGE_SETTINGS)
         for _ in range(number):
             last = await anext(updates)
         film = last.get(page.film)
@@ -818,7 +819,7 @@ def test_a_film_goes_on_with_the_model_that_began_it(two, two_runner, two_page, 
     assert again.settings.preset == "fast"
     driven_on = page.drive_on(film, {"script": "left 80", "number": 1}, None, "other", *chosen).job
     assert (driven_on.model, driven_on.settings.steps) == ("small", 2)
-    assert page.begin(picture, 81, "other", *chosen).job.model == "other"
+    assert page.begin(None, picture, 81, "other", *chosen).job.model == "other"
     assert app.for_film(settings, session, "small") == settings
 
 
@@ -857,7 +858,7 @@ def test_a_session_brings_its_model_back(two, two_runner, two_page, picture):
         two.begin(picture, 81, dataclasses.replace(SETTINGS, guidance=2.0, preset="balanced"), "other"),
     )
     make(two_runner, job)
-    resumed = page.resume(job.film.session_path)
+    resumed = page.resume(None, job.film.session_path)
     assert resumed.job.model == "other" and resumed.job.settings is None
     resumed = resumed.update
     assert resumed[page.preset]["value"] == "balanced" == job.film.session().settings.preset
@@ -872,9 +873,9 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_and_not_the_page(two_page, p
     page = two_page
     with monkeypatch.context() as patch:
         patch.setattr(model_pool.infworld, "load", broken)
-        *_, settled = shown(page, page.begin, str(picture), 81, "other", *PAGE_SETTINGS)
+        *_, settled = shown(page, page.begin, None, str(picture), 81, "other", *PAGE_SETTINGS)
     assert "World.safetensors is truncated" in settled[page.status]
-    *_, settled = shown(page, page.begin, str(picture), 81, "small", *PAGE_SETTINGS)
+    *_, settled = shown(page, page.begin, None, str(picture), 81, "small", *PAGE_SETTINGS)
     assert "81 frames" in settled[page.status]
 
 

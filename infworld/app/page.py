@@ -31,7 +31,7 @@ from infworld.app.gallery import Gallery, find_examples
 from infworld.app.inputs import Argument, CheckedBlocks, Picture, SessionUpload, script, text, whole_number
 from infworld.app.memory_check import memory_check
 from infworld.app.player import FilmPlayer, film_value, still_value
-from infworld.app.runner import Ended, Job, Loading, NewChunk, Run, Runner, RunProgress, Waiting
+from infworld.app.runner import Ended, Job, Loading, NewChunk, Run, Runner, RunProgress, Visitor, Waiting
 from infworld.app.studio import Studio
 from infworld.config import PROJECT_ROOT, ModelConfig
 from infworld.devices import device_name
@@ -43,7 +43,6 @@ from infworld.settings import MAX_PROMPT, MAX_STEPS, FilmSettings
 
 STATIC = Path(__file__).resolve().parent / "static"
 EXAMPLES = PROJECT_ROOT / "examples"
-UPLOADS_LIFETIME = 12 * 3600  # seconds; longer than a full queue, as a program's picture is read when its turn comes
 RANDOM_SEEDS = 2**31  # short enough to write down
 
 MEMORY_HINT = (
@@ -89,7 +88,7 @@ class Page:
 
     def blocks(self) -> gr.Blocks:
         """The whole page, ready to launch."""
-        with CheckedBlocks(title="Infinite-World", fill_width=True, delete_cache=(3600, UPLOADS_LIFETIME)) as blocks:
+        with CheckedBlocks(title="Infinite-World", fill_width=True) as blocks:
             self.film = gr.State(None)  # a Film
             self._header()
             with gr.Row(elem_id="stage"):
@@ -218,12 +217,12 @@ class Page:
         resumed = [*filming, self.prompt, self.randomise, self.model, *chosen]
         for event, begin, inputs, outputs in (
             (self.generate.click, self.begin, [self.image, self.frames, self.model, *settings], filming),
-            (self.more.click, self.go_on, [self.film, self.extra, self.model, *settings], filming),
-            (self.redo.click, self.make_again, [self.film, self.model, *settings], filming),
-            (self.session_file.upload, self.resume, self.session_file, resumed),
-            (self.drive.drive, self.drive_on, [self.film, self.drive, self.image, self.model, *settings], filming),
+            (self.more.click, self.go_on, [self.extra, self.model, *settings], filming),
+            (self.redo.click, self.make_again, [self.model, *settings], filming),
+            (self.session_file.upload, self.resume, [self.session_file], resumed),
+            (self.drive.drive, self.drive_on, [self.drive, self.image, self.model, *settings], filming),
         ):
-            event(self.filming(begin), inputs, outputs, **at_once).then(
+            event(self.filming(begin), [self.film, *inputs], outputs, **at_once).then(
                 self.check_memory, self.film, self.memory, **at_once
             )
         self.stop.click(self.stop_filming, self.film, [self.status, self.stop], **at_once)
@@ -298,7 +297,7 @@ class Page:
     def plan_length(self, frames: int) -> Update:
         return {self.editor: gr.update(num_frames=int(frames))}
 
-    def begin(self, image: str | None, frames: int, model: str, *settings: Any) -> Begun:
+    def begin(self, film: Film | None, image: str | None, frames: int, model: str, *settings: Any) -> Begun:
         """A new film of the picture."""
         if image is None:
             raise ValueError("Choose a picture first: upload one, or take an example.")
@@ -324,14 +323,14 @@ class Page:
         """One more chunk, of what was driven; the first one of a film is made by the plan."""
         step = self.config.chunk_frames
         if film is None or not film.num_frames:
-            return self.begin(image, 1 + step, model, *settings)
+            return self.begin(film, image, 1 + step, model, *settings)
         session = film.session()
         wanted = for_film(self._settings(*settings), session, model)
         actions = session.with_actions(driven(value, step)).settings.actions
         job = self.studio.go_on(film, 1, dataclasses.replace(wanted, actions=actions))
         return Begun(job, {self.editor: gr.update(value=actions, num_frames=session.num_frames + step)})
 
-    def resume(self, path: str) -> Begun:
+    def resume(self, film: Film | None, path: str) -> Begun:
         """The film of an uploaded session file, with its model."""
         job, session = self.studio.resume(path)
         fields = {
@@ -359,19 +358,21 @@ class Page:
     def filming(self, begin: Callable[..., Begun]) -> Callable[..., AsyncIterator[Update]]:
         """The handler that has done what `begin` asks for, and shows each step and each new piece of the film.
 
-        Closing it, as Gradio does when the page is closed, cancels the run.
+        Closing it, as Gradio does when the page is closed, cancels the run. A new film that was stopped before it began
+        leaves the page with the film that it had.
         """
 
-        async def handler(*values: Any) -> AsyncIterator[Update]:
+        async def handler(film: Film | None, *values: Any) -> AsyncIterator[Update]:
+            visitor = visitor_of_event(most=1)
             with plainly():
-                begun = await asyncio.to_thread(begin, *values)
-                run = self.runner.submit(begun.job)
+                begun = await asyncio.to_thread(begin, film, *values)
+                run = self.runner.submit(begun.job, visitor)
             try:
                 yield self._busy(begun.job) | begun.update
                 async with aclosing(run.updates()) as updates:
                     async for update in updates:
                         if isinstance(update, Ended):
-                            yield await asyncio.to_thread(self.settle, begun.job.film, update)
+                            yield await asyncio.to_thread(self.settle, begun.job.film, update, film)
                         else:
                             yield self._shown(run, update)
             finally:
@@ -398,11 +399,15 @@ class Page:
         return {self.status: STOPPING, self.stop: gr.update(interactive=False)}
 
     @plainly()
-    def settle(self, film: Film, ended: Ended) -> Update:
-        """After a run, however it ended: the whole film, its files, and what can be done next."""
-        frames, can_go_on = film.num_frames, film.session_path.is_file()
+    def settle(self, film: Film, ended: Ended, before: Film | None = None) -> Update:
+        """After a run, however it ended: the whole film, its files, and what can be done next. before: the film that
+        the page had."""
+        if before and not film.has_begun:
+            film = before
+        frames, can_go_on = film.num_frames, film.has_begun
         outcome = sentence(ended.error) if ended.error else "stopped" if ended.stopped else "done"
         update = {
+            self.film: film,
             self.status: status.ended(outcome, frames, film.fps),
             self.generate: gr.update(interactive=True),
             self.stop: gr.update(interactive=False),
@@ -453,8 +458,9 @@ class Page:
             preset: exact, or balanced or fast, which are faster and less exact; empty for the model's own.
         """
         with plainly(to_program=True):
+            visitor = visitor_of_event()
             job = await asyncio.to_thread(self._asked, image, actions, frames, seed, prompt, model, preset)
-            run = self.runner.submit(job)
+            run = self.runner.submit(job, visitor)
         try:
             async with aclosing(run.updates()) as updates:
                 async for update in updates:
@@ -486,6 +492,12 @@ class Page:
             preset=text("preset", preset) or None,
         )
         return self.studio.begin(image, whole_number("frames", frames), settings, config.name)
+
+
+def visitor_of_event(**limits: int) -> Visitor | None:
+    """Who fired the present event."""
+    request = LocalContext.request.get(None)
+    return request and Visitor(request.session_hash or "", request.client.host if request.client else "", **limits)
 
 
 def client_is_gone() -> bool:

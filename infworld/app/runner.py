@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 import numpy as np
 
@@ -29,6 +30,8 @@ from infworld.settings import FilmSettings
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 64  # runs
+MAX_PER_SESSION = 8  # runs of one program
+MAX_PER_ADDRESS = MAX_WAITING // 2  # runs of everybody who comes from one address, unless it is this machine
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +48,21 @@ class Job:
     settings: FilmSettings | None = None
     picture: np.ndarray | None = None
     redo: bool = False
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """Whose run it is: Gradio's session and the address it comes from. most: runs that the session may have at once."""
+
+    session: str
+    address: str
+    most: int = MAX_PER_SESSION
+
+    @property
+    def is_local(self) -> bool:
+        with suppress(ValueError):
+            return ip_address(self.address).is_loopback
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------- updates
@@ -120,8 +138,9 @@ Update = Waiting | Loading | RunProgress | NewChunk | Ended
 class Run:
     """A job in the runner's queue, or in the making. Made by `Runner.submit`."""
 
-    def __init__(self, job: Job, runner: Runner):
+    def __init__(self, job: Job, visitor: Visitor | None, runner: Runner):
         self.job = job
+        self.visitor = visitor
         self._runner = runner
         self._context = copy_context()  # of the request, from which ZeroGPU reads whose quota it is
         self._updates: list[Update] = []
@@ -189,14 +208,17 @@ class Runner:
         self._thread = threading.Thread(target=self._work, name="runner", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> Run:
-        """Puts a job at the queue's end. Raises ValueError if the queue is full, or the film has a run already."""
+    def submit(self, job: Job, visitor: Visitor | None = None) -> Run:
+        """Puts a job at the queue's end. Raises ValueError if the queue is full, the film has a run already, or the
+        visitor too many."""
         with self._changed:
             if self.run_of(job.film):
                 raise ValueError("this film is being made already: wait for it, or stop it first")
             if len(self._queue) >= self.max_waiting:
                 raise ValueError(f"{len(self._queue)} films are waiting already, which is the most: try again later")
-            run = Run(job, self)
+            if visitor:
+                self._check_share(visitor)
+            run = Run(job, visitor, self)
             self._queue.append(run)
             self._changed.notify_all()
         return run
@@ -205,6 +227,11 @@ class Runner:
         """The run that is making this film, or waits to."""
         with self._changed:
             return next((run for run in self._runs() if run.job.film == film), None)
+
+    def films(self) -> set[Film]:
+        """The films that are being made, or wait to be."""
+        with self._changed:
+            return {run.job.film for run in self._runs()}
 
     def close(self) -> None:
         """Cancels everything, and waits for the thread to end. Not to be called by a request."""
@@ -215,6 +242,15 @@ class Runner:
         for run in runs:
             run.cancel()
         self._thread.join()
+
+    def _check_share(self, visitor: Visitor) -> None:
+        """Raises ValueError for a visitor who has as many runs as one may have."""
+        others = [run.visitor for run in self._runs() if run.visitor]
+        if sum(other.session == visitor.session for other in others) >= visitor.most:
+            films = "a film" if visitor.most == 1 else f"{visitor.most} films"
+            raise ValueError(f"you have {films} in the making already: wait for it, or stop it first")
+        if sum(other.address == visitor.address for other in others) >= MAX_PER_ADDRESS and not visitor.is_local:
+            raise ValueError(f"{MAX_PER_ADDRESS} films of your address are waiting already: try again later")
 
     def _runs(self) -> list[Run]:
         return [*filter(None, [self._current]), *self._queue]

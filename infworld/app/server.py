@@ -11,39 +11,47 @@ import argparse
 import importlib.util
 import logging
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import spaces  # noqa: F401  (patches torch on a ZeroGPU Space, so before anything touches CUDA)
+from gradio.utils import get_upload_folder
 
 from infworld import parallel
 from infworld.app.compute import follow
 from infworld.app.films import FilmStore
+from infworld.app.folders import own_folder
 from infworld.app.model_pool import ModelPool, SingleModelPool
 from infworld.app.page import Page, read_static
 from infworld.app.runner import MAX_WAITING, Runner
 from infworld.app.studio import Studio
+from infworld.app.sweeper import Sweeper
 from infworld.config import ModelConfig
 from infworld.devices import pick_device
 from infworld.models import available, default_model, prepare
 from infworld.world import World
 
-FILMS = Path(tempfile.gettempdir()) / "infinite-world-films"
 LIFETIME = 2 * 3600  # seconds that a film is kept after the last change to it
+UPLOADS_LIFETIME = 12 * 3600  # seconds after they were last used
 UPLOAD_ROOM = 100 * 2**20  # bytes of an upload that any model allows: enough for every picture that is accepted
 # Events that Gradio has going at once, as each run that waits is one: far above what the runner lets wait.
 MAX_EVENTS = 2 * MAX_WAITING
 
 
-def serve(models: ModelPool | World, films: Path = FILMS, **launching: Any) -> gr.Blocks:
-    """Builds and launches the page for one or more models; films go below `films`. Returns the running page."""
+def serve(models: ModelPool | World, films: Path | None = None, **launching: Any) -> gr.Blocks:
+    """Builds and launches the page for one or more models; films go below `films`, by default a folder of this user's
+    own. Returns the running page."""
     models = SingleModelPool(models) if isinstance(models, World) else models
-    store = FilmStore(films, LIFETIME, models.config(models.first).validation_data.fps)
-    store.keep_sweeping()
+    store = FilmStore(films or own_folder("films"), LIFETIME, models.config(models.first).validation_data.fps)
     runner = Runner(models)
     blocks = Page(Studio(models, store), runner).blocks()
+
+    def forget(paths: set[str]) -> None:
+        for known in blocks.temp_file_sets:
+            known.difference_update(paths)
+
+    Sweeper(store, Path(get_upload_folder()), UPLOADS_LIFETIME, runner.films, forget).start()
     blocks.launch(
         theme=theme(),
         css=read_static("page.css"),
