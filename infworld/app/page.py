@@ -408,7 +408,9 @@ class Page:
         """The film that this browser has made last, with its plan, and its progress if it is in the making."""
         film = self.studio.store.find(name)
         run = film and self.runner.run_of(film)
-        if film and (run or film.has_begun):
+        if not film or not (run or film.has_begun):
+            yield {self.film: None}  # Gradio takes nothing at all for a reason to empty every part
+        else:
             yield await asyncio.to_thread(self._found, film, run)
             if run:
                 async with aclosing(self._watch(run, None)) as updates:
@@ -420,20 +422,25 @@ class Page:
         job = run.job if run else Job(film, film.session().model, 0)
         settings = job.settings or film.session().settings
         config = self.models.config(job.model)
-        update = {
-            self.editor: gr.update(value=settings.actions, num_frames=film.num_frames or None),
+        planned = film.num_frames if job.picture is None else 1 + job.chunks * config.chunk_frames
+        update = self._busy(job) if run else self.settle(film, Ended(stopped=not film.num_frames))
+        update |= {
+            self.editor: gr.update(value=settings.actions, num_frames=planned),
             self.prompt: settings.prompt,
             self.model: job.model,
             self.seed: settings.seed,
         }
         update |= self._chosen(config, settings)
-        picture = job.picture if job.picture is not None else film.picture()
+        picture = film.picture() if job.picture is None else job.picture
         if picture is not None:
-            update |= {self.image: picture, self.player: still_value(Image.fromarray(picture))}
+            update[self.image] = picture
+        if run and film.num_frames:
+            update[self.player] = film_value(film)
+        elif run and picture is not None:
+            update[self.player] = still_value(Image.fromarray(picture))
         if job.picture is not None:
-            update[self.frames] = 1 + job.chunks * config.chunk_frames
-        update |= self._busy(job) if run else self.settle(film, Ended(stopped=not film.num_frames))
-        return update | ({self.player: film_value(film)} if run and film.num_frames else {})
+            update[self.frames] = planned
+        return update
 
     def _busy(self, job: Job) -> Update:
         """A run has begun, or waits for its turn."""
