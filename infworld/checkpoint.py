@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -296,9 +297,16 @@ def _read(path: Path, read: Callable[[], object]):
     except Exception as error:  # a damaged pickle can fail in any way at all
         kind = "safetensors" if path.suffix == ".safetensors" else "torch"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = "weights_only" in str(error)  # torch advises to run the file's code, which nobody shall follow
+        if hint and (foreign := re.search(r"GLOBAL ([\w.]+)", str(error))):
+            raise ValueError(
+                f"{path} is not a torch checkpoint of tensors alone: {foreign[1]} in it could run code. "
+                "Get the weights as .safetensors from somebody you trust"
+            ) from None
+        reason = "it is damaged or holds something other than named tensors" if hint else reason
         raise ValueError(
             f"{path} is truncated or not a {kind} checkpoint: {_AGAIN} and compare its size ({reason})"
-        ) from error
+        ) from (None if hint else error)
 
 
 def _first(names: list[str]) -> str:
