@@ -233,6 +233,30 @@ def test_a_resumed_film_that_was_stopped_is_shown_in_full_when_it_goes_on(runner
     assert [piece.index for piece in job.film.pieces()] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    "when", ["before its frames", "after its frames", "made again", "made again, after its frames"]
+)
+def test_a_chunk_that_was_computed_when_the_server_was_killed_is_used(runner, studio, picture, world, when):
+    again = "again" in when
+    film, whole = new_film(runner, studio, picture, 161 if again else 81), new_film(runner, studio, picture, 241)
+    chunk = world.next_chunk(film.previous().with_seed(7) if again else film.session())
+    film._keep(chunk.session, film._next)
+    if "after" in when:
+        film.add_frames(chunk)
+    make(runner, studio.go_on(film, 1, SETTINGS))
+    assert [piece.index for piece in film.pieces()] == [0, 1, 2] and film.num_frames == 241
+    assert np.array_equal(film.session().history[:, :, :41], chunk.session.history) and not film._next.exists()
+    frames = read_mp4(film.finish()["film"])[81:161]
+    assert np.corrcoef(frames[..., 1].ravel(), chunk.frames[..., 1].ravel())[0, 1] > 0.9
+    assert again or np.array_equal(film.session().history, whole.session().history)
+
+
+def test_finished_chunks_can_be_downloaded_while_the_next_is_made(page, picture):
+    updates = shown(page, page.begin, None, str(picture), 241, "small", *PAGE_SETTINGS)
+    links = [update[page.downloads] for update in updates[1:-1] if page.downloads in update]
+    assert len(links) == 3 and all("session.safetensors" in link and ".mp4" in link for link in links)
+
+
 # ----------------------------------------------------------------------------------------------------------- the queue
 
 

@@ -164,14 +164,14 @@ def test_a_film_that_waits_or_is_made_is_not_swept(serve_models, world, picture,
 def test_uploads_are_swept_by_age_whoever_left_them(tmp_path, caplog):
     uploads = tmp_path / "uploads"
     forgotten = []
-    sweeper = Sweeper(FilmStore(tmp_path / "films", 60, 30), uploads, 60, forget=forgotten.append)
+    sweeper = Sweeper(FilmStore(tmp_path / "films", 60, 30), uploads, 60, swept=lambda *found: forgotten.append(found))
     for name in ("old", "new"):
         (uploads / name).mkdir(parents=True)
         (uploads / name / "a.png").write_bytes(b"a")
     make_old(uploads / "old", 61)
     sweeper.sweep()
     assert not (uploads / "old").exists() and (uploads / "new" / "a.png").exists()
-    assert forgotten == [{str(uploads / "old" / "a.png")}]
+    assert forgotten == [({str(uploads / "old" / "a.png")}, 1)]
 
 
 def test_an_error_of_the_sweeper_is_logged_and_the_next_sweep_goes_on(tmp_path, caplog, monkeypatch):

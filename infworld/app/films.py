@@ -87,6 +87,10 @@ class Film:
         return self.folder / "previous.safetensors"
 
     @property
+    def _next(self) -> Path:
+        return self.folder / "next.safetensors"
+
+    @property
     def _pieces(self) -> Path:
         return self.folder / "pieces"
 
@@ -111,15 +115,32 @@ class Film:
 
     def add(self, chunk: Chunk) -> None:
         """Keeps a finished chunk: frames and session. It follows the last piece, or takes its place (made again)."""
-        after = self.folder / "next.safetensors"
-        self._keep(chunk.session, after)
+        self._keep(chunk.session, self._next)
         replaced = [piece for piece in self.pieces() if piece.index >= chunk.index]
         self.add_frames(chunk)
         for piece in replaced:
             piece.path.unlink()
-        if not replaced and self.session_path.exists():
-            os.replace(self.session_path, self._previous)
-        os.replace(after, self.session_path)
+        self._go_on_from_next(made_again=bool(replaced))
+
+    def recover(self) -> None:
+        """Takes up a chunk that was computed when the server was killed; its frames are not there, or not all."""
+        if not self._next.is_file():
+            return
+        index = len(Session.load(self._next).chunk_latents) - 1
+        for piece in self.pieces():
+            if piece.index >= index:
+                piece.path.unlink()
+        self._go_on_from_next(made_again=index < len(self.session().chunk_latents))
+
+    def _go_on_from_next(self, made_again: bool) -> None:
+        """At no moment is there no session."""
+        if not made_again and self.has_begun:
+            self._previous.unlink(missing_ok=True)
+            try:
+                os.link(self.session_path, self._previous)
+            except OSError:  # the file system has no links
+                shutil.copyfile(self.session_path, self._previous)
+        os.replace(self._next, self.session_path)
 
     def add_frames(self, chunk: Chunk) -> None:
         """Keeps the frames alone, of a chunk whose session is here already (`World.replay`)."""

@@ -51,6 +51,16 @@ def old_files(folder: Path, seconds: float) -> Iterator[Path]:
                     yield path
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
+
+
 def remove_empty_folders(folder: Path) -> None:
     """Removes the folders below this one that have nothing in them."""
     for place, _, _ in os.walk(folder, topdown=False):

@@ -22,7 +22,7 @@ from gradio.context import LocalContext
 from PIL import Image
 
 from infworld.actions import ActionScript
-from infworld.app import runner, status
+from infworld.app import status
 from infworld.app.drive import Drive, driven
 from infworld.app.editor import ActionEditor, script_of
 from infworld.app.films import Film
@@ -401,8 +401,10 @@ class Page:
             async for update in updates:
                 if isinstance(update, Ended):
                     yield await asyncio.to_thread(self.settle, run.job.film, update, before)
+                elif isinstance(update, NewChunk):
+                    yield await asyncio.to_thread(self._grown, run.job.film)
                 else:
-                    yield self._shown(run, update)
+                    yield {self.status: STOPPING if run.is_cancelled else status.of(update)}
 
     async def come_back(self, name: Any) -> AsyncIterator[Update]:
         """The film that this browser has made last, with its plan, and its progress if it is in the making."""
@@ -435,7 +437,7 @@ class Page:
         if picture is not None:
             update[self.image] = picture
         if run and film.num_frames:
-            update[self.player] = film_value(film)
+            update |= self._grown(film)
         elif run and picture is not None:
             update[self.player] = still_value(Image.fromarray(picture))
         if job.picture is not None:
@@ -448,10 +450,9 @@ class Page:
         seed = {self.seed: job.settings.seed} if job.settings else {}
         return {self.film: job.film, self.remembered: job.film.folder.name, self.downloads: ""} | seed | busy
 
-    def _shown(self, run: Run, update: runner.Update) -> Update:
-        if isinstance(update, NewChunk):
-            return {self.player: film_value(run.job.film)}
-        return {self.status: STOPPING if run.is_cancelled else status.of(update)}
+    def _grown(self, film: Film) -> Update:
+        """A chunk more, which can be downloaded at once."""
+        return {self.player: film_value(film), self.downloads: status.downloads(film.finish())}
 
     @plainly()
     def stop_filming(self, film: Film | None) -> Update:

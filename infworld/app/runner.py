@@ -333,6 +333,7 @@ class Runner:
             yield Loading(job.model)
         compute = self.models.compute(job.model)
         if job.picture is None:
+            job.film.recover()
             yield from self._show(job.film, compute)
         task, seed, began, frames = _first_task(job), job.settings and job.settings.seed, time.monotonic(), 0
         for number in range(1, job.chunks + 1):

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from infworld.app.films import Film, FilmStore
-from infworld.app.folders import make_private, old_files, remove_empty_folders
+from infworld.app.folders import folder_size, make_private, old_files, remove_empty_folders
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 class Sweeper:
     """Sweeps films and the folder of uploads, whoever put something there. `in_use`: the films not to be touched.
 
-    forget: hears of the uploads that were removed.
+    swept: hears, after each sweep, which uploads were removed and how many bytes of them there are.
     """
 
     def __init__(
@@ -27,13 +27,13 @@ class Sweeper:
         uploads: Path,
         uploads_lifetime: float,
         in_use: Callable[[], set[Film]] = set,
-        forget: Callable[[set[str]], None] = lambda paths: None,
+        swept: Callable[[set[str], int], None] = lambda removed, size: None,
     ):
         self.store = store
         self.uploads = uploads
         self.uploads_lifetime = uploads_lifetime
         self._in_use = in_use
-        self._forget = forget
+        self._swept = swept
 
     def sweep(self) -> None:
         """Once. What cannot be removed is logged, and does not keep the rest."""
@@ -67,5 +67,5 @@ class Sweeper:
         if removed:
             log.info("removed %d uploads", len(removed))
             remove_empty_folders(self.uploads)
-            self._forget(removed)
         make_private(self.uploads)
+        self._swept(removed, folder_size(self.uploads))
