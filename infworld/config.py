@@ -52,7 +52,13 @@ _BOUNDS = {
     **{"dim_mult": (1, 64), "num_res_blocks": (0, 64), "latents_mean": (-1e6, 1e6), "latents_std": (1e-6, 1e6)},
     **{"model_max_length": (1, 65_536), "vocab": (1, 10_000_000), "num_buckets": (2, 4096)},
     **{"shift": (1e-3, 1000), "num_sampling_steps": (1, 1000), "text_cfg_scale": (-100, 100)},
-    **{"num_frames": (-math.inf, 1001), "fps": (1, 240), "trained_chunks": (1, 10_000), "max_chunks": (1, 10_000)},
+    **{
+        "num_frames": (-math.inf, 1001),
+        "chunk_lengths": (4, 1000),
+        "fps": (1, 240),
+        "trained_chunks": (1, 10_000),
+        "max_chunks": (1, 10_000),
+    },
     "buckets": (-math.inf, 4096),
 }
 MAX_BYTES, MAX_DEPTH, MAX_ENTRIES = 100_000, 16, 1000  # of a config file, of its nesting, of a list in it
@@ -166,9 +172,14 @@ class SamplerConfig(_Bounded):
 
 @dataclass(frozen=True)
 class RolloutConfig(_Bounded):
-    """`validation_data`: frames per chunk (the first repeats the last known one) and the lengths allowed."""
+    """`validation_data`: frames per chunk (the first repeats the last known one) and the lengths allowed.
+
+    chunk_lengths: new frames per chunk that the model was trained on. Other multiples of 4, up to the largest, work,
+    but films drift sooner.
+    """
 
     num_frames: int = 81
+    chunk_lengths: tuple[int, ...] = (80,)
     fps: int = 30
     trained_chunks: int = 16  # quality is known to fall apart past this horizon
     max_chunks: int = 50
@@ -245,6 +256,17 @@ class ModelConfig(_Bounded):
         """New frames per chunk: 80."""
         return self.validation_data.num_frames - 1
 
+    def check_chunk_frames(self, frames: int | None) -> int:
+        """New frames of a chunk: a multiple of 4 up to 80, or, for None, 80. Raises ValueError for anything else."""
+        if frames is None:
+            return self.chunk_frames
+        if type(frames) is not int or frames % FRAMES_PER_LATENT or not 0 < frames <= self.chunk_frames:
+            raise ValueError(
+                f"a chunk has {FRAMES_PER_LATENT} to {self.chunk_frames} new frames, in steps of {FRAMES_PER_LATENT}, "
+                f"not {frames!r}"
+            )
+        return frames
+
     @property
     def largest_bucket(self) -> tuple[int, int]:
         """Height and width of the largest picture."""
@@ -268,9 +290,18 @@ class ModelConfig(_Bounded):
         candidates = [faster_form(place / path) for place in places]
         return next((candidate for candidate in candidates if candidate.exists()), PROJECT_ROOT / path)
 
-    def chunks_for(self, num_frames: int) -> int:
-        """Chunks that a film of `num_frames` takes; raises ValueError if it is not 1 + whole chunks or too long."""
-        per_chunk, most = self.chunk_frames, self.validation_data.max_chunks
+    @property
+    def max_frames(self) -> int:
+        """Frames of the longest film."""
+        return 1 + self.chunk_frames * self.validation_data.max_chunks
+
+    def chunks_for(self, num_frames: int, chunk_frames: int | None = None) -> int:
+        """Chunks of `chunk_frames` new frames (None: 80) that a film of `num_frames` takes.
+
+        Raises ValueError if it is not 1 + whole chunks or too long.
+        """
+        per_chunk = self.check_chunk_frames(chunk_frames)
+        most = (self.max_frames - 1) // per_chunk
         if isinstance(num_frames, bool) or not isinstance(num_frames, int):
             raise ValueError(f"the number of frames must be a whole number, not {num_frames!r}")
         chunks, rest = divmod(num_frames - 1, per_chunk)

@@ -32,6 +32,9 @@ MAX_SCANS = 100  # of a progressive JPEG, each of which passes over the whole pi
 
 PictureSource = Image.Image | np.ndarray | str | os.PathLike
 
+# Pillow takes memory in blocks; those above 32 MB go back to the system when they are freed, and do not stay scattered.
+Image.core.set_block_size(64 * 2**20)
+
 _LARGE, _SMALL = threading.BoundedSemaphore(1), threading.BoundedSemaphore(2)
 _WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # grey, more than 8 bits
 _INTEGER_BITS = (1, 8, 10, 12, 14, 15, 16)  # what whole numbers without a range of their own may have
