@@ -233,6 +233,16 @@ def test_a_resumed_film_that_was_stopped_is_shown_in_full_when_it_goes_on(runner
     assert [piece.index for piece in job.film.pieces()] == [0, 1, 2, 3]
 
 
+def test_a_film_of_shorter_chunks_is_resumed_and_goes_on(runner, studio, picture, world, tmp_path):
+    (short,) = world.extend(world.start(picture, SETTINGS), 1, frames=40)
+    short.session.save(tmp_path / "short.safetensors")
+    job, session = studio.resume(tmp_path / "short.safetensors")
+    make(runner, job)
+    news = make(runner, studio.go_on(job.film, 2, session.settings))
+    assert [piece.frames for piece in job.film.pieces()] == [41, 80, 80] and job.film.num_frames == 201
+    assert [item.frames for item in news if isinstance(item, RunProgress)][-1] == 80
+
+
 @pytest.mark.parametrize(
     "when", ["before its frames", "after its frames", "made again", "made again, after its frames"]
 )

@@ -5,16 +5,32 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from pathlib import Path
 
 from infworld.app.folders import own_folder
 
 log = logging.getLogger(__name__)
 
+UPLOADS = "infinite-world-uploads"
+
 
 def prepare() -> None:
-    """Uploads go to a folder of this user's own; proxies are used where they can be."""
-    os.environ.setdefault("GRADIO_TEMP_DIR", str(own_folder("uploads")))
+    """Uploads go to a folder of this user's own, and proxies are used where they can be.
+
+    Gradio's statistics, which it makes anew after each event, are of the last events only.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads_folder())
     mind_proxies()
+
+
+def uploads_folder() -> Path:
+    """A folder that has nothing but uploads in it, since it is swept: within GRADIO_TEMP_DIR where that is set."""
+    given = os.environ.get("GRADIO_TEMP_DIR")
+    if not given:
+        return own_folder("uploads")
+    folder = Path(given).resolve()
+    return folder if folder.name == UPLOADS else folder / UPLOADS
 
 
 def mind_proxies() -> None:

@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -373,14 +373,14 @@ class Page:
         seed = random.randrange(RANDOM_SEEDS) if randomise or seed is None else seed
         return FilmSettings(script_of(actions), prompt, negative, seed, steps, float(guidance), preset)
 
-    def filming(self, begin: Callable[..., Begun]) -> Callable[..., AsyncIterator[Update]]:
+    def filming(self, begin: Callable[..., Begun]) -> Callable[..., AsyncGenerator[Update]]:
         """The handler that has done what `begin` asks for, and shows each step and each new piece of the film.
 
         Closing it, as Gradio does when the page is closed, cancels the run if the page does not come back. A new film
         that was stopped before it began leaves the page with the film that it had.
         """
 
-        async def handler(film: Film | None, *values: Any) -> AsyncIterator[Update]:
+        async def handler(film: Film | None, *values: Any) -> AsyncGenerator[Update]:
             visitor = visitor_of_event(most=1)
             with plainly():
                 begun = await asyncio.to_thread(begin, film, *values)
@@ -395,7 +395,7 @@ class Page:
 
         return handler
 
-    async def _watch(self, run: Run, before: Film | None) -> AsyncIterator[Update]:
+    async def _watch(self, run: Run, before: Film | None) -> AsyncGenerator[Update]:
         """What a run does, until it is over and settled."""
         async with aclosing(run.updates(linger=LINGER)) as updates:
             async for update in updates:
@@ -406,7 +406,7 @@ class Page:
                 else:
                     yield {self.status: STOPPING if run.is_cancelled else status.of(update)}
 
-    async def come_back(self, name: Any) -> AsyncIterator[Update]:
+    async def come_back(self, name: Any) -> AsyncGenerator[Update]:
         """The film that this browser has made last, with its plan, and its progress if it is in the making."""
         film = self.studio.store.find(name)
         run = film and self.runner.run_of(film)
@@ -469,7 +469,7 @@ class Page:
             film = before
         frames, can_go_on = film.num_frames, film.has_begun
         outcome = sentence(ended.error) if ended.error else "stopped" if ended.stopped else "done"
-        update = {
+        update: Update = {
             self.film: film,
             self.remembered: film.folder.name,
             self.status: status.ended(outcome, frames, film.fps),
@@ -561,7 +561,9 @@ class Page:
 def visitor_of_event(**limits: int) -> Visitor | None:
     """Who fired the present event."""
     request = LocalContext.request.get(None)
-    return request and Visitor(request.session_hash or "", request.client.host if request.client else "", **limits)
+    if request is None:
+        return None
+    return Visitor(request.session_hash or "", request.client.host if request.client else "", **limits)
 
 
 def client_is_gone() -> bool:

@@ -8,11 +8,13 @@ it, and only then does the next one begin.
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import closing, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -103,7 +105,7 @@ class RunProgress:
         if progress.remaining is None and self.chunk == 1:
             return None
         done = self.seconds - progress.seconds
-        per_chunk = done / (self.chunk - 1) if self.chunk > 1 else progress.seconds + progress.remaining
+        per_chunk = done / (self.chunk - 1) if self.chunk > 1 else progress.seconds + (progress.remaining or 0.0)
         rest = per_chunk - progress.seconds if progress.remaining is None else progress.remaining
         return max(0.0, rest) + per_chunk * (self.chunks - self.chunk)
 
@@ -171,7 +173,7 @@ class Run:
         if not self.is_over:
             asyncio.get_running_loop().call_later(linger, cancel)
 
-    async def updates(self, pause: float = 1.0, linger: float = 0.0) -> AsyncIterator[Update]:
+    async def updates(self, pause: float = 1.0, linger: float = 0.0) -> AsyncGenerator[Update]:
         """What happens, from the run's beginning to its `Ended`; where nothing does, every `pause` seconds where it
         stands. Closing the iterator before that cancels the run, unless another one is open `linger` seconds later.
         """
@@ -309,6 +311,7 @@ class Runner:
             ended = Ended(error=error)
         else:
             ended = Ended(stopped=stopped)
+        release_memory()
         with self._changed:  # whoever hears of the end may submit the film's next job
             self._current = None
         run._tell(ended)
@@ -327,7 +330,7 @@ class Runner:
         log.info("%s: %d chunks in %.1f s, peak memory %s", run.job.model, run.job.chunks, seconds, memory)
         return False
 
-    def _updates_of(self, job: Job) -> Iterator[Update]:
+    def _updates_of(self, job: Job) -> Generator[Update]:
         """Does a job, one GPU call per chunk. What is finished is in the film's folder before it is told."""
         if not self.models.is_loaded(job.model):
             yield Loading(job.model)
@@ -347,12 +350,12 @@ class Runner:
                         yield RunProgress(job.model, number, job.chunks, frames, seconds, seed, result)
                     else:
                         job.film.add(result)
-                        frames += self.models.config(job.model).chunk_frames
+                        frames += len(result.frames) - (result.index == 0)  # which begins with the picture
                         task = result.session
                         self._chunk_seconds[job.model] = time.monotonic() - chunk_began
                         yield NewChunk(result.index)
 
-    def _show(self, film: Film, compute) -> Iterator[Update]:
+    def _show(self, film: Film, compute) -> Generator[Update]:
         """Decodes the chunks that the film's session has and its folder has no frames of."""
         session, there = film.session(), len(film.pieces())
         if there < len(session.chunk_latents):
@@ -361,6 +364,13 @@ class Runner:
                     if chunk.index >= there:
                         film.add_frames(chunk)
                         yield NewChunk(chunk.index)
+
+
+def release_memory() -> None:
+    """Gives the system back what films have left in this process, which the C library else keeps in many pieces."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _first_task(job: Job) -> Task | None:

@@ -42,6 +42,7 @@ UPLOADS_LIFETIME = 12 * 3600  # seconds after they were last used
 UPLOAD_ROOM = 100 * 2**20  # bytes of an upload that any model allows: enough for every picture that is accepted
 # Events that Gradio has going at once, as each run that waits is one: far above what the runner lets wait.
 MAX_EVENTS = 2 * MAX_WAITING
+MAX_SESSIONS = 512  # pages whose state is kept, the last used: Gradio holds up to a megabyte for each
 UPLOADS = 10  # times the largest upload: all uploads together
 UPLOADS_OF_ONE = 3  # times the largest upload: of one address between two sweeps
 MAX_OPEN_FILES = 65_536
@@ -81,6 +82,7 @@ def serve(
         max_file_size=largest,
         app_kwargs={"middleware": [guard]},
         max_threads=MAX_EVENTS,
+        state_session_capacity=MAX_SESSIONS,
         mcp_server=importlib.util.find_spec("mcp") is not None,
         ssr_mode=False,
         footer_links=["api", "settings"],
