@@ -7,6 +7,7 @@ mp4 per chunk), the session to go on from, the one before the last chunk, and wh
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import time
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from infworld.app.folders import make_private, old_files
 from infworld.session import Session
@@ -92,10 +94,23 @@ class Film:
     def _pieces(self) -> Path:
         return self.folder / "pieces"
 
-    def begin(self, session: Session) -> None:
-        """Makes the folder, and keeps the session of a film that has no chunk here yet."""
+    def picture(self) -> np.ndarray | None:
+        """The picture that the film was begun with, uint8 H W 3; None for a film that was resumed from a file."""
+        if not self._picture.is_file():
+            return None
+        with Image.open(self._picture) as picture:
+            return np.array(picture.convert("RGB"))
+
+    @property
+    def _picture(self) -> Path:
+        return self.folder / "picture.png"
+
+    def begin(self, session: Session, picture: np.ndarray | None = None) -> None:
+        """Makes the folder, and keeps the session of a film that has no chunk here yet, and its picture."""
         make_private(self.folder.parent)  # it may have been cleaned away
         make_private(self.folder)
+        if picture is not None:
+            Image.fromarray(picture).save(self._picture)
         self._keep(session, self.session_path)
 
     def add(self, chunk: Chunk) -> None:
@@ -179,6 +194,12 @@ class FilmStore:
     def new(self) -> Film:
         """A film that has not begun: nothing is on the disk yet."""
         return Film(self.root / f"{_PREFIX}{secrets.token_urlsafe(18)}", self.fps)
+
+    def find(self, name: object) -> Film | None:
+        """The film of this folder's name, which comes from a browser; None for what cannot be one."""
+        if not isinstance(name, str) or not re.fullmatch(_PREFIX + r"[\w-]{24}", name, re.ASCII):
+            return None
+        return Film(self.root / name, self.fps)
 
     def sweep(self, in_use: Set[Film] = frozenset()) -> int:
         """Removes the expired films that are not in use, and what a killed server has left in the others; returns how

@@ -163,9 +163,19 @@ class Run:
         self._cancelled.set()
         self._runner._drop(self)
 
-    async def updates(self, pause: float = 1.0) -> AsyncGenerator[Update]:
+    def leave(self, linger: float) -> None:
+        """Cancels the run in `linger` seconds, if nobody reads its updates then. Called in an event loop."""
+
+        def cancel() -> None:
+            if not self._listeners:
+                self.cancel()
+
+        if not self.is_over:
+            asyncio.get_running_loop().call_later(linger, cancel)
+
+    async def updates(self, pause: float = 1.0, linger: float = 0.0) -> AsyncGenerator[Update]:
         """What happens, from the run's beginning to its `Ended`; where nothing does, every `pause` seconds where it
-        stands. Closing the iterator before that cancels the run.
+        stands. Closing the iterator before that cancels the run, unless another one is open `linger` seconds later.
         """
         listener = asyncio.get_running_loop(), asyncio.Event()
         self._listeners.append(listener)
@@ -187,7 +197,7 @@ class Run:
                     await asyncio.wait_for(listener[1].wait(), pause)
         finally:
             self._listeners.remove(listener)
-            self.cancel()
+            self.leave(linger) if linger else self.cancel()
 
     def _tell(self, update: Update) -> None:
         self._updates.append(update)
@@ -334,7 +344,7 @@ class Runner:
             with closing(compute(task)) as results:
                 for result in results:
                     if isinstance(result, Session):
-                        job.film.begin(result)
+                        job.film.begin(result, job.picture)
                     elif isinstance(result, Report):
                         seconds = time.monotonic() - began
                         yield RunProgress(job.model, number, job.chunks, frames, seconds, seed, result)

@@ -27,7 +27,8 @@ from infworld.app.films import FilmStore
 from infworld.app.folders import own_folder
 from infworld.app.guard import LOOPBACK, Guard, Stored
 from infworld.app.model_pool import ModelPool, SingleModelPool
-from infworld.app.page import Page, read_static
+from infworld.app.modules import read_static
+from infworld.app.page import Page
 from infworld.app.runner import MAX_WAITING, Runner
 from infworld.app.studio import Studio
 from infworld.app.sweeper import Sweeper

@@ -1,9 +1,9 @@
 """Trains the tiny video VAE on frames from walks through procedural worlds and, if it is given some, photographs.
 
-    python -m infworld.training.train_vae --minutes 8 --out runs/vae
+    infworld train vae --minutes 8 --out runs/vae
     torchrun --nproc-per-node N -m infworld.training.train_vae --minutes 8 --out runs/vae
-    python -m infworld.training.train_vae ... --resume runs/vae/resume.safetensors  # continues a stopped run
-    python -m infworld.training.train_vae --size 192 256 --fold 4 --dim 40 --mult 1 2 3 --z-dim 48 --packs PACK ...
+    infworld train vae ... --resume runs/vae/resume.safetensors    # goes on where that run was stopped
+    infworld train vae --size 192 256 --fold 4 --dim 40 --mult 1 2 3 --z-dim 48 --packs PACK ...
 
 Every report writes to the folder of `--out`: `vae.safetensors` (averaged weights in float16, for use: their latents
 have mean 0 and deviation 1), `resume.safetensors`, `train.jsonl`, `train.png` and `samples-*.png` (truth above result).
