@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -19,9 +20,13 @@ GOOD = 22.0  # dB that a well remembered view has: what the small model reaches 
 WORDS = ((0.75, "the same view"), (0.4, "partly the same"), (-np.inf, "not recognised"))  # from this share of GOOD on
 
 
-def memory_check(film: Film, camera: CameraConfig = DEFAULT) -> str:
-    """Pairs of frames that the walk sees from the same place, with their likeness, and the strip of windows."""
+def memory_check(film: Film, camera_of: Callable[[str], CameraConfig] = lambda model: DEFAULT) -> str:
+    """Pairs of frames that the walk sees from the same place, with their likeness, and the strip of windows.
+
+    camera_of: the camera of a model, by its name.
+    """
     session = film.session()
+    camera = camera_of(session.model)
     pairs = revisits(walk(session.settings.actions, session.num_frames, camera), camera=camera)
     strip = coverage_strip(session.history.shape[2])
     if not pairs:

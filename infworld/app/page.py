@@ -491,7 +491,9 @@ class Page:
 
     @plainly()
     def check_memory(self, film: Film | None) -> str:
-        return memory_check(film, self.config.camera) if film and film.num_frames else MEMORY_HINT
+        if film is None or not film.num_frames:
+            return MEMORY_HINT
+        return memory_check(film, lambda model: self.models.config(model).camera)
 
     async def make_film(
         self,

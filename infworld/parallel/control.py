@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -26,14 +25,10 @@ TIMEOUT = timedelta(hours=1)  # of one exchange of tensors; a lost rank is notic
 
 
 class Team:
-    """The processes that make one film together. Made by `join_team`.
-
-    turn: to be held on rank 0 where several threads have work for the team.
-    """
+    """The processes that make one film together. Made by `join_team`."""
 
     def __init__(self, device: torch.device, link: Link):
         self.device = device
-        self.turn = threading.Lock()
         self._link = link
         self._make_groups()
         if device.type == "cuda":
