@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from infworld.loading import load
     from infworld.progress import Progress
     from infworld.session import Session
+    from infworld.settings import FilmSettings
     from infworld.world import Chunk, World
 
-__all__ = ["ActionScript", "Chunk", "Progress", "Segment", "Session", "World", "load"]
+__all__ = ["ActionScript", "Chunk", "FilmSettings", "Progress", "Segment", "Session", "World", "load"]
 
 # The engine needs torch, which takes seconds to import: only when it is first asked for.
-_HOMES = {"Chunk": "world", "Progress": "progress", "Session": "session", "World": "world", "load": "loading"}
+_HOMES = {
+    **{"Chunk": "world", "FilmSettings": "settings", "Progress": "progress"},
+    **{"Session": "session", "World": "world", "load": "loading"},
+}
 
 
 def __getattr__(name: str):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 MOVES = (
@@ -39,6 +39,8 @@ VIEWS = (
     "uncertain",
 )
 NO_OP = (0, 0)
+MAX_FRAMES = 20_000  # of a script
+MAX_CHARACTERS = 200 * MAX_FRAMES  # of a script's text or JSON
 
 # The words of the text form. A plain "left" turns the head, as in a car's directions; "strafe left" steps aside.
 MOVE_WORDS = {"forward": (1, 0), "back": (-1, 0), "strafe left": (0, -1), "strafe right": (0, 1)}
@@ -69,17 +71,23 @@ class Segment:
 
     def __post_init__(self):
         for name, value, names in (("move", self.move, MOVES), ("view", self.view, VIEWS)):
-            if not isinstance(value, int) or not 0 <= value < len(names):
+            if type(value) is not int or not 0 <= value < len(names):
                 raise ValueError(f"{name} must be 0 to {len(names) - 1}, not {value!r}")
-        if not isinstance(self.frames, int) or isinstance(self.frames, bool) or self.frames < 1:
-            raise ValueError(f"a segment lasts 1 frame or more, not {self.frames!r}")
+        if type(self.frames) is not int or not 1 <= self.frames <= MAX_FRAMES:
+            raise ValueError(f"a segment lasts 1 to {MAX_FRAMES} frames, not {self.frames!r}")
 
 
 @dataclass(frozen=True)
 class ActionScript:
-    """What is done in every frame, as segments in order. Past its end nothing is done (no-op)."""
+    """What is done in every frame, as segments in order. Past its end nothing is done (no-op).
+
+    segments: any iterable of them, kept as a tuple. Raises ValueError beyond `MAX_FRAMES` frames in all.
+    """
 
     segments: tuple[Segment, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "segments", tuple(_within_limit(self.segments)))
 
     @staticmethod
     def of(actions: ActionScript | str | Path | Iterable | None) -> ActionScript:
@@ -97,8 +105,8 @@ class ActionScript:
     @staticmethod
     def from_pairs(pairs: Iterable[tuple[int, int]]) -> ActionScript:
         """From one (move, view) index pair per frame; equal neighbours become one segment."""
-        runs = ((pair, sum(1 for _ in run)) for pair, run in groupby(pairs))
-        return ActionScript(tuple(Segment(int(move), int(view), frames) for (move, view), frames in runs))
+        runs = ((pair, sum(1 for _ in run)) for pair, run in groupby(islice(pairs, MAX_FRAMES + 1)))
+        return ActionScript(Segment(int(move), int(view), frames) for (move, view), frames in runs)
 
     @staticmethod
     def from_list(actions: Iterable) -> ActionScript:
@@ -110,6 +118,7 @@ class ActionScript:
     @staticmethod
     def from_json(text: str) -> ActionScript:
         """From the exchange format as JSON text."""
+        _check_length(len(text))
         try:
             actions = json.loads(text)
         except json.JSONDecodeError as error:
@@ -132,8 +141,9 @@ class ActionScript:
     @staticmethod
     def parse(text: str) -> ActionScript:
         """From text: comma- or line-separated `words frames`, as in `forward 80, right 40, strafe left+up 12`."""
-        parts = [part.strip() for part in re.split(r"[,;\n]", text)]
-        return ActionScript(tuple(_parse_segment(part) for part in parts if part))
+        _check_length(len(text))
+        parts = (part.strip() for part in re.split(r"[,;\n]", text))
+        return ActionScript(_parse_segment(part) for part in parts if part)
 
     def text(self) -> str:
         """The text form, which `parse` reads back. *Uncertain* is a label only and has no words: it reads `wait`."""
@@ -166,6 +176,21 @@ class ActionScript:
         return ActionScript(self.segments + other.segments)
 
 
+def _within_limit(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """The segments, as long as their frames are not too many: before anything is made of them."""
+    frames = 0
+    for segment in segments:
+        frames += segment.frames
+        if frames > MAX_FRAMES:
+            raise ValueError(f"the actions may last at most {MAX_FRAMES} frames")
+        yield segment
+
+
+def _check_length(characters: int) -> None:
+    if characters > MAX_CHARACTERS:
+        raise ValueError(f"the actions may have at most {MAX_CHARACTERS} characters, not {characters}")
+
+
 def words(segment: Segment) -> str:
     """A segment's move and view in the words of the text form: `forward+left`, `wait`."""
     move = _words(_DIRECTION.get(segment.move, (0, 0)), MOVE_WORDS)
@@ -188,7 +213,7 @@ def _pair(action: object, frame: int) -> tuple[int, int]:
 
 
 def _parse_segment(part: str) -> Segment:
-    match = re.fullmatch(r"([a-z +\-]*[a-z])\s+(\d{1,6})", part.lower())
+    match = re.fullmatch(r"([a-z +\-]*[a-z])\s+(\d{1,9})", part.lower())
     if not match:
         raise ValueError(f"cannot read {part!r}: write what to do and for how many frames, such as 'forward+left 60'")
     move = view = (0, 0)

@@ -1,6 +1,6 @@
 """How much of the sampling is done: `exact` as the spec has it, and faster ways that deviate from it.
 
-A preset is data: `rollout.World` reads it, sessions keep its name. What each costs and how far its films are from
+A preset is data: a `World` reads it, sessions keep its name. What each costs and how far its films are from
 exact ones is measured in docs/performance.md.
 """
 
@@ -47,7 +47,7 @@ PRESETS = {
 
 
 def find_preset(name: str) -> Preset:
-    """ValueError for a name that is none."""
-    if name not in PRESETS:
+    """Raises ValueError for an unknown name."""
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: use {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -30,32 +30,31 @@ def schedule(config: SamplerConfig, steps: int, *, end_at_zero: bool = False) ->
     return torch.cat([u, torch.zeros(1)]).mul(MAX_TIMESTEP).float()
 
 
-def sample(
-    velocity: Velocity,
-    noise: Tensor,
-    timesteps: Tensor,
-    on_step: Callable[[int], None] = lambda step: None,
-    *,
-    order: int = 1,
-) -> Tensor:
-    """Integrates from noise to data: `velocity(z, t)` is noise minus data at timestep t, a scalar tensor.
+def sample(velocity: Velocity, noise: Tensor, timesteps: Tensor, *, order: int = 1) -> Tensor:
+    """Integrates from noise to data; arguments as for `sample_steps`."""
+    *_, z = sample_steps(velocity, noise, timesteps, order=order)
+    return z
 
-    timesteps: on the CPU, as `schedule` makes them. `on_step` hears how many steps are done after each one; on a GPU
-    the last of them may still be under way then. order: 1 is Euler, as the spec has it; 2 is Adams and Bashforth's,
-    which goes on with what the velocity changed by since the step before, and needs no more velocities than Euler.
+
+def sample_steps(velocity: Velocity, noise: Tensor, timesteps: Tensor, *, order: int = 1) -> Iterator[Tensor]:
+    """Integrates from noise to data and yields the latents after each step.
+
+    `velocity(z, t)` is noise minus data at timestep t, a scalar tensor. timesteps: on the CPU, as `schedule` makes
+    them. On a GPU the latest step may still be under way when it is yielded. order: 1 is Euler, as the spec has it; 2
+    is the two-step Adams-Bashforth method, which extrapolates from the previous velocity and needs no more
+    evaluations than Euler.
     """
     if order not in (1, 2):
         raise ValueError(f"the solver's order must be 1 or 2, not {order!r}")
     z, last = noise, None
     fed = timesteps.to(noise.device)  # all at once: copying one to a GPU at every step would wait for the step before
     for step in range(len(timesteps) - 1):
-        mean = here = velocity(z, fed[step])  # mean: the velocity's over the step, as well as it is known
+        mean = here = velocity(z, fed[step])  # mean: the estimated mean velocity over the step
         length = timesteps[step] - timesteps[step + 1]
         if order == 2 and last is not None:
             mean = here + (here - last) * (length / (2 * (timesteps[step - 1] - timesteps[step])))
         z, last = z - mean * length / MAX_TIMESTEP, here
-        on_step(step + 1)
-    return z
+        yield z
 
 
 def guided(positive: Velocity, negative: Velocity, scale: float, every: int = 1) -> Velocity:

@@ -14,11 +14,11 @@ from torch import Tensor
 from infworld.actions import ActionScript, Segment
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.config import ModelConfig
-from infworld.presets import EXACT, find_preset
+from infworld.presets import EXACT
+from infworld.settings import FilmSettings, check_seed
 from infworld.vae import PIXELS_PER_LATENT
 
 SESSION_FORMAT = "infworld-session-1"
-MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,27 +36,35 @@ class Session:
     encoder_state: dict[str, Tensor]
     chunk_latents: tuple[Tensor, ...]
     generator_state: Tensor
-    actions: ActionScript
-    prompt: str
-    negative_prompt: str
-    seed: int
-    steps: int
-    guidance: float
+    settings: FilmSettings
     num_frames: int = 1
-    preset: str = EXACT.name
+
+    def with_settings(self, settings: FilmSettings) -> Session:
+        """The same film with other settings for the frames to come.
+
+        `settings.actions` are the whole film's, of which the frames so far keep the session's own. The seed and the
+        noise go on as they are: `with_seed` begins anew.
+        """
+        session = self.with_actions(ActionScript.from_pairs(settings.actions.pairs(self.num_frames - 1)))
+        kept = {"actions": session.settings.actions, "seed": self.settings.seed}
+        return dataclasses.replace(self, settings=dataclasses.replace(settings, **kept))
 
     def with_actions(self, actions) -> Session:
         """The same film with other actions for the frames to come (anything `ActionScript.of` takes)."""
-        return dataclasses.replace(self, actions=self.actions.cut(self.num_frames - 1) + ActionScript.of(actions))
+        return self.replace_settings(actions=self.settings.actions.cut(self.num_frames - 1) + ActionScript.of(actions))
 
     def with_prompt(self, prompt: str, negative_prompt: str | None = None) -> Session:
         """The same film with another prompt for what comes; the negative prompt stays unless given."""
-        negative = self.negative_prompt if negative_prompt is None else negative_prompt
-        return dataclasses.replace(self, prompt=prompt, negative_prompt=negative)
+        negative = self.settings.negative_prompt if negative_prompt is None else negative_prompt
+        return self.replace_settings(prompt=prompt, negative_prompt=negative)
 
     def with_seed(self, seed: int) -> Session:
-        """The same film with fresh noise from `seed` for what comes. ValueError if it is none."""
-        return dataclasses.replace(self, seed=seed, generator_state=generator_state_of(seed))
+        """The same film with fresh noise from `seed` for what comes. Raises ValueError for an invalid seed."""
+        return dataclasses.replace(self.replace_settings(seed=seed), generator_state=generator_state_of(seed))
+
+    def replace_settings(self, **settings) -> Session:
+        """The session with these fields of its settings replaced, and nothing else."""
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **settings))
 
     def save(self, path: str | Path) -> None:
         """Writes one `.safetensors` file. ValueError if it cannot be written."""
@@ -64,8 +72,8 @@ class Session:
         tensors["picture"] = torch.from_numpy(self.picture)
         tensors |= {f"encoder_state.{name}": tensor for name, tensor in self.encoder_state.items()}
         tensors |= {f"chunk_latents.{i}": tensor for i, tensor in enumerate(self.chunk_latents)}
-        values = {name: getattr(self, name) for name in _PLAIN_FIELDS}
-        values["actions"] = [[s.move, s.view, s.frames] for s in self.actions.segments]
+        values = {"model": self.model, "num_frames": self.num_frames, **vars(self.settings)}
+        values["actions"] = [[s.move, s.view, s.frames] for s in self.settings.actions.segments]
         save_tensors(path, tensors, {"format": SESSION_FORMAT, "session": json.dumps(values)})
 
     @staticmethod
@@ -80,9 +88,14 @@ class Session:
         try:
             values = json.loads(metadata["session"])
             values = _OLDER | values if isinstance(values, dict) else {}
-            _check_values(values)
-            actions = ActionScript(tuple(Segment(*segment) for segment in values.pop("actions")))
+            if values.keys() != _VALUES:
+                raise ValueError("it lacks fields or has others")
+            for name, kind in (("model", str), ("num_frames", int)):
+                if type(values[name]) is not kind:
+                    raise ValueError(f"{name} is {values[name]!r}")
+            values["actions"] = ActionScript(Segment(*segment) for segment in values["actions"])
             session = Session(
+                model=values.pop("model"),
                 picture=tensors["picture"].numpy(),
                 history=tensors["history"],
                 encoder_state=_under("encoder_state.", tensors),
@@ -90,8 +103,8 @@ class Session:
                     tensors[f"chunk_latents.{i}"] for i in range(len(_under("chunk_latents.", tensors)))
                 ),
                 generator_state=tensors["generator_state"],
-                actions=actions,
-                **values,
+                num_frames=values.pop("num_frames"),
+                settings=FilmSettings(**values),
             )
             torch.Generator().set_state(session.generator_state)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -99,21 +112,8 @@ class Session:
         return session
 
 
-_PLAIN_FIELDS = {
-    **{"model": str, "prompt": str, "negative_prompt": str},
-    **{"seed": int, "steps": int, "guidance": (int, float), "num_frames": int, "preset": str},
-}
+_VALUES = {"model", "num_frames", *(field.name for field in dataclasses.fields(FilmSettings))}
 _OLDER = {"preset": EXACT.name}  # what files say that were saved before there was such a field
-
-
-def _check_values(values: object) -> None:
-    """Raises ValueError unless `values` are a session file's plain fields, each of its own type, and its actions."""
-    if not isinstance(values, dict) or values.keys() != {*_PLAIN_FIELDS, "actions"}:
-        raise ValueError("it lacks fields or has others")
-    for name, kind in _PLAIN_FIELDS.items():
-        if not isinstance(values[name], kind):
-            raise ValueError(f"{name} is {values[name]!r}")
-    find_preset(values["preset"])
 
 
 def check_session(session: Session, config: ModelConfig) -> None:
@@ -135,9 +135,8 @@ def check_session(session: Session, config: ModelConfig) -> None:
 
 
 def generator_state_of(seed: int) -> Tensor:
-    """State of a CPU generator: the noise is the same whatever the device. ValueError for a seed that is none."""
-    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"the seed must be a whole number from 0 to {MAX_SEED}, not {seed!r}")
+    """State of a CPU generator, whose noise is the same on every device. Raises ValueError for an invalid seed."""
+    check_seed(seed)
     return torch.Generator().manual_seed(seed).get_state()
 
 

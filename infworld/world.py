@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -20,19 +20,19 @@ import psutil
 import torch
 from torch import Tensor
 
-from infworld.actions import ActionScript
 from infworld.config import ModelConfig
 from infworld.dit import InfiniteWorldTransformer, MemoryStream, TextContext
 from infworld.layers import fastest_attention
 from infworld.memory_plan import FASTEST, MemoryEstimate, MemoryPlan, NotEnoughMemory, next_smaller_plan
 from infworld.parallel import SpatialShard, Team
+from infworld.pictures import prepare_image, to_uint8
 from infworld.presets import find_preset
-from infworld.progress import Callback, ProgressTracker
-from infworld.sampler import guide, guided, sample, schedule
+from infworld.progress import Callback, Progress, ProgressTracker
+from infworld.sampler import guide, guided, sample_steps, schedule
 from infworld.session import Session, check_session, generator_state_of
+from infworld.settings import FilmSettings
 from infworld.text import TextEmbedding
 from infworld.vae import PIXELS_PER_LATENT, VideoVAE
-from infworld.video import prepare_image, to_uint8
 
 log = logging.getLogger(__name__)
 
@@ -96,41 +96,24 @@ class World:
         guidance: float | None = None,
         preset: str | None = None,
     ) -> Iterator[Chunk]:
-        """Films a walk from a picture, yielding each chunk as soon as it is there.
+        """Films a walk from a picture, yielding each chunk as soon as it is finished.
 
         image: PIL picture, array (H W 3 uint8) or path. actions: list of {"move", "view"} per frame, ActionScript,
-        script text or JSON path; past its end nothing is done. num_frames: 1 + whole chunks of 80. callback hears a
-        Progress after every stage and step; what it raises ends the film and is passed on. preset: one of
+        script text or JSON path; frames past its end have no action. num_frames: 1 + whole chunks of 80. callback
+        receives a Progress after every stage and step; what it raises ends the film and is passed on. preset: one of
         `presets.PRESETS`: "exact", or faster ones. Left out, the steps are the preset's; preset, negative prompt and
-        guidance the model's own. Bad input is a ValueError before anything is computed.
+        guidance the model's own. Raises ValueError for bad input before anything is computed.
         """
         chunks = self.config.chunks_for(num_frames)
-        settings = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "preset": preset}
-        session = self.start(image, actions, prompt, seed=seed, **settings)
-        return self.extend(session, chunks, callback)
+        choices = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "preset": preset}
+        settings = FilmSettings.for_model(self.config, actions, prompt, seed=seed, **choices)
+        return self.extend(self.start(image, settings), chunks, callback)
 
-    def start(
-        self,
-        image,
-        actions=None,
-        prompt: str = "",
-        *,
-        negative_prompt: str | None = None,
-        seed: int = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        preset: str | None = None,
-    ) -> Session:
-        """A film of one frame, the picture. Arguments as for `rollout`."""
-        defaults = self.config.val_scheduler_cfg
-        found = find_preset(defaults.preset if preset is None else preset)
-        steps = found.sampler_steps(defaults) if steps is None else steps
-        guidance = defaults.text_cfg_scale if guidance is None else guidance
-        schedule(defaults, steps)
-        if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
-            raise ValueError(f"guidance must be a finite number, not {guidance!r}")
-        generator_state = generator_state_of(seed)
-        script = ActionScript.of(actions)
+    def start(self, image, settings: FilmSettings | None = None, *args, **choices) -> Session:
+        """A film of one frame, the picture (as for `rollout`). In place of settings: the arguments of
+        `FilmSettings.for_model` after the config."""
+        if not isinstance(settings, FilmSettings):
+            settings = FilmSettings.for_model(self.config, settings, *args, **choices)
         video = prepare_image(image, self.config.buckets)
         rows = None if self.team is None else self.team.rows(video.shape[3] // PIXELS_PER_LATENT)
         history, state = self._encode(video if rows is None else rows.own(video, 3), None, rows)
@@ -140,39 +123,51 @@ class World:
             history=history,
             encoder_state=state,
             chunk_latents=(),
-            generator_state=generator_state,
-            actions=script,
-            prompt=prompt,
-            negative_prompt=self.config.negative_prompt if negative_prompt is None else negative_prompt,
-            seed=seed,
-            steps=steps,
-            guidance=float(guidance),
-            preset=found.name,
+            generator_state=generator_state_of(settings.seed),
+            settings=settings,
         )
 
     def extend(self, session: Session, chunks: int, callback: Callback | None = None) -> Iterator[Chunk]:
-        """Adds chunks to a film; each Chunk's session can be saved, or extended again."""
-        made = self._extend(session, chunks, callback)
-        return made if self.team is None else self.team.synced_iterator(made)
-
-    def _extend(self, session: Session, chunks: int, callback: Callback | None) -> Iterator[Chunk]:
-        self.check_session(session)
-        tracker = self._tracker(callback, chunks, session)
-        for _ in range(chunks):
-            chunk = self._make_chunk(session, tracker, None)
-            session = chunk.session
-            yield chunk
+        """Adds chunks to a film; each Chunk's session can be saved, or extended again. callback: as for `rollout`."""
+        with closing(self._iterate(session, chunks)) as results:
+            for result in results:
+                if isinstance(result, Chunk):
+                    yield result
+                elif callback is not None:
+                    callback(result)
 
     def next_chunk(self, session: Session, callback: Callback | None = None, *, noise: Tensor | None = None) -> Chunk:
-        """The next chunk of 80 frames. `session` itself stays as it was.
+        """The next chunk of 80 frames. `session` itself is unchanged. callback: as for `rollout`.
 
         noise: (1, 16, 21, h, w) in place of what the session's generator would draw.
         """
+        with closing(self.iterate_chunk(session, noise=noise)) as results:
+            for result in results:
+                if isinstance(result, Progress) and callback is not None:
+                    callback(result)
+        return result
+
+    def iterate_chunk(self, session: Session, *, noise: Tensor | None = None) -> Iterator[Progress | Chunk]:
+        """The next chunk step by step: a Progress after each stage and step, and at last the Chunk.
+
+        Closing the iterator ends the work after the step it is in. It may be run by any thread.
+        """
+        return self._iterate(session, 1, noise)
+
+    def _iterate(self, session: Session, chunks: int, noise: Tensor | None = None) -> Iterator[Progress | Chunk]:
         self.check_session(session)
-        return self._make_chunk(session, self._tracker(callback, 1, session), noise)
+        results = self._make_chunks(session, chunks, noise)
+        return results if self.team is None else self.team.synced_iterator(results)
+
+    def _make_chunks(self, session: Session, chunks: int, noise: Tensor | None) -> Iterator[Progress | Chunk]:
+        tracker = ProgressTracker(chunks, session, self.config.chunk_frames)
+        for _ in range(chunks):
+            chunk = yield from self._make_chunk(session, tracker, noise)
+            session = chunk.session
+            yield chunk
 
     def replay(self, session: Session) -> Iterator[Chunk]:
-        """The film so far once more, from its stored latents: a film after a restart needs no computing anew.
+        """The film so far once more, decoded from its stored latents.
 
         Pixels may differ by rounding, as the stored latents are float16.
         """
@@ -192,11 +187,13 @@ class World:
         """Raises ValueError if the session is another model's or does not hang together."""
         check_session(session, self.config)
 
-    def _make_chunk(self, session: Session, tracker: ProgressTracker, noise: Tensor | None) -> Chunk:
+    def _make_chunk(
+        self, session: Session, tracker: ProgressTracker, noise: Tensor | None
+    ) -> Generator[Progress, None, Chunk]:
         """`_compute_chunk`, retried once with the next smaller plan where the GPU runs out of memory."""
-        counts = dict(tracker.counts)
+        tracker.begin_chunk()
         try:
-            return self._compute_chunk(session, tracker, noise)
+            return (yield from self._compute_chunk(session, tracker, noise))
         except torch.OutOfMemoryError as error:
             if self.team is not None:  # the others would have to begin again too
                 raise NotEnoughMemory(_TOO_LITTLE) from error
@@ -207,11 +204,11 @@ class World:
         plan = next_smaller_plan(needs, self.plan, psutil.virtual_memory().available + needs.cpu(self.plan))
         if plan is None:
             raise NotEnoughMemory(_TOO_LITTLE)
-        log.warning("the GPU's memory is full; once more with %s", plan)
+        log.warning("the GPU's memory is full; retrying with %s", plan)
         self.apply_plan(plan)
-        tracker.counts = counts
+        tracker.retry_chunk()
         try:
-            return self._compute_chunk(session, tracker, noise)
+            return (yield from self._compute_chunk(session, tracker, noise))
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemory(_TOO_LITTLE) from error
 
@@ -226,21 +223,22 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @torch.inference_mode()
-    def _compute_chunk(self, session: Session, tracker: ProgressTracker, noise: Tensor | None) -> Chunk:
+    @torch.inference_mode()  # while it runs: between two results the caller's mode is its own
+    def _compute_chunk(
+        self, session: Session, tracker: ProgressTracker, noise: Tensor | None
+    ) -> Generator[Progress, None, Chunk]:
         began = time.monotonic()
         generator = torch.Generator()
         generator.set_state(session.generator_state)
         if noise is None:
             shape = (*session.history.shape[:2], self.config.chunk_latents, *session.history.shape[3:])
             noise = torch.randn(shape, generator=generator)
-        latents = self._sample(session, noise.to(self.device), tracker)
+        latents = yield from self._sample(session, noise.to(self.device), tracker)
         rows = self._rows(latents)
         video = self._decode(latents, rows)
-        tracker.done("decode")
+        yield tracker.done("decode")
         # The picture's own frame is known already: the decoded first frame repeats it.
         added, state = self._encode(video[:, :, 1:], session.encoder_state, rows)
-        tracker.done("encode")
         latents = latents.cpu()
         after = dataclasses.replace(
             session,
@@ -252,41 +250,44 @@ class World:
         )
         index = len(session.chunk_latents)
         frames = _new_frames(index, session.picture, _whole(video, rows))
+        tracker.done("encode")
+        tracker.made += 1
         return Chunk(index, frames, latents, time.monotonic() - began, after)
 
-    def _sample(self, session: Session, noise: Tensor, tracker: ProgressTracker) -> Tensor:
-        """The latents of the session's next chunk. Apart, so that what served them is freed before they are decoded."""
-        velocity = self.velocity(session, tracker.done)
-        preset = find_preset(session.preset)
-        timesteps = schedule(self.config.val_scheduler_cfg, session.steps, end_at_zero=preset.end_at_zero)
-        return sample(velocity, noise, timesteps, partial(tracker.done, "sample"), order=preset.order)
+    def _sample(self, session: Session, noise: Tensor, tracker: ProgressTracker) -> Generator[Progress, None, Tensor]:
+        """The latents of the session's next chunk. Apart, so that what it needed is freed before they are decoded."""
+        self._encode_texts(*_prompts(session))  # `velocity` finds them in the cache
+        yield tracker.done("text")
+        velocity = self.velocity(session)
+        yield tracker.done("memory")
+        settings, preset, z = session.settings, find_preset(session.settings.preset), noise
+        timesteps = schedule(self.config.val_scheduler_cfg, settings.steps, end_at_zero=preset.end_at_zero)
+        for step, z in enumerate(sample_steps(velocity, noise, timesteps, order=preset.order), 1):  # noqa: B007
+            yield tracker.done("sample", step)
+        return z
 
     @torch.inference_mode()
-    def velocity(
-        self, session: Session, on_stage: Callable[[str], None] = lambda stage: None
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """The guided velocity of the session's next chunk as a function of noisy latents and timestep, to be asked for
+    def velocity(self, session: Session) -> Callable[[Tensor, Tensor], Tensor]:
+        """The guided velocity of the session's next chunk as a function of noisy latents and timestep, to be called
         step by step: what a preset saves depends on the steps before.
 
         Both on the model's device: (1, 16, 21, h, w) and a scalar. Everything that does not depend on them is computed
         here, once: the compressed memory, each text's keys and values, and the memory's way through the transformer
-        for each text. `on_stage` hears "text" and "memory".
+        for each text.
         """
-        model, device, preset = self.transformer, self.device, find_preset(session.preset)
-        prompts = [session.prompt] if session.guidance == 1 else [session.prompt, session.negative_prompt]
+        model, device, settings = self.transformer, self.device, session.settings
+        preset, prompts = find_preset(settings.preset), _prompts(session)
         texts = self._encode_texts(*prompts).to(device).each()
         split = self.team and self.team.split(guided=len(prompts) == 2 and preset.guidance_interval == 1)
         sequence = split and split.sequence
         texts = texts[split.own] if split else texts
-        on_stage("text")
-        pairs = session.actions.pairs(session.num_frames - 1, session.num_frames + self.config.chunk_frames)
+        pairs = settings.actions.pairs(session.num_frames - 1, session.num_frames + self.config.chunk_frames)
         move, view = torch.tensor(pairs, device=device).T.unsqueeze(1)
         with fastest_attention(device):
             actions = model.action_encoder(move, view)
             memory = model.latent_encoder(session.history.to(device, model.dtype), self.team)
             contexts = [model.embed_text(text.hidden, text.mask) for text in texts]
             streams = [model.encode_memory(memory, context, self.plan.streams, sequence) for context in contexts]
-        on_stage("memory")
         sign = 1 if self.config.val_scheduler_cfg.use_reversed_velocity else -1
 
         @torch.inference_mode()
@@ -297,14 +298,10 @@ class World:
         # One text after the other: both at once would need twice the memory for the same arithmetic.
         of_texts = [partial(velocity, *text) for text in zip(streams, contexts, strict=True)]
         if split and split.pair:
-            return lambda z, timestep: guide(*split.both(of_texts[0](z, timestep)), session.guidance)
+            return lambda z, timestep: guide(*split.both(of_texts[0](z, timestep)), settings.guidance)
         if len(of_texts) == 1:
             return of_texts[0]
-        return guided(*of_texts, session.guidance, preset.guidance_interval)
-
-    def _tracker(self, callback: Callback | None, chunks: int, session: Session) -> ProgressTracker:
-        heard = callback if self.team is None else self.team.synced_callback(callback)
-        return ProgressTracker(heard, chunks, session, self.config.chunk_frames)
+        return guided(*of_texts, settings.guidance, preset.guidance_interval)
 
     def _rows(self, latents: Tensor) -> SpatialShard | None:
         """Over which devices the rows of a picture of these latents are split; None if they are not."""
@@ -327,6 +324,12 @@ class World:
     def _decode(self, latents: Tensor, rows: SpatialShard | None) -> Tensor:
         """Whole latents on the device -> this device's rows of the video."""
         return self.vae.decode(latents if rows is None else rows.own(latents, 3), rows=rows)
+
+
+def _prompts(session: Session) -> list[str]:
+    """The texts that the next chunk needs: guidance 1 needs no negative prompt."""
+    settings = session.settings
+    return [settings.prompt] if settings.guidance == 1 else [settings.prompt, settings.negative_prompt]
 
 
 def _new_frames(index: int, picture: np.ndarray, video: Tensor) -> np.ndarray:

@@ -1,6 +1,5 @@
 """scripts/benchmark.py: every figure is there, the fast way equals the plain one, and a short budget is kept."""
 
-import dataclasses
 import json
 
 import pytest
@@ -65,7 +64,7 @@ def test_the_fast_way_has_less_to_do(small_model):
     """By far, as the naive one compresses 101 latents of history at every step. Counted, as times depend on the day."""
     config = load_config(small_model)
     world, _ = random_world(config, torch.device("cpu"), torch.float32, torch.float32)
-    session = dataclasses.replace(noise_session(world, picture_size(config), 101), guidance=3.0)
+    session = noise_session(world, picture_size(config), 101).replace_settings(guidance=3.0)
     z, t = noise(config, picture_size(config), config.chunk_latents), torch.tensor(900.0)
 
     def work(velocity) -> int:

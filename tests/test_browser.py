@@ -245,7 +245,7 @@ def test_two_people_at_once_get_their_own_films(open_page, picture, tmp_path):
     for page, actions in zip(pages, ("forward 80", "left 80"), strict=True):
         wait_for_status(page, "Done")
         session = Session.load(download(page, "session", tmp_path))
-        assert session.num_frames == 241 and session.actions.text() == actions
+        assert session.num_frames == 241 and session.settings.actions.text() == actions
     folders = [page.get_attribute("#downloads a", "href").rsplit("/", 1)[0] for page in pages]
     assert folders[0] != folders[1]
 
@@ -270,10 +270,10 @@ def test_keys_held_while_the_film_plays_are_its_next_chunk(open_page, picture, t
     assert "real time" in page.inner_text("#drive")
     wait_for_status(page, "Done")
     session = Session.load(download(page, "session", tmp_path))
-    driven = session.actions.pairs(80, session.num_frames - 1)
+    driven = session.settings.actions.pairs(80, session.num_frames - 1)
     assert {(0, 0), (1, 4), (1, 0)} >= set(driven) and driven.count((1, 4)) > 10 and driven.count((1, 0)) > 10
     shown = ActionScript.parse(page.input_value("#actions textarea"))  # the plan follows
-    assert shown.pairs(0, session.num_frames - 1) == session.actions.pairs(0, session.num_frames - 1)
+    assert shown.pairs(0, session.num_frames - 1) == session.settings.actions.pairs(0, session.num_frames - 1)
 
 
 def test_returns_to_a_view_are_shown_in_pairs(open_page, picture):

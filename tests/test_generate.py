@@ -70,8 +70,13 @@ def test_a_resumed_film_takes_new_wishes_for_what_comes(begin, small_model, tmp_
     out = ["--model", small_model, "--out", tmp_path / "film.mp4", "--session", path]
     assert run(*out, "--resume", path, "--frames", 161, *settings) == 0
     session = Session.load(path)
-    assert session.actions.text() == "forward 80, back 80"
-    assert (session.prompt, session.seed, session.steps, session.guidance) == ("night", 5, 1, 2.0)
+    assert session.settings.actions.text() == "forward 80, back 80"
+    assert (session.settings.prompt, session.settings.seed, session.settings.steps, session.settings.guidance) == (
+        "night",
+        5,
+        1,
+        2.0,
+    )
 
 
 def test_a_preset_brings_its_steps_unless_they_are_given(begin, small_model, tmp_path):
@@ -85,7 +90,7 @@ def test_a_preset_brings_its_steps_unless_they_are_given(begin, small_model, tmp
     ):
         assert run(*command) == 0
         session = Session.load(tmp_path / "s.safetensors")
-        found.append((session.preset, session.steps))
+        found.append((session.settings.preset, session.settings.steps))
     assert found == [("fast", 3), ("fast", 3), ("balanced", 2)]  # two steps are the small model's own
 
 

@@ -25,6 +25,7 @@ from infworld.app.team import follow, leading
 from infworld.cli import generate
 from infworld.cli.console import INTERRUPTED
 from infworld.session import Session
+from infworld.settings import FilmSettings
 from infworld.video import read_mp4
 from infworld.world import World
 
@@ -83,8 +84,8 @@ def film(world: World, given) -> list[tuple[str, torch.Tensor]]:
     """A chunk with guidance, one more without, one after a long history, and the film once more: numbers by kind."""
     picture, long_history = given
     guided = next(world.rollout(picture, "forward 100, left 50", "a meadow", num_frames=161, seed=3, guidance=3.0))
-    plain = world.next_chunk(dataclasses.replace(guided.session, guidance=1.0))
-    faster = world.next_chunk(dataclasses.replace(long_history, preset="balanced"))
+    plain = world.next_chunk(guided.session.replace_settings(guidance=1.0))
+    faster = world.next_chunk(long_history.replace_settings(preset="balanced"))
     long = world.next_chunk(long_history)
     found = [("latents", chunk.latents) for chunk in (guided, plain, faster, long)]
     found += [("history", chunk.session.history) for chunk in (plain, long)]
@@ -244,7 +245,7 @@ def page(world: World, picture: np.ndarray) -> list[torch.Tensor] | None:
     if not world.team.is_rank0:
         return follow(world.team, lambda name: world)
     compute = leading(world)
-    scene = Scene(ActionScript.of("forward 80"), "", "", 5, 3, 2.0, picture=picture)
+    scene = Scene(FilmSettings(ActionScript.of("forward 80"), "", "", 5, 3, 2.0, "exact"), picture)
     stopped_at_once = compute(scene)
     assert isinstance(next(stopped_at_once), Session)
     stopped_at_once.close()

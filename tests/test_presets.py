@@ -117,17 +117,17 @@ def test_passes_are_as_counted(world, begun, preset, monkeypatch):
     monkeypatch.setattr(world.transformer, "denoise", lambda *args: calls.append(1) or denoise(*args))
     for guidance in (1.0, 3.0):
         calls.clear()
-        session = dataclasses.replace(begun, preset=preset, guidance=guidance)
+        session = begun.replace_settings(preset=preset, guidance=guidance)
         world.next_chunk(session)
-        assert len(calls) == find_preset(preset).passes(session.steps, guidance)
+        assert len(calls) == find_preset(preset).passes(session.settings.steps, guidance)
 
 
 def test_exact_is_the_sampler_of_the_spec(world, begun):
     """Written out once more: Euler steps with both texts at each, bit for bit."""
     noise = torch.randn(1, 16, 21, *begun.history.shape[3:])
-    texts = [dataclasses.replace(begun, prompt=prompt, guidance=1.0) for prompt in ("a meadow", "blur")]
+    texts = [begun.replace_settings(prompt=prompt, guidance=1.0) for prompt in ("a meadow", "blur")]
     positive, negative = (world.velocity(session) for session in texts)
-    timesteps, z = schedule(world.config.val_scheduler_cfg, begun.steps), noise
+    timesteps, z = schedule(world.config.val_scheduler_cfg, begun.settings.steps), noise
     for t, after in zip(timesteps, timesteps[1:], strict=False):
         v = negative(z, t) + 3.0 * (positive(z, t) - negative(z, t))
         z = z - v * (t - after) / 1000
@@ -146,8 +146,10 @@ def test_the_faster_presets_make_nearly_the_same_film(world, picture, preset):
 
 def test_steps_are_the_presets_unless_given(world, picture):
     for preset in PRESETS.values():
-        assert world.start(picture, preset=preset.name).steps == preset.sampler_steps(world.config.val_scheduler_cfg)
-        assert world.start(picture, preset=preset.name, steps=7).steps == 7
+        assert world.start(picture, preset=preset.name).settings.steps == preset.sampler_steps(
+            world.config.val_scheduler_cfg
+        )
+        assert world.start(picture, preset=preset.name, steps=7).settings.steps == 7
 
 
 def test_steps_are_a_part_of_the_models_own_but_not_too_few():
@@ -161,9 +163,13 @@ def test_a_model_may_have_a_preset_of_its_own(world, picture):
     sampler = dataclasses.replace(world.config.val_scheduler_cfg, num_sampling_steps=16, preset="balanced")
     own = World(dataclasses.replace(world.config, val_scheduler_cfg=sampler), world.transformer, world.vae, None)
     sessions = own.start(picture), own.start(picture, steps=7), own.start(picture, preset="exact")
-    assert [(s.preset, s.steps) for s in sessions] == [("balanced", 8), ("balanced", 7), ("exact", 16)]
+    assert [(s.settings.preset, s.settings.steps) for s in sessions] == [
+        ("balanced", 8),
+        ("balanced", 7),
+        ("exact", 16),
+    ]
     assert load_config("tiny").val_scheduler_cfg.preset == "balanced"
-    assert load_config("infinite-world").val_scheduler_cfg.preset == "exact"
+    assert load_config("infinite-world").val_scheduler_cfg.settings.preset == "exact"
 
 
 def test_an_unknown_preset_is_named_with_those_there_are(world, picture):
@@ -176,10 +182,10 @@ def test_an_unknown_preset_is_named_with_those_there_are(world, picture):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_resumed_film_goes_on_alike(world, begun, preset, tmp_path):
-    session = dataclasses.replace(begun, preset=preset)
+    session = begun.replace_settings(preset=preset)
     session.save(tmp_path / "film.safetensors")
     loaded = Session.load(tmp_path / "film.safetensors")
-    assert loaded.preset == preset
+    assert loaded.settings.preset == preset
     assert torch.equal(world.next_chunk(loaded).latents, world.next_chunk(session).latents)
 
 
@@ -194,7 +200,7 @@ def stored(begun: Session, path, change) -> None:
 
 def test_a_session_file_from_before_there_were_presets_is_exact(begun, tmp_path):
     stored(begun, tmp_path / "film.safetensors", lambda values: values.pop("preset"))
-    assert Session.load(tmp_path / "film.safetensors").preset == "exact"
+    assert Session.load(tmp_path / "film.safetensors").settings.preset == "exact"
 
 
 def test_a_session_file_of_an_unknown_preset_is_refused(begun, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from infworld.config import SamplerConfig
-from infworld.sampler import guide, sample, schedule
+from infworld.sampler import guide, sample, sample_steps, schedule
 
 RELEASED = SamplerConfig()
 STRAIGHT = dataclasses.replace(RELEASED, use_timestep_transform=False)
@@ -63,22 +63,12 @@ def test_euler_is_exact_where_the_data_is_known_from_every_point_of_the_way(step
     assert seen == timesteps[:-1].tolist()
 
 
-def test_noise_is_left_as_it_was_and_every_step_is_told():
-    noise, told = torch.ones(1, 2), []
-    sample(lambda z, t: z, noise, schedule(RELEASED, 5), told.append)
-    assert torch.equal(noise, torch.ones(1, 2)) and told == [1, 2, 3, 4, 5]
-
-
-def test_an_error_while_a_step_is_told_ends_the_sampling():
-    calls = []
-
-    def stop(step):
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sample(lambda z, t: calls.append(t) or z, torch.ones(1), schedule(RELEASED, 5), stop)
-    assert len(calls) == 2
+def test_noise_is_unchanged_and_every_step_is_yielded():
+    noise, calls = torch.ones(1, 2), []
+    steps = sample_steps(lambda z, t: calls.append(t) or z, noise, schedule(RELEASED, 5))
+    found = [(len(calls), z) for z in steps]
+    assert torch.equal(noise, torch.ones(1, 2)) and [count for count, _ in found] == [1, 2, 3, 4, 5]
+    assert torch.equal(found[-1][1], sample(lambda z, t: z, noise, schedule(RELEASED, 5)))
 
 
 def test_guidance_goes_from_the_negative_through_the_positive():

@@ -7,10 +7,9 @@ needed and every result all that was made. Elsewhere `spaces.GPU` leaves the fun
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from queue import SimpleQueue
+from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
 import psutil
@@ -32,10 +31,11 @@ RELEASED_TOKENS, RELEASED_WIDTH = 32_928, 1536 * 30
 
 
 @dataclass(frozen=True)
-class Scene(FilmSettings):
+class Scene:
     """What a new film begins with: the settings, and the picture (uint8, H W 3)."""
 
-    picture: np.ndarray = field(kw_only=True)
+    settings: FilmSettings
+    picture: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -75,49 +75,20 @@ def on_gpu(world: World) -> Compute:
             yield from world.replay(task.session)
             return
         if isinstance(task, Scene):
-            task = start(world, task)
+            task = world.start(task.picture, task.settings)
             yield task
         yield from step_by_step(world, task)
 
     return compute
 
 
-def start(world: World, scene: Scene) -> Session:
-    settings = dict(vars(scene))
-    return world.start(settings.pop("picture"), **settings)
-
-
-class Stopped(Exception):
-    """Raised in a rollout whose results nobody waits for any more."""
-
-
 def step_by_step(world: World, session: Session) -> Iterator[Report | Chunk]:
     """Yields a Report for each step of the session's next chunk, then the Chunk."""
-    results: SimpleQueue[Report | Chunk | BaseException] = SimpleQueue()
-    stopped = threading.Event()
-
-    def hear(progress: Progress) -> None:
-        if stopped.is_set():
-            raise Stopped
-        results.put(Report(progress, device_name(world.device), memory_used(world.device)))
-
-    def work() -> None:
-        try:
-            results.put(world.next_chunk(session, hear))
-        except BaseException as error:  # handed to whoever waits, in the other thread
-            results.put(error)
-
-    worker = threading.Thread(target=work, name="next chunk")
-    worker.start()
-    try:
-        while isinstance(result := results.get(), Report):
+    with closing(world.iterate_chunk(session)) as results:
+        for result in results:
+            if isinstance(result, Progress):
+                result = Report(result, device_name(world.device), memory_used(world.device))
             yield result
-        if isinstance(result, BaseException):
-            raise result
-        yield result
-    finally:
-        stopped.set()
-        worker.join()
 
 
 def memory_used(device: torch.device) -> int:
@@ -141,6 +112,7 @@ def gpu_seconds(task: Task, world: World) -> int:
     if isinstance(task, Replay):
         total = frames / 2 * len(session.chunk_latents)
     else:
-        passes = find_preset(session.preset).passes(session.steps, session.guidance)
+        settings = session.settings
+        passes = find_preset(settings.preset).passes(settings.steps, settings.guidance)
         total = frames + STEP_SECONDS * passes * model * size**1.3
     return min(MAX_SECONDS, max(MIN_SECONDS, math.ceil(1.3 * total)))

@@ -122,7 +122,7 @@ class Film:
 
     def _keep(self, session: Session, path: Path) -> None:
         session.save(path)
-        self._actions.write_text(session.actions.to_json(), encoding="utf-8")
+        self._actions.write_text(session.settings.actions.to_json(), encoding="utf-8")
 
     def frames(self, indices: list[int]) -> dict[int, np.ndarray]:
         """Single frames of the film by index: uint8 H W 3 each."""

@@ -21,7 +21,7 @@ WORST, BEST = 8.0, 32.0  # dB, the ends of the bar of likeness
 def memory_check(film: Film) -> str:
     """Pairs of frames that the walk sees from the same place, with their likeness, and the strip of windows."""
     session = film.session()
-    pairs = revisits(walk(session.actions, session.num_frames))
+    pairs = revisits(walk(session.settings.actions, session.num_frames))
     strip = coverage_strip(session.history.shape[2])
     if not pairs:
         hint = "This walk never comes back to a view that it has left. Look around, or walk and return, and it will."

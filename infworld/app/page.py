@@ -44,10 +44,10 @@ from infworld.camera import STEP, TURN_DEGREES
 from infworld.config import PROJECT_ROOT, ModelConfig
 from infworld.devices import device_name, pick_device
 from infworld.models import available, default_model, prepare
+from infworld.pictures import crop_image
 from infworld.presets import PRESETS, find_preset
 from infworld.session import Session
 from infworld.settings import MAX_PROMPT, MAX_STEPS, FilmSettings
-from infworld.video import crop_image
 from infworld.world import Chunk, World
 
 log = logging.getLogger(__name__)
@@ -328,14 +328,14 @@ class Page:
         session = _there(film).session()
         job = self.studio.go_on(film, int(chunks), for_film(self._wishes(*settings), session, model))
         frames = film.num_frames + int(chunks) * self.config.chunk_frames
-        return self._begun(job, session.seed) | {self.editor: gr.update(num_frames=frames)}
+        return self._begun(job, session.settings.seed) | {self.editor: gr.update(num_frames=frames)}
 
     @plainly
     def make_again(self, film: Film | None, model: str, *settings: Any) -> Update:
         """The film's last chunk with another seed."""
         session = _there(film).session()
         settings = for_film(self._wishes(*settings), session, model)
-        if settings.seed == session.seed:
+        if settings.seed == session.settings.seed:
             settings = dataclasses.replace(settings, seed=random.randrange(RANDOM_SEEDS))
         return self._begun(self.studio.redo(film, settings), settings.seed)
 
@@ -347,24 +347,25 @@ class Page:
             return self.begin(image, 1 + step, model, *settings)
         session = film.session()
         settings = for_film(self._wishes(*settings), session, model)
-        actions = session.with_actions(driven(value, step)).actions
+        actions = session.with_actions(driven(value, step)).settings.actions
         job = self.studio.go_on(film, 1, dataclasses.replace(settings, actions=actions))
         plan = gr.update(value=actions, num_frames=session.num_frames + step)
-        return self._begun(job, session.seed) | {self.editor: plan}
+        return self._begun(job, session.settings.seed) | {self.editor: plan}
 
     @plainly
     def resume(self, path: str) -> Update:
         """The film of an uploaded session file, with its model."""
         film, session = self.studio.resume(path)
         fields = {
-            self.editor: gr.update(value=session.actions, num_frames=session.num_frames),
-            self.prompt: session.prompt,
+            self.editor: gr.update(value=session.settings.actions, num_frames=session.num_frames),
+            self.prompt: session.settings.prompt,
             self.model: session.model,
         }
         config = self.models.config(session.model)
-        quality = session.steps, session.guidance, session.preset
-        fields |= self._chosen(config, session.negative_prompt, *quality)
-        return self._begun(Job(session.model, 0), session.seed) | fields | {self.film: film}
+        settings = session.settings
+        quality = settings.steps, settings.guidance, settings.preset
+        fields |= self._chosen(config, settings.negative_prompt, *quality)
+        return self._begun(Job(session.model, 0), settings.seed) | fields | {self.film: film}
 
     def _wishes(
         self,
@@ -492,7 +493,7 @@ def for_film(settings: FilmSettings, session: Session, model: str) -> FilmSettin
     """Settings of a film's further frames; those about quality are for the chosen model, which may be another."""
     if model == session.model:
         return settings
-    kept = {name: getattr(session, name) for name in ("negative_prompt", "steps", "guidance", "preset")}
+    kept = {name: getattr(session.settings, name) for name in ("negative_prompt", "steps", "guidance", "preset")}
     return dataclasses.replace(settings, **kept)
 
 

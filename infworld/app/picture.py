@@ -8,7 +8,7 @@ import gradio as gr
 
 
 class Picture(gr.Image):
-    """An upload whose reading is left to `infworld.video.load_image`, which says what is wrong with a picture."""
+    """An upload whose reading is left to `infworld.pictures.load_image`, which says what is wrong with a picture."""
 
     is_template = True
 

@@ -20,9 +20,9 @@ from infworld.app.films import Film, FilmStore
 from infworld.app.model_pool import ModelPool
 from infworld.app.status import RunProgress
 from infworld.devices import peak_memory
+from infworld.pictures import crop_image
 from infworld.session import Session, check_session
 from infworld.settings import FilmSettings
-from infworld.video import crop_image
 from infworld.world import Chunk
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,6 @@ class Studio:
         session = Session.load(path)
         config = self.models.config(session.model)
         check_session(session, config)
-        FilmSettings.of(session)
         if session.chunk_latents:
             config.chunks_for(session.num_frames)
         film = self.store.new()
@@ -105,7 +104,7 @@ class Studio:
                     film.begin(result)
                 elif isinstance(result, Report):
                     seconds = time.monotonic() - began
-                    yield RunProgress(job.model, number, job.chunks, frames, seconds, task.seed, result)
+                    yield RunProgress(job.model, number, job.chunks, frames, seconds, task.settings.seed, result)
                 else:
                     film.add(result)
                     frames += self.models.config(job.model).chunk_frames
@@ -119,10 +118,10 @@ class Studio:
         if job.settings is None:
             return None
         if job.picture is not None:
-            return Scene(**vars(job.settings), picture=job.picture)
+            return Scene(job.settings, job.picture)
         if job.redo:
-            return job.settings.for_rest_of(film.previous()).with_seed(job.settings.seed)
-        return job.settings.for_rest_of(film.session())
+            return film.previous().with_settings(job.settings).with_seed(job.settings.seed)
+        return film.session().with_settings(job.settings)
 
     def _show(self, film: Film, compute: Compute) -> Iterator[Chunk]:
         """Decodes the chunks that the film's session has and its folder has no frames of."""

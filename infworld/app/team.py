@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from infworld.app.compute import Compute, Replay, Result, Scene, Task, start, step_by_step
+from infworld.app.compute import Compute, Replay, Result, Scene, Task, step_by_step
 from infworld.parallel import Abandoned, Team
 from infworld.session import Session
 from infworld.world import Chunk, World
@@ -43,13 +43,15 @@ def leading(world: World) -> Compute:
         nonlocal last
         if isinstance(task, Scene):
             order(task)
-            task = last = start(world, task)
+            task = last = world.start(task.picture, task.settings)
             yield task
         order(task)
+        result = None
         for result in world.replay(task.session) if isinstance(task, Replay) else step_by_step(world, task):
-            if isinstance(result, Chunk) and not isinstance(task, Replay):
-                last = result.session
             yield result
+        # Not before the end, without which the other ranks have no session either.
+        if isinstance(result, Chunk) and not isinstance(task, Replay):
+            last = result.session
 
     def guarded(task: Task) -> Iterator[Result]:
         """One task at a time, even of runs that nobody waits for any more and that are still on.
@@ -87,7 +89,9 @@ def _do(world: World, task: Task) -> Session | None:
         for _ in world.replay(task.session):
             pass
         return None
-    return start(world, task) if isinstance(task, Scene) else world.next_chunk(task).session
+    if isinstance(task, Scene):
+        return world.start(task.picture, task.settings)
+    return world.next_chunk(task).session
 
 
 def _changes(old: Session, new: Session) -> dict[str, Any]:

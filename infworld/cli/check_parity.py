@@ -40,9 +40,9 @@ from infworld.config import (
 )
 from infworld.devices import pick_device, pick_dtype
 from infworld.dit import InfiniteWorldTransformer
+from infworld.pictures import to_uint8
 from infworld.text import TextEmbedding, UMT5TextEncoder, build_umt5, umt5_names
 from infworld.vae import build_vae
-from infworld.video import to_uint8
 from infworld.world import World
 
 # Largest max|a - b| / max|b| of float32 tensors, decoded pixels, and the transformer in bfloat16.

@@ -9,7 +9,6 @@ On a host with N GPUs, `torchrun --nproc-per-node N scripts/generate.py ...` mak
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import signal
 import sys
@@ -31,8 +30,9 @@ from infworld.config import load_config
 from infworld.devices import device_name, limit_memory, peak_memory, pick_device
 from infworld.memory_plan import FASTEST, GB, NotEnoughMemory
 from infworld.models import default_model, prepare
+from infworld.pictures import load_image
 from infworld.presets import PRESETS, find_preset
-from infworld.video import Mp4Writer, check_output, load_image
+from infworld.video import Mp4Writer, check_output
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,7 +151,7 @@ def film(plan: FilmPlan, world: infworld.World, loading: float) -> int:
         try:
             for chunk in world.replay(session):
                 writer.write(chunk.frames)
-            with Bar(session.steps, plan.chunks - len(session.chunk_latents)) as bar:
+            with Bar(session.settings.steps, plan.chunks - len(session.chunk_latents)) as bar:
                 for chunk in world.extend(session, bar.chunks, bar.show):
                     session = chunk.session
                     writer.write(chunk.frames, session)
@@ -252,14 +252,17 @@ def resumed(args: argparse.Namespace) -> infworld.Session:
     if args.actions is not None:
         session = session.with_actions(args.actions)
     if args.prompt is not None or args.negative_prompt is not None:
-        session = session.with_prompt(session.prompt if args.prompt is None else args.prompt, args.negative_prompt)
+        session = session.with_prompt(
+            session.settings.prompt if args.prompt is None else args.prompt, args.negative_prompt
+        )
     if args.seed is not None:
         session = session.with_seed(args.seed)
     steps = args.steps
     if args.preset is not None and steps is None:
         steps = find_preset(args.preset).sampler_steps(load_config(args.model or session.model).val_scheduler_cfg)
     changes = {"steps": steps, "guidance": args.guidance, "preset": args.preset}
-    return dataclasses.replace(session, **{name: value for name, value in changes.items() if value is not None})
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return session.replace_settings(**changes)
 
 
 class BackgroundWriter:
@@ -328,7 +331,8 @@ def report(film: Mp4Writer, session: infworld.Session, session_path: Path | None
     """Says what there is now and how to go on; saves the session if there is a place for it."""
     if film.frames:
         stopped = "stopped: " if interrupted else ""
-        print(f"{stopped}{film.path} has {film.frames} frames ({film.frames / film.fps:.1f} s), seed {session.seed}")
+        seconds = film.frames / film.fps
+        print(f"{stopped}{film.path} has {film.frames} frames ({seconds:.1f} s), seed {session.settings.seed}")
     if session_path is not None:
         session.save(session_path)
         print(f"go on with: --resume {session_path} --frames {session.num_frames + 160}")

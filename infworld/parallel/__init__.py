@@ -260,15 +260,6 @@ class Team:
         """`function` computed by rank 0 for every rank."""
         return lambda *arguments: self.broadcast_from_rank0(lambda: function(*arguments))
 
-    def synced_callback(self, callback: Callable[[T], object] | None) -> Callable[[T], None]:
-        """A callback of rank 0 that all ranks call: what it raises ends what they do, at the same place."""
-
-        def hear(news: T) -> None:
-            if callback is not None:
-                callback(news)
-
-        return lambda news: self.broadcast_from_rank0(lambda: hear(news))
-
     def synced_iterator(self, items: Iterator[T]) -> Iterator[T]:
         """The items, made on every rank as long as rank 0 asks for them."""
         done = object()

@@ -50,11 +50,11 @@ from infworld.devices import pick_device, pick_dtype, pick_vae_dtype
 from infworld.dit import InfiniteWorldTransformer
 from infworld.layers import fastest_attention
 from infworld.memory import MAX_SINGLE_PASS, memory_latents
+from infworld.pictures import prepare_image
 from infworld.presets import EXACT, PRESETS
 from infworld.sampler import sample, schedule
 from infworld.session import Session
 from infworld.vae import build_vae
-from infworld.video import prepare_image
 from infworld.world import Chunk, World
 
 WAYS = ("exact", "naive")
@@ -361,7 +361,7 @@ def faster_presets(bench: Bench) -> None:
         name, guess = f"{preset.name}: chunk, longest history", chunk_seconds(bench, "exact", longest, passes)
         if not bench.record.allows(name, guess):
             continue
-        session = dataclasses.replace(bench.session(longest), preset=preset.name, steps=steps)
+        session = bench.session(longest).replace_settings(preset=preset.name, steps=steps)
         taken, chunk = bench.made(session)
         note = f"{steps} steps that cost as much as {passes:g} of exact; measured once; {guess:.4g} by its parts"
         bench.record.put(name, taken, "s", note)
@@ -414,7 +414,7 @@ def errors(bench: Bench) -> None:
 def chunk_error(bench: Bench, world: World, session: Session) -> float:
     height, width = session.picture.shape[1:3]
     z = noise(world.config, (height, width), world.config.chunk_latents).to(bench.device)
-    timesteps = schedule(world.config.val_scheduler_cfg, session.steps)
+    timesteps = schedule(world.config.val_scheduler_cfg, session.settings.steps)
     ours = sample(world.velocity(session), z, timesteps)
     with naive_attention(bench):
         plain = sample(plain_velocity(world, session), z, timesteps)
@@ -477,7 +477,7 @@ def two_texts_at_once(bench: Bench) -> None:
         return
     model, session = bench.world.transformer, bench.session(bench.histories[0])
     z, t = bench.noise(bench.config.chunk_latents), timestep(bench)
-    texts = NoiseText(bench.config).encode([session.prompt, session.negative_prompt]).to(bench.device)
+    texts = NoiseText(bench.config).encode([session.settings.prompt, session.settings.negative_prompt]).to(bench.device)
     move, view = torch.zeros(2, 2, bench.config.chunk_frames + 1, dtype=torch.long, device=bench.device)
     with torch.inference_mode(), fastest_attention(bench.device):
         memory = model.latent_encoder(session.history.to(bench.device, model.dtype)).repeat(2, 1, 1, 1, 1)
@@ -515,7 +515,7 @@ def attention_backends(bench: Bench) -> None:
         return
     session, z, t = bench.session(bench.histories[0]), bench.noise(bench.config.chunk_latents), timestep(bench)
     model, order = bench.world.transformer, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    texts = NoiseText(bench.config).encode([session.prompt]).to(bench.device)
+    texts = NoiseText(bench.config).encode([session.settings.prompt]).to(bench.device)
     move, view = torch.zeros(2, 1, bench.config.chunk_frames + 1, dtype=torch.long, device=bench.device)
     with torch.inference_mode(), bench.attention(*order, SDPBackend.MATH):
         context, actions = model.embed_text(texts.hidden, texts.mask), model.action_encoder(move, view)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -42,7 +41,7 @@ def small_cards(bench: Bench) -> None:
 def on_card(bench: Bench, card: int, plan: MemoryPlan, timed: bool) -> None:
     config, whole = bench.config, bench.world
     world = World(config, whole.transformer, whole.vae, NoiseText(config), plan=plan)
-    session = dataclasses.replace(bench.session(bench.histories[0]), steps=STEPS)
+    session = bench.session(bench.histories[0]).replace_settings(steps=STEPS)
     bench.record.put(f"{card} GB: planned peak", world.memory_estimate().gpu(plan) / GB, "GB", str(plan))
     torch.cuda.reset_peak_memory_stats(bench.device)
     first = bench.once(lambda: world.next_chunk(session))

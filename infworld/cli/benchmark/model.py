@@ -74,9 +74,13 @@ def generator(seed: int = 0) -> torch.Generator:
 def plain_velocity(world: World, session: Session) -> Callable[[Tensor, Tensor], Tensor]:
     """`World.velocity` without any of its savings: everything in `forward`, both texts as a batch of two."""
     model, device = world.transformer, world.device
-    prompts = [session.prompt, session.negative_prompt] if session.guidance != 1 else [session.prompt]
+    prompts = (
+        [session.settings.prompt, session.settings.negative_prompt]
+        if session.settings.guidance != 1
+        else [session.settings.prompt]
+    )
     texts = NoiseText(world.config).encode(prompts).to(device)
-    pairs = session.actions.pairs(session.num_frames - 1, session.num_frames + world.config.chunk_frames)
+    pairs = session.settings.actions.pairs(session.num_frames - 1, session.num_frames + world.config.chunk_frames)
     move, view = torch.tensor(pairs, device=device).T.unsqueeze(1)
     history = session.history.to(device)
 
@@ -84,6 +88,6 @@ def plain_velocity(world: World, session: Session) -> Callable[[Tensor, Tensor],
     def velocity(z: Tensor, timestep: Tensor) -> Tensor:
         batch = [x.expand(len(prompts), *x.shape[1:]) for x in (z, timestep.reshape(1), history, move, view)]
         v = model(*batch, texts.hidden, texts.mask)
-        return guide(v[:1], v[1:], session.guidance) if len(v) == 2 else v
+        return guide(v[:1], v[1:], session.settings.guidance) if len(v) == 2 else v
 
     return velocity

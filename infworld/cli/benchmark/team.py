@@ -62,13 +62,13 @@ def measure(world: World, session: Session, what: str, steps: int) -> torch.Tens
 
     On a GPU a step may end later than it is heard of: the last ones' time is waited for with the last.
     """
-    world.next_chunk(dataclasses.replace(session, steps=1))
+    world.next_chunk(session.replace_settings(steps=1))
     stages: dict[str, float] = {}
     last = began = time.perf_counter()
 
     def hear(progress: Progress) -> None:
         nonlocal last
-        if world.device.type == "cuda" and (progress.stage != "sample" or progress.step == session.steps):
+        if world.device.type == "cuda" and (progress.stage != "sample" or progress.step == session.settings.steps):
             torch.cuda.synchronize(world.device)
         now = time.perf_counter()
         stages[progress.stage] = stages.get(progress.stage, 0) + now - last
@@ -79,10 +79,10 @@ def measure(world: World, session: Session, what: str, steps: int) -> torch.Tens
     stages["encode and the rest"] = now - last
     if parallel.rank() == 0:
         parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in stages.items())
-        whole = now - began + stages["sample"] * (steps / session.steps - 1)
+        whole = now - began + stages["sample"] * (steps / session.settings.steps - 1)
         print(
-            f"{what}: chunk of {session.steps} steps {now - began:.2f} s ({parts}); of {steps} steps {whole:.2f} s; "
-            f"{CHUNKS} like it {CHUNKS * whole:.1f} s",
+            f"{what}: chunk of {session.settings.steps} steps {now - began:.2f} s ({parts}); "
+            f"of {steps} steps {whole:.2f} s; {CHUNKS} like it {CHUNKS * whole:.1f} s",
             flush=True,
         )
     return chunk.latents

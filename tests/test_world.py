@@ -22,11 +22,12 @@ from infworld.actions import ActionScript
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.devices import pick_device, pick_threads, pick_vae_dtype
 from infworld.dit import InfiniteWorldTransformer
-from infworld.session import MAX_SEED, Session
+from infworld.pictures import prepare_image, to_uint8
+from infworld.session import Session
+from infworld.settings import MAX_SEED, MAX_STEPS
 from infworld.text import TextEmbedding, load_text_encoder
 from infworld.training.render import render
 from infworld.training.worlds import EVAL_SEEDS, make_worlds, spawn
-from infworld.video import prepare_image, to_uint8
 from infworld.world import Chunk, World
 
 ROOT = Path(__file__).parent.parent
@@ -68,8 +69,7 @@ def state(session: Session) -> dict[str, torch.Tensor]:
 
 def values(session: Session) -> dict:
     """All other fields of a session."""
-    names = ("model", "actions", "prompt", "negative_prompt", "seed", "steps", "guidance", "num_frames")
-    return {name: getattr(session, name) for name in names}
+    return {"model": session.model, "num_frames": session.num_frames, **vars(session.settings)}
 
 
 def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -159,7 +159,7 @@ def test_actions_of_this_chunk_reach_the_model_and_no_others(world, session, fil
 
     def latents(*changed: int) -> torch.Tensor:
         script = ActionScript.from_pairs((4, 4) if frame in changed else pair for frame, pair in enumerate(pairs))
-        return world.next_chunk(dataclasses.replace(session, actions=script)).latents
+        return world.next_chunk(session.replace_settings(actions=script)).latents
 
     assert torch.equal(latents(0, 80, 159, 241, 399), film[2].latents)
     assert not torch.equal(latents(160), film[2].latents)
@@ -168,28 +168,31 @@ def test_actions_of_this_chunk_reach_the_model_and_no_others(world, session, fil
 
 def test_new_actions_are_for_the_frames_to_come(world, film):
     changed = film[0].session.with_actions("right 30")
-    assert changed.actions.text() == "forward 80, right 30"
+    assert changed.settings.actions.text() == "forward 80, right 30"
     assert same_state(state(changed), state(film[0].session))
     assert not torch.equal(world.next_chunk(changed).latents, film[1].latents)
 
 
 def test_a_short_script_is_padded_with_doing_nothing(world, session, film):
-    assert len(session.actions) == 150 < session.num_frames
-    padded = dataclasses.replace(session, actions=session.actions.cut(500))
+    assert len(session.settings.actions) == 150 < session.num_frames
+    padded = session.replace_settings(actions=session.settings.actions.cut(500))
     assert torch.equal(world.next_chunk(padded).latents, film[2].latents)
 
 
 def test_prompts_reach_the_model(world, session, film):
     other = session.with_prompt("a city at night")
-    assert (other.prompt, other.negative_prompt) == ("a city at night", session.negative_prompt)
-    assert session.with_prompt("", "blur").negative_prompt == "blur"
+    assert (other.settings.prompt, other.settings.negative_prompt) == (
+        "a city at night",
+        session.settings.negative_prompt,
+    )
+    assert session.with_prompt("", "blur").settings.negative_prompt == "blur"
     assert not torch.equal(world.next_chunk(other).latents, film[2].latents)
 
 
 def test_guidance_1_needs_no_negative_prompt_and_more_goes_away_from_it(world, session, film):
-    assert session.guidance == 1
+    assert session.settings.guidance == 1
     assert torch.equal(world.next_chunk(session.with_prompt("a meadow", "blur")).latents, film[2].latents)
-    guided = dataclasses.replace(session, guidance=3.0)
+    guided = session.replace_settings(guidance=3.0)
     assert torch.equal(world.next_chunk(guided.with_prompt("a meadow", "a meadow")).latents, film[2].latents)
     away = [world.next_chunk(guided.with_prompt("a meadow", negative)).latents for negative in ("blur", "a desert")]
     assert not torch.equal(away[0], film[2].latents) and not torch.equal(away[0], away[1])
@@ -215,7 +218,7 @@ def test_the_next_chunk_leaves_its_session_as_it_was(world, session):
     world.next_chunk(session)
     assert same_state(state(session), before) and values(session) == plain
     with pytest.raises(dataclasses.FrozenInstanceError):
-        session.seed = 5
+        session.settings = None
 
 
 def test_a_session_is_on_the_cpu_and_holds_no_more_than_it_must(session):
@@ -424,8 +427,8 @@ def test_a_session_that_cannot_be_written_says_so(begun, tmp_path, name):
         ({"seed": MAX_SEED + 1}, "the seed must be"),
         ({"seed": 1.5}, "the seed must be .*, not 1.5"),
         ({"seed": "7"}, "the seed must be .*, not '7'"),
-        ({"steps": 0}, "steps must be a whole number from 1 to 1000, not 0"),
-        ({"steps": 1001}, "steps must be"),
+        ({"steps": 0}, "steps must be a whole number from 1 to 100, not 0"),
+        ({"steps": MAX_STEPS + 1}, "steps must be"),
         ({"steps": 2.5}, "steps must be"),
         ({"guidance": math.nan}, "guidance must be a finite number, not nan"),
         ({"guidance": math.inf}, "guidance must be"),
@@ -446,7 +449,7 @@ def test_bad_wishes_are_refused_before_anything_is_computed(world, picture, monk
 
 def test_largest_and_smallest_wishes_are_taken(world, picture):
     for seed in (0, MAX_SEED):
-        assert world.start(picture, seed=seed, steps=1, guidance=0).guidance == 0.0
+        assert world.start(picture, seed=seed, steps=1, guidance=0).settings.guidance == 0.0
     with pytest.raises(ValueError, match="the seed must be"):
         world.start(picture).with_seed(-1)
 
@@ -464,9 +467,12 @@ def test_an_upright_picture_gets_an_upright_film(world):
 def test_the_defaults_are_the_models_own(world, picture):
     session = world.start(picture)
     scheduler = world.config.val_scheduler_cfg
-    assert (session.steps, session.guidance) == (scheduler.num_sampling_steps, scheduler.text_cfg_scale)
-    assert session.negative_prompt == world.config.negative_prompt
-    assert world.start(picture, negative_prompt="").negative_prompt == ""
+    assert (session.settings.steps, session.settings.guidance) == (
+        scheduler.num_sampling_steps,
+        scheduler.text_cfg_scale,
+    )
+    assert session.settings.negative_prompt == world.config.negative_prompt
+    assert world.start(picture, negative_prompt="").settings.negative_prompt == ""
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
