@@ -18,6 +18,7 @@ COMMANDS = {
     "random-checkpoint": ("infworld.cli.random_checkpoint", "write random weights of the released sizes"),
     "train-vae": ("infworld.training.train_vae", "train a VAE on procedural worlds"),
     "train-world": ("infworld.training.train_world", "train a world model on procedural worlds"),
+    "evaluate": ("infworld.cli.evaluate", "measure a model on any pictures: memory, control, stability, motion"),
     "evaluate-worlds": ("infworld.training.evaluate", "measure a model against procedural worlds"),
 }
 

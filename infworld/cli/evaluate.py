@@ -21,6 +21,7 @@ import infworld
 from infworld.cli.console import exit_code
 from infworld.models import default_model, prepare
 from infworld.presets import PRESETS
+from infworld.settings import FilmSettings
 from infworld.world import World
 
 
@@ -87,8 +88,6 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def settings_of(world: World, choices: dict) -> dict:
     """What a model's films depend on, in words."""
-    from infworld.settings import FilmSettings
-
     chosen = FilmSettings.for_model(world.config, **choices)
     return {
         "model": world.config.name,

@@ -1,9 +1,9 @@
 """Cases to film: a picture, actions, a prompt and a name, from a folder in one of three layouts.
 
-    cases.json          a list of {"name", "picture", "actions", "prompt"}; actions are script text, a list with one
-                        {"move", "view"} per frame, or the name of a JSON file with such a list
-    cases/case_*.json   WBench's data folder; its navigation cases are taken
-    NAME.png            with NAME.json (actions) and NAME.txt (prompt) beside it, as in examples/
+cases.json          a list of {"name", "picture", "actions", "prompt"}; actions are script text, a list with one
+                    {"move", "view"} per frame, or the name of a JSON file with such a list
+cases/case_*.json   WBench's data folder; its navigation cases are taken
+NAME.png            with NAME.json (actions) and NAME.txt (prompt) beside it, as in examples/
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def read_suite(folder: str | Path, fps: float) -> Suite:
 def _listed(folder: Path, entry: Any) -> Case:
     known = {"name", "picture", "actions", "prompt"}
     if not isinstance(entry, dict) or not {"name", "picture", "actions"} <= entry.keys() <= known:
-        raise ValueError(f"{folder / 'cases.json'}: a case is an object with name, picture, actions, prompt, not {entry}")
+        raise ValueError(f"{folder}: a case is an object with name, picture, actions and prompt, not {entry!r:.200}")
     actions, name = entry["actions"], str(entry["name"])
     if isinstance(actions, str) and actions.endswith(".json"):
         actions = folder / actions

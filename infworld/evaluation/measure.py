@@ -20,7 +20,7 @@ from infworld.metrics.quality import dynamic_degree, motion_smoothness
 from infworld.metrics.similarity import normalised, random_floor, round_trip_ceiling
 from infworld.metrics.stability import drift, seams, still_likeness
 from infworld.metrics.summary import Figure, summarize
-from infworld.video import to_uint8
+from infworld.pictures import to_uint8
 from infworld.world import World
 
 DRIFTS = ("sharpness", "contrast", "saturation", "colour shift")

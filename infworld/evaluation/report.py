@@ -35,7 +35,9 @@ def write_report(evaluation: Evaluation, films: Sequence[Film]) -> Path:
         settings=evaluation.settings,
         names=NAMES,
         memories=[memory for memory in NAMES if any(film.memory == memory for film in films)],
-        table=[(row, {memory: show(row, value) for memory, value in columns.items()}) for row, columns in figures(films)],
+        table=[
+            (row, {memory: show(row, value) for memory, value in columns.items()}) for row, columns in figures(films)
+        ],
         obedience=obedience(films),
         plots=[Markup(plot) for plot in (plot_gaps(films), *plot_drift(films)) if plot],
         strips=[(film, _picture(evaluation.strip_path(film.name))) for film in films if film.kind in ("walk", "still")],

@@ -159,4 +159,3 @@ def write_text(path: Path, text: str) -> None:
 
 def _within(turns: Sequence[int], frames: int) -> list[int]:
     return [min(turn, frames) for turn in turns]
-

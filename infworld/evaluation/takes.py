@@ -88,9 +88,7 @@ def plan(cases: tuple[Case, ...], scope: Scope, chunk: int, seed: int) -> list[T
     return takes
 
 
-def film(
-    world: World, take: Take, choices: dict, heard: Callable[[Progress], None] | None = None
-) -> np.ndarray:
+def film(world: World, take: Take, choices: dict, heard: Callable[[Progress], None] | None = None) -> np.ndarray:
     """All frames of a take, the picture first: (1 + chunks * chunk, H, W, 3) uint8. choices: preset, steps, guidance,
     as `World.start` takes them."""
     session = world.start(take.case.picture, take.actions, take.case.prompt, seed=take.seed, **choices)
@@ -105,14 +103,10 @@ def film(
 def forget(session: Session, last: np.ndarray) -> Session:
     """The same film as if it had begun with its last frame (1, H, W, 3): memory cut to that frame's latent. What comes
     next, noise and actions, stays as it was."""
-    return dataclasses.replace(
-        session,
-        picture=last,
-        history=session.history[:, :, -1:],
-        chunk_latents=(),
-        num_frames=1,
-        actions=ActionScript.from_pairs(session.actions.pairs(session.num_frames - 1)),
-    )
+    rest = ActionScript.from_pairs(session.settings.actions.pairs(session.num_frames - 1))
+    history = session.history[:, :, -1:]
+    forgotten = dataclasses.replace(session, picture=last, history=history, chunk_latents=(), num_frames=1)
+    return forgotten.replace_settings(actions=rest)
 
 
 def describe(take: Take) -> str:
