@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from infworld.settings import FilmSettings
     from infworld.world import Chunk, World
 
+__version__ = "0.1.0"
 __all__ = ["ActionScript", "Chunk", "FilmSettings", "Progress", "Segment", "Session", "World", "load"]
 
 # The engine needs torch, which takes seconds to import: only when it is first asked for.

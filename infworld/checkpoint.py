@@ -32,7 +32,7 @@ _ZIP = b"PK\x03\x04"  # how a torch file begins, unless it is older than torch 1
 _ZIP_HEADER = 30  # bytes of the header before each of its members, of which the last four are two lengths
 _ZIP_END = 22  # bytes of the record at its end
 _NAMED = 4  # names per kind of mismatch in an error
-_AGAIN = "download it again (the released files: python scripts/download.py)"
+_AGAIN = "download it again (the released files: infworld download)"
 _PIECE = 2**24  # numbers that are converted and written at a time
 
 _SAFETENSORS_DTYPES = {
@@ -202,7 +202,7 @@ def check_file(path: str | Path) -> Path:
         raise ValueError(f"{path} is no weight file by its name: known are {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise FileNotFoundError(
-            f"no weight file at {path}: download it there (the released files: python scripts/download.py) "
+            f"no weight file at {path}: download it there (the released files: infworld download) "
             "or correct the path in the config"
         )
     size = path.stat().st_size

@@ -13,8 +13,11 @@ from typing import Any
 
 import yaml
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
-CONFIG_DIR = Path(__file__).resolve().parent / "configs"
+PACKAGE = Path(__file__).resolve().parent
+CONFIG_DIR = PACKAGE / "configs"
+# `examples/` and `checkpoints/tiny/` lie beside the package in a clone, and within it once it is installed.
+INSTALLED = (PACKAGE / "examples").is_dir()
+PROJECT_ROOT = PACKAGE if INSTALLED else PACKAGE.parent
 MODELS = {"infinite-world": "infworld_config.yaml", "tiny": "tiny.yaml"}  # by name, in CONFIG_DIR
 FRAMES_PER_LATENT = 4  # of the causal VAE; the first latent stands for one frame alone
 BUCKET_STEP = 16  # pixels per patch: 8 per latent, 2 latents per patch
@@ -194,7 +197,7 @@ class ModelConfig:
 
 
 def faster_form(path: Path) -> Path:
-    """The `.safetensors` that `scripts/convert_checkpoint.py` wrote beside a torch file, else the path itself.
+    """The `.safetensors` that `infworld convert` wrote beside a torch file, else the path itself.
 
     A torch file that has changed since then is newer, and is taken.
     """

@@ -2,8 +2,9 @@
 
 Files are looked for where the config says, then in the folder of `weights_folder`, then in the Hub's cache, where
 `preload_from_hub` puts them when a Space is built. What is nowhere is downloaded to `weights_folder`: `checkpoints/`
-in a clone, because that is where the config and a person look; on a Space a folder below HF_HOME, because that is what
-persistent storage keeps. Never to the cache: a file that is there is used from there, so none is stored twice.
+in a clone, because that is where the config and a person look; else a folder below HF_HOME, which is the user's own and
+which a Space's persistent storage keeps. Never to the Hub's cache: a file that is there is used from there, so none is
+stored twice.
 
 The first download of a repository resolves `main` to one commit and writes it down in `.hub.json` beside the files;
 everything after that, also a download taken up again, comes from that commit. `revision` or INFWORLD_REVISION choose
@@ -22,9 +23,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, cached_assets_path, constants
+from huggingface_hub import HfApi, constants
 
-from infworld.config import PROJECT_ROOT, ModelConfig, faster_form
+from infworld.config import INSTALLED, PROJECT_ROOT, ModelConfig, faster_form
 from infworld.transfer import (
     NETWORK_ERRORS,
     PAUSES,
@@ -61,11 +62,14 @@ class DownloadPlan:
 
 
 def weights_folder() -> Path:
-    """Where downloaded weights go: INFWORLD_CHECKPOINTS, else below HF_HOME on a Space, else `checkpoints/`."""
+    """Where downloaded weights go: INFWORLD_CHECKPOINTS; else `checkpoints/` in a clone; else a folder below HF_HOME.
+
+    A Space is a clone whose files are lost when it restarts, so it downloads below HF_HOME too.
+    """
     if named := os.environ.get("INFWORLD_CHECKPOINTS"):
         return Path(named).expanduser().absolute()
-    if os.environ.get("SPACE_ID"):
-        return Path(cached_assets_path("infworld", "hub", "checkpoints"))
+    if INSTALLED or os.environ.get("SPACE_ID"):
+        return Path(constants.HF_ASSETS_CACHE, "infworld", "hub", "checkpoints")
     return PROJECT_ROOT / "checkpoints"
 
 

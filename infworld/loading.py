@@ -10,12 +10,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from infworld import packages
+from infworld import hub, packages
 from infworld.checkpoint import RELEASED_EXTRAS, check_file, load_strict, read_tensors
-from infworld.config import ModelConfig, load_config
+from infworld.config import MODELS, PROJECT_ROOT, ModelConfig, load_config
 from infworld.devices import pick_device, pick_dtype, pick_threads, pick_vae_dtype
 from infworld.dit import InfiniteWorldTransformer
 from infworld.memory_plan import FASTEST, GB, MemoryEstimate, MemoryPlan, choose
+from infworld.models import prepare
 from infworld.parallel import Team
 from infworld.text import free_memory, open_text_encoder
 from infworld.vae import build_vae
@@ -32,7 +33,7 @@ def load(
     compile: bool = False,
     team: Team | None = None,
 ) -> World:
-    """Loads a model: "tiny", "infinite-world", the path of a config YAML, or the config itself.
+    """Loads a model: "tiny", "infinite-world" (downloaded if missing), the path of a config YAML, or the config itself.
 
     device: "auto" (the GPU if there is one), "cuda", "cuda:1", "cpu". text_placement: where a large text encoder works
     and whether it stays: "auto", "gpu" or "cpu", see `UMT5OnDemand`. compile: whether torch.compile makes the
@@ -43,7 +44,9 @@ def load(
     for missing, truncated or foreign weights, naming the file.
     """
     began = time.monotonic()
-    config = name if isinstance(name, ModelConfig) else load_config(name)
+    if not isinstance(name, ModelConfig):
+        name = prepare(name) if name in MODELS else load_config(name)
+    config = hub.find(name) or name
     device = pick_device(device) if team is None else team.device
     dtype = pick_dtype(device, getattr(torch, config.amp_dtype))
     path, vae_path = check_file(config.path(config.checkpoint_path)), check_file(config.path(config.vae_cfg.vae_pth))
@@ -62,7 +65,8 @@ def load(
         drop=RELEASED_EXTRAS,
     )
     if plan.blocks == "gpu":
-        packaged = team is None and packages.apply(transformer, path.parent)
+        places = (path.parent, PROJECT_ROOT / "checkpoints", hub.weights_folder())
+        packaged = team is None and packages.apply(transformer, places)
         if compile and not packaged:
             transformer.compile_blocks()
     vae = load_strict(

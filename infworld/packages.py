@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from infworld import layers
-from infworld.config import PROJECT_ROOT, ModelConfig, TransformerConfig
+from infworld.config import ModelConfig, TransformerConfig
 from infworld.dit import PATCH, Block, InfiniteWorldTransformer
 from infworld.layers import fastest_attention, rope_3d
 from infworld.memory import MAX_SINGLE_PASS, memory_latents
@@ -77,15 +77,15 @@ def make(config: ModelConfig, device: torch.device, dtype: torch.dtype, folder: 
     return deviation
 
 
-def apply(transformer: InfiniteWorldTransformer, beside: Path) -> bool:
+def apply(transformer: InfiniteWorldTransformer, places: Iterable[Path]) -> bool:
     """Lets the blocks take their steps by a package, if there is one that fits; whether there is.
 
-    beside: a folder in which to look, besides the project's `checkpoints/`. What is damaged, or fails later, is said
-    in a line of the log, and the blocks do without.
+    places: folders to look in. A package that is damaged, or that fails later, is logged in one line, and the blocks do
+    without it.
     """
     try:
-        places = dict.fromkeys([beside.absolute(), PROJECT_ROOT / "checkpoints"])
-        records = [path for place in places for path in sorted(place.glob(f"blocks-*/{RECORD}"))]
+        folders = dict.fromkeys(place.absolute() for place in places)
+        records = [path for place in folders for path in sorted(place.glob(f"blocks-*/{RECORD}"))]
         if not records:
             return False
         wanted = _fingerprint(transformer.config, transformer.patch_embedding.weight.device, transformer.dtype)

@@ -32,7 +32,7 @@ LONGEST_PAUSE = 120  # seconds that a download waits when the Hub asks to slow d
 
 # What goes wrong on the way: the client's own base class, from httpx or httpx2 as its version has it.
 NETWORK_ERRORS = (HfHubHTTPError.__bases__[0], OfflineModeIsEnabled)
-OTHER_FOLDER = "choose another folder with INFWORLD_CHECKPOINTS (scripts/download.py: --to)"
+OTHER_FOLDER = "choose another folder with INFWORLD_CHECKPOINTS (infworld download: --to)"
 _BLOCK = 1 << 20
 _SPEED_WINDOW = 10  # seconds
 _REPORT_EVERY = 0.2  # seconds

@@ -32,7 +32,7 @@ from imageio_ffmpeg import count_frames_and_secs
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-MOST_REQUESTS = 64  # what the server's queue holds (app.MAX_QUEUE, not imported: clients have to start fast)
+MOST_REQUESTS = 64  # what the server's queue holds (runner.MAX_WAITING, not imported: clients have to start fast)
 WARM_UP = 8  # requests at once before memory is first measured
 VANISHING = 0.3  # share of the requests whose client vanishes
 GROUP = 3  # requests of one client that vanishes
@@ -148,13 +148,13 @@ def serve(model: str, films: Path, temp: Path, lifetime: float, port: int) -> No
     import gradio as gr
 
     import infworld
-    from infworld.app import page as app
+    from infworld.app import server
 
     def hasty_blocks(blocks=gr.Blocks, **options) -> gr.Blocks:
         return blocks(**options | {"delete_cache": (SWEEP, lifetime)})
 
-    gr.Blocks, app.LIFETIME = hasty_blocks, lifetime
-    app.serve(infworld.load(model, "cpu"), films, server_name="127.0.0.1", server_port=port, quiet=True)
+    gr.Blocks, server.LIFETIME = hasty_blocks, lifetime
+    server.serve(infworld.load(model, "cpu"), films, server_name="127.0.0.1", server_port=port, quiet=True)
 
 
 def vanish(address: str, picture: Path, settings: list[Wish], connected: Semaphore, go: Event) -> None:

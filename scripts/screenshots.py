@@ -22,7 +22,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 import infworld
-from infworld.app import page as app
+from infworld.app import server
+from infworld.config import PROJECT_ROOT
 
 DESKTOP = {"width": 1400, "height": 900}
 PHONE = {"width": 390, "height": 844}
@@ -38,7 +39,9 @@ def page_server() -> Iterator[str]:
         port = free.getsockname()[1]
         free.close()
         address = {"server_name": "127.0.0.1", "server_port": port}
-        blocks = app.serve(infworld.load("tiny", "cpu"), Path(films), prevent_thread_lock=True, quiet=True, **address)
+        blocks = server.serve(
+            infworld.load("tiny", "cpu"), Path(films), prevent_thread_lock=True, quiet=True, **address
+        )
         try:
             yield blocks.local_url
         finally:
@@ -113,7 +116,7 @@ def take_all(browser: Browser, address: str, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Take the pictures of the page that the documents show.")
-    parser.add_argument("--out", type=Path, default=app.ROOT / "docs" / "screenshots", help="folder")
+    parser.add_argument("--out", type=Path, default=PROJECT_ROOT / "docs" / "screenshots", help="folder")
     args = parser.parse_args()
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     chromium = next((found for found in map(shutil.which, names) if found), None)

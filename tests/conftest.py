@@ -151,8 +151,8 @@ def serve(world, serve_models):
 
 @pytest.fixture(scope="session")
 def serve_models():
-    """The same for any models: serve_models(what app.serve takes, films folder) -> address."""
-    from infworld.app import page as app
+    """The same for any models: serve_models(what server.serve takes, films folder) -> address."""
+    from infworld.app import server
 
     pages = []
 
@@ -160,7 +160,9 @@ def serve_models():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        page = app.serve(models, films, server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)
+        page = server.serve(
+            models, films, server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True
+        )
         pages.append(page)
         return page.local_url
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import copy
@@ -24,22 +25,25 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from imageio_ffmpeg import count_frames_and_secs
 
 import infworld
 from infworld import models
 from infworld.actions import ActionScript
-from infworld.app import compute, status
-from infworld.app import model_pool as ui_models
+from infworld.app import compute, model_pool, server, status
 from infworld.app import page as app
-from infworld.app.compute import Replay, Report, gpu_seconds
+from infworld.app.compute import Opening, Replay, Report, gpu_seconds
 from infworld.app.drive import driven
 from infworld.app.films import Film, FilmStore
 from infworld.app.gallery import find_examples
 from infworld.app.memory_check import coverage_strip, covered_frames, memory_check, psnr
 from infworld.app.model_pool import ModelPool, SingleModelPool
-from infworld.app.studio import Job, Loading, Studio
+from infworld.app.player import film_value
+from infworld.app.runner import Ended, Job, Loading, NewChunk, Runner, RunProgress, Update, Waiting
+from infworld.app.studio import Studio
 from infworld.camera import revisits, walk
 from infworld.config import load_config
+from infworld.memory_plan import NotEnoughMemory
 from infworld.presets import PRESETS, find_preset
 from infworld.progress import Progress
 from infworld.session import Session
@@ -47,31 +51,64 @@ from infworld.settings import MAX_PROMPT, MAX_STEPS, FilmSettings
 from infworld.video import read_mp4
 from infworld.world import Chunk, World
 
-SETTINGS = FilmSettings(
-    ActionScript.parse("forward 80, right 80"), "a hill", "", seed=3, steps=2, guidance=1.0, preset="exact"
-)
+SETTINGS = FilmSettings(ActionScript.parse("forward 80, right 80"), "a hill", "", 3, 2, 1.0, "exact")
 
 
 @pytest.fixture
-def studio(world, tmp_path) -> Studio:
-    return Studio(SingleModelPool(world), FilmStore(tmp_path / "films", lifetime=60))
+def store(tmp_path) -> FilmStore:
+    return FilmStore(tmp_path / "films", lifetime=60, fps=30)
 
 
-def make(studio: Studio, film: Film, job: Job) -> list:
-    return list(studio.run(film, job))
+@pytest.fixture
+def studio(world, store) -> Studio:
+    return Studio(SingleModelPool(world), store)
 
 
-def new_film(studio: Studio, picture, frames: int = 161, settings: FilmSettings = SETTINGS) -> Film:
-    film, job = studio.begin(picture, frames, settings)
-    make(studio, film, job)
-    return film
+@pytest.fixture
+def runner(studio):
+    runner = Runner(studio.models)
+    yield runner
+    runner.close()
+
+
+async def listen(run) -> list[Update]:
+    return [update async for update in run.updates()]
+
+
+def make(runner: Runner, job: Job) -> list[Update]:
+    """Does a job; what is told. Raises what it ends with."""
+    updates = asyncio.run(listen(runner.submit(job)))
+    assert isinstance(updates[-1], Ended) and not any(isinstance(update, Ended) for update in updates[:-1])
+    if updates[-1].error:
+        raise updates[-1].error
+    return [update for update in updates[:-1] if not isinstance(update, Waiting)]
+
+
+def new_film(runner: Runner, studio: Studio, picture, frames: int = 161, settings: FilmSettings = SETTINGS) -> Film:
+    job = studio.begin(picture, frames, settings)
+    make(runner, job)
+    return job.film
+
+
+def stop_when(runner: Runner, job: Job, condition) -> Ended:
+    """Does a job until an update is so, and closes its updates then; how it ended."""
+
+    async def watch(run) -> None:
+        async with contextlib.aclosing(run.updates()) as updates:
+            async for update in updates:
+                if condition(update):
+                    return
+
+    run = runner.submit(job)
+    asyncio.run(watch(run))
+    return asyncio.run(listen(run))[-1]
 
 
 # --------------------------------------------------------------------------------------------------------------- jobs
 
 
-def test_a_run_makes_what_the_world_makes(studio, picture, world):
-    film = new_film(studio, picture)
+def test_a_run_makes_what_the_world_makes(runner, studio, picture, world):
+    film = new_film(runner, studio, picture)
     expected = list(world.rollout(picture, SETTINGS.actions, SETTINGS.prompt, num_frames=161, seed=3))
     assert film.num_frames == 161
     assert np.array_equal(film.session().history, expected[-1].session.history)
@@ -81,77 +118,84 @@ def test_a_run_makes_what_the_world_makes(studio, picture, world):
     assert np.corrcoef(joined[..., 1].ravel(), frames[..., 1].ravel())[0, 1] > 0.9
 
 
-def test_a_run_tells_each_step_and_each_piece(studio, picture):
-    film, job = studio.begin(picture, 161, SETTINGS)
-    news = make(studio, film, job)
-    chunks = [item for item in news if isinstance(item, Chunk)]
-    making = [item for item in news if not isinstance(item, Chunk)]
-    assert [chunk.index for chunk in chunks] == [0, 1]
+def test_a_run_tells_each_step_and_each_piece(runner, studio, picture):
+    news = make(runner, studio.begin(picture, 161, SETTINGS))
+    assert [item.index for item in news if isinstance(item, NewChunk)] == [0, 1]
+    making = [item for item in news if isinstance(item, RunProgress)]
     steps = [(item.chunk, item.report.progress.step) for item in making if item.report.progress.stage == "sample"]
     assert steps == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(item.report.memory > 2**20 and item.report.device == "CPU" for item in making)
     assert [item.frames for item in making if item.chunk == 2][0] == 80
 
 
-def test_going_on_is_the_same_as_a_longer_film(studio, picture):
+def test_going_on_is_the_same_as_a_longer_film(runner, studio, picture):
     script = ActionScript.parse("forward 80, right 80, up 40, back 40")
     settings = dataclasses.replace(SETTINGS, actions=script)
-    long = new_film(studio, picture, 241, settings)
-    short = new_film(studio, picture, 81, settings)
-    make(studio, short, studio.go_on(short, 2, settings))
+    long = new_film(runner, studio, picture, 241, settings)
+    short = new_film(runner, studio, picture, 81, settings)
+    make(runner, studio.go_on(short, 2, settings))
     assert short.num_frames == long.num_frames == 241
     assert np.array_equal(short.session().history, long.session().history)
 
 
-def test_going_on_takes_new_wishes_but_keeps_what_was_done(studio, picture):
-    film = new_film(studio, picture, 81)
-    settings = dataclasses.replace(SETTINGS, actions=ActionScript.parse("left 100, down 60"), prompt="night", steps=1)
-    make(studio, film, studio.go_on(film, 1, settings))
-    session = film.session()
-    assert session.settings.actions.text() == "forward 80, left 20, down 60"
-    assert (session.settings.prompt, session.settings.steps, session.settings.seed) == ("night", 1, 3)
+def test_going_on_takes_new_settings_but_keeps_what_was_done(runner, studio, picture):
+    film = new_film(runner, studio, picture, 81)
+    script = ActionScript.parse("left 100, down 60")
+    settings = dataclasses.replace(SETTINGS, actions=script, prompt="night", steps=1, seed=9)
+    make(runner, studio.go_on(film, 1, settings))
+    settings = film.session().settings
+    assert settings.actions.text() == "forward 80, left 20, down 60"
+    assert (settings.prompt, settings.steps, settings.seed) == ("night", 1, 3)
 
 
-def test_redo_changes_the_last_chunk_only(studio, picture):
-    film = new_film(studio, picture, 161)
+def test_redo_changes_the_last_chunk_only(runner, studio, picture):
+    film = new_film(runner, studio, picture, 161)
     before, pieces = film.session(), film.pieces()
-    make(studio, film, studio.redo(film, dataclasses.replace(SETTINGS, seed=99)))
+    make(runner, studio.redo(film, dataclasses.replace(SETTINGS, seed=99)))
     after = film.session()
-    assert film.num_frames == before.num_frames == after.num_frames == 161
+    assert film.num_frames == before.num_frames == after.num_frames == 161 and after.settings.seed == 99
     assert film.pieces()[0] == pieces[0] and film.pieces()[1] != pieces[1]
     assert np.array_equal(before.history[:, :, :21], after.history[:, :, :21])
     assert not np.array_equal(before.history[:, :, 21:], after.history[:, :, 21:])
-    make(studio, film, studio.redo(film, SETTINGS))  # any number of times
-    make(studio, film, studio.go_on(film, 1, SETTINGS))
+    make(runner, studio.redo(film, SETTINGS))  # any number of times
+    make(runner, studio.go_on(film, 1, SETTINGS))
     assert film.num_frames == 241
 
 
-def test_a_stopped_run_keeps_its_chunks_and_goes_on(studio, picture):
-    film, job = studio.begin(picture, 401, SETTINGS)
-    run = studio.run(film, job)
-    while not (isinstance(item := next(run), Chunk) and item.index == 1):
-        pass
-    next(run)  # in the middle of the third chunk
-    run.close()
-    assert threading.active_count() == 1  # nothing goes on computing
+def test_a_stopped_run_keeps_its_chunks_and_goes_on(runner, studio, picture):
+    job = studio.begin(picture, 401, SETTINGS)
+    film, threads = job.film, threading.active_count()
+    ended = stop_when(runner, job, lambda news: isinstance(news, RunProgress) and news.chunk == 3)
+    assert ended == Ended(stopped=True) and threading.active_count() == threads
     assert film.num_frames == film.session().num_frames == 161
-    make(studio, film, studio.go_on(film, 3, SETTINGS))
-    assert np.array_equal(film.session().history, new_film(studio, picture, 401).session().history)
+    make(runner, studio.go_on(film, 3, SETTINGS))
+    assert np.array_equal(film.session().history, new_film(runner, studio, picture, 401).session().history)
 
 
-def test_a_film_stopped_in_its_first_chunk_can_go_on(studio, picture):
-    film, job = studio.begin(picture, 81, SETTINGS)
-    run = studio.run(film, job)
-    next(run)
-    run.close()
-    assert film.num_frames == 0
-    make(studio, film, studio.go_on(film, 1, SETTINGS))
-    assert film.num_frames == 81
+def test_a_film_stopped_in_its_first_chunk_can_go_on(runner, studio, picture):
+    job = studio.begin(picture, 81, SETTINGS)
+    assert stop_when(runner, job, lambda news: isinstance(news, RunProgress)).stopped
+    assert job.film.num_frames == 0
+    make(runner, studio.go_on(job.film, 1, SETTINGS))
+    assert job.film.num_frames == 81
 
 
-def test_an_error_in_the_middle_keeps_the_film(studio, picture, monkeypatch, world):
-    film, job = studio.begin(picture, 241, SETTINGS)
-    run, iterate_chunk, calls = studio.run(film, job), world.iterate_chunk, []
+def test_a_stop_in_the_last_stage_keeps_and_counts_the_chunk(runner, studio, picture, monkeypatch, world):
+    encode, job = world.vae.encode, studio.begin(picture, 401, SETTINGS)
+
+    def stopping(video, state, **kwargs):
+        if state is not None:
+            runner.run_of(job.film).cancel()
+        return encode(video, state, **kwargs)
+
+    monkeypatch.setattr(world.vae, "encode", stopping)
+    *_, chunk, ended = asyncio.run(listen(runner.submit(job)))
+    assert (chunk, ended) == (NewChunk(0), Ended(stopped=True))
+    assert job.film.num_frames == job.film.session().num_frames == 81
+
+
+def test_an_error_in_the_middle_keeps_the_film(runner, studio, picture, monkeypatch, world):
+    iterate_chunk, calls = world.iterate_chunk, []
 
     def breaks(session):
         calls.append(session)
@@ -160,31 +204,122 @@ def test_an_error_in_the_middle_keeps_the_film(studio, picture, monkeypatch, wor
         return iterate_chunk(session)
 
     monkeypatch.setattr(world, "iterate_chunk", breaks)
+    job = studio.begin(picture, 241, SETTINGS)
     with pytest.raises(RuntimeError, match="aborted"):
-        list(run)
-    assert film.num_frames == film.session().num_frames == 161
+        make(runner, job)
+    assert job.film.num_frames == job.film.session().num_frames == 161
 
 
-def test_a_session_file_brings_the_film_back(studio, picture, tmp_path):
-    film = new_film(studio, picture, 161)
+def test_a_session_file_brings_the_film_back(runner, studio, picture, tmp_path):
+    film = new_film(runner, studio, picture, 161)
     copy = tmp_path / "download.safetensors"
     copy.write_bytes(film.finish()["session"].read_bytes())
     film.remove()
-    again, session = studio.resume(copy)
-    make(studio, again, Job(session.model, 0))
+    job, session = studio.resume(copy)
+    make(runner, job)
+    again = job.film
     assert again.num_frames == session.num_frames == 161 and not again.can_redo
-    make(studio, again, studio.go_on(again, 1, session.settings))
-    assert np.array_equal(again.session().history, new_film(studio, picture, 241).session().history)
+    make(runner, studio.go_on(again, 1, session.settings))
+    assert np.array_equal(again.session().history, new_film(runner, studio, picture, 241).session().history)
 
 
-def test_a_resumed_film_that_was_stopped_is_shown_in_full_when_it_goes_on(studio, picture):
-    again, session = studio.resume(new_film(studio, picture, 241).session_path)
-    run = studio.run(again, Job(session.model, 0))
-    next(run)
-    run.close()
-    assert again.num_frames == 81
-    make(studio, again, studio.go_on(again, 1, session.settings))
-    assert [piece.index for piece in again.pieces()] == [0, 1, 2, 3]
+def test_a_resumed_film_that_was_stopped_is_shown_in_full_when_it_goes_on(runner, studio, picture):
+    job, session = studio.resume(new_film(runner, studio, picture, 241).session_path)
+    stop_when(runner, job, lambda news: isinstance(news, NewChunk))
+    assert job.film.num_frames < 241
+    make(runner, studio.go_on(job.film, 1, session.settings))
+    assert [piece.index for piece in job.film.pieces()] == [0, 1, 2, 3]
+
+
+# ----------------------------------------------------------------------------------------------------------- the queue
+
+
+@pytest.fixture
+def held(world, monkeypatch):
+    """The second step of every chunk waits until the event is set; at most one chunk may be computed at a time."""
+    go, iterate_chunk, busy = threading.Event(), world.iterate_chunk, threading.Lock()
+
+    def slow(session):
+        assert busy.acquire(blocking=False), "two films at once"
+        try:
+            for number, result in enumerate(iterate_chunk(session)):
+                if number == 1:
+                    assert go.wait(60)
+                yield result
+        finally:
+            busy.release()
+
+    monkeypatch.setattr(world, "iterate_chunk", slow)
+    yield go
+    go.set()
+
+
+def until(condition, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_runs_wait_for_each_other_and_know_their_place(runner, studio, picture, held):
+    jobs = [studio.begin(picture, 81, SETTINGS) for _ in range(3)]
+    runs = [runner.submit(job) for job in jobs]
+    assert asyncio.run(first_update(runs[2])) == Waiting(2, None)
+    assert asyncio.run(first_update(runs[1])) == Waiting(1, None)
+    held.set()
+    for run in runs:
+        until(lambda run=run: run.is_over)
+    assert [job.film.num_frames for job in jobs] == [81, 0, 0]  # whoever read only the first update closed the others
+
+
+async def first_update(run) -> Update:
+    async with contextlib.aclosing(run.updates()) as updates:
+        return await anext(updates)
+
+
+def test_after_a_film_the_wait_is_estimated(runner, studio, picture, held):
+    held.set()
+    new_film(runner, studio, picture, 81)
+    held.clear()
+    runner.submit(studio.begin(picture, 161, SETTINGS))
+    place = asyncio.run(first_update(runner.submit(studio.begin(picture, 81, SETTINGS))))
+    assert place.place == 1 and 0 < place.seconds < 60
+
+
+def test_a_cancelled_run_that_waits_is_over_at_once_and_leaves_nothing(runner, studio, picture, held):
+    first = runner.submit(studio.begin(picture, 81, SETTINGS))
+    job = studio.begin(picture, 81, SETTINGS)
+    run = runner.submit(job)
+    run.cancel()
+    assert run.is_over and not first.is_over and not job.film.folder.exists()
+
+
+def test_the_next_run_begins_when_the_cancelled_one_has_ended(runner, studio, picture, held):
+    run = runner.submit(studio.begin(picture, 81, SETTINGS))
+    until(lambda: run._updates)
+    began = time.monotonic()
+    run.cancel()
+    assert time.monotonic() - began < 1 and not run.is_over  # it is in its step
+    following = runner.submit(studio.begin(picture, 81, SETTINGS))
+    time.sleep(0.2)
+    assert not following._updates and not run.is_over
+    held.set()
+    assert asyncio.run(listen(following))[-1] == Ended() and asyncio.run(listen(run))[-1] == Ended(stopped=True)
+
+
+def test_the_queue_has_an_end_and_a_film_one_run(studio, picture, held):
+    runner = Runner(studio.models, max_waiting=2)
+    jobs = [studio.begin(picture, 81, SETTINGS) for _ in range(4)]
+    runs = [runner.submit(jobs[0])]
+    until(lambda: runs[0]._updates)
+    runs += [runner.submit(job) for job in jobs[1:3]]
+    with pytest.raises(ValueError, match="2 films are waiting already"):
+        runner.submit(jobs[3])
+    with pytest.raises(ValueError, match="being made already"):
+        runner.submit(studio.go_on(jobs[0].film, 1, SETTINGS))
+    held.set()
+    runner.close()
+    assert all(run.is_over for run in runs)
 
 
 # --------------------------------------------------------------------------------------------------------- bad settings
@@ -195,6 +330,7 @@ def test_a_resumed_film_that_was_stopped_is_shown_in_full_when_it_goes_on(studio
     [
         ({"seed": -1}, "seed"),
         ({"seed": 1.5}, "seed"),
+        ({"prompt": None}, "prompt"),
         ({"seed": 2**63}, "seed"),
         ({"steps": 0}, "steps"),
         ({"steps": MAX_STEPS + 1}, "steps"),
@@ -203,7 +339,7 @@ def test_a_resumed_film_that_was_stopped_is_shown_in_full_when_it_goes_on(studio
         ({"prompt": "x" * (MAX_PROMPT + 1)}, "characters"),
     ],
 )
-def test_wishes_that_no_page_sends_are_refused(change, message):
+def test_settings_that_no_page_sends_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SETTINGS, **change)
 
@@ -216,8 +352,8 @@ def test_bad_beginnings_leave_no_folder(studio, picture, tmp_path):
     assert os.listdir(studio.store.root) == []
 
 
-def test_bad_session_files_leave_no_folder(studio, picture, tmp_path):
-    session = new_film(studio, picture, 81).session()
+def test_bad_session_files_leave_no_folder(runner, studio, picture, tmp_path):
+    session = new_film(runner, studio, picture, 81).session()
     (tmp_path / "text.safetensors").write_text("no session")
     dataclasses.replace(session, model="other").save(tmp_path / "other.safetensors")
     wrong = copy.copy(session.settings)
@@ -231,23 +367,27 @@ def test_bad_session_files_leave_no_folder(studio, picture, tmp_path):
     assert os.listdir(studio.store.root) == films
 
 
-def test_what_is_gone_is_said(studio, picture):
-    film, _ = studio.begin(picture, 81, SETTINGS)
+def test_what_is_gone_is_said(runner, studio, picture):
+    film = studio.begin(picture, 81, SETTINGS).film
     with pytest.raises(ValueError, match="no last chunk"):
         studio.redo(film, SETTINGS)
-    film.remove()
-    with pytest.raises(ValueError, match="no longer here"):
+    with pytest.raises(ValueError, match="has expired"):
         studio.go_on(film, 1, SETTINGS)
     with pytest.raises(ValueError, match="at most"):
-        studio.go_on(new_film(studio, picture, 81), 1000, SETTINGS)
+        studio.go_on(new_film(runner, studio, picture, 81), 1000, SETTINGS)
 
 
 # -------------------------------------------------------------------------------------------------------------- films
 
 
-def test_films_go_when_their_time_is_over(tmp_path):
-    store = FilmStore(tmp_path / "films", lifetime=60)
-    old, new = store.new(), store.new()
+def begun(store: FilmStore) -> Film:
+    film = store.new()
+    film.folder.mkdir()
+    return film
+
+
+def test_films_go_when_they_have_expired(store):
+    old, new = begun(store), begun(store)
     (old.folder / "actions.json").write_text("[]")
     (store.root / "something else").mkdir()
     for path in (old.folder, old.folder / "actions.json"):
@@ -256,30 +396,45 @@ def test_films_go_when_their_time_is_over(tmp_path):
     assert not old.folder.exists() and new.folder.exists() and (store.root / "something else").exists()
 
 
-def test_a_film_that_waited_longer_than_its_lifetime_is_made_all_the_same(studio, picture):
-    film, job = studio.begin(picture, 81, SETTINGS)
-    film.remove()
-    assert [type(news) for news in studio.run(film, job)][-1] is Chunk and film.num_frames == 81
+def test_a_film_has_no_folder_before_it_begins(runner, studio, picture):
+    job = studio.begin(picture, 81, SETTINGS)
+    assert os.listdir(studio.store.root) == []
+    make(runner, job)
+    assert job.film.num_frames == 81
 
 
 def test_the_sweeper_sweeps_by_itself(tmp_path):
-    store = FilmStore(tmp_path / "films", lifetime=0.5)
-    film = store.new()
+    store = FilmStore(tmp_path / "films", lifetime=0.5, fps=30)
+    film = begun(store)
     store.keep_sweeping()
-    deadline = time.monotonic() + 10
-    while film.folder.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not film.folder.exists()
+    until(lambda: not film.folder.exists(), 10)
 
 
 def test_films_have_names_that_cannot_be_guessed(tmp_path):
-    store = FilmStore(tmp_path, lifetime=60)
+    store = FilmStore(tmp_path, lifetime=60, fps=30)
     names = {store.new().folder.name for _ in range(20)}
     assert len(names) == 20 and all(len(name) >= 29 for name in names)
 
 
-def test_single_frames_are_those_of_the_film(studio, picture):
-    film = new_film(studio, picture, 161)
+def test_films_have_the_frame_rate_of_their_model(world, picture, tmp_path):
+    rollout = dataclasses.replace(world.config.validation_data, fps=12)
+    slow = copy.copy(world)
+    slow.config = dataclasses.replace(world.config, validation_data=rollout)
+    models = SingleModelPool(slow)
+    studio, runner = Studio(models, FilmStore(tmp_path / "films", 60, fps=12)), Runner(models)
+    film = new_film(runner, studio, picture, 161)
+    runner.close()
+    for path in (film.finish()["film"], film.pieces()[1].path):
+        frames, seconds = count_frames_and_secs(str(path))
+        assert seconds == pytest.approx(frames / 12, abs=0.01)
+    assert film_value(film)["fps"] == 12
+    page = app.Page(studio, runner)
+    page.blocks()
+    assert "161 frames: 13.4 seconds" in page.settle(film, Ended())[page.status]
+
+
+def test_single_frames_are_those_of_the_film(runner, studio, picture):
+    film = new_film(runner, studio, picture, 161)
     whole = read_mp4(film.finish()["film"])
     frames = film.frames([0, 80, 81, 160])
     assert sorted(frames) == [0, 80, 81, 160]
@@ -321,7 +476,7 @@ def other_process(task_function):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="ZeroGPU forks")
-def test_a_film_is_the_same_across_a_process_border(world, picture, tmp_path, monkeypatch, studio):
+def test_a_film_is_the_same_across_a_process_border(world, picture, tmp_path, monkeypatch, studio, runner):
     asked = []
 
     def gpu(duration):
@@ -337,18 +492,65 @@ def test_a_film_is_the_same_across_a_process_border(world, picture, tmp_path, mo
         return decorate
 
     monkeypatch.setattr(compute.spaces, "GPU", gpu)
-    apart = Studio(SingleModelPool(world), FilmStore(tmp_path / "apart", lifetime=60))
-    film = new_film(apart, picture, 161)
-    assert np.array_equal(film.session().history, new_film(studio, picture, 161).session().history)
+    models = SingleModelPool(world)
+    apart, there = Studio(models, FilmStore(tmp_path / "apart", lifetime=60, fps=30)), Runner(models)
+    film = new_film(there, apart, picture, 161)
+    assert np.array_equal(film.session().history, new_film(runner, studio, picture, 161).session().history)
     again, _ = apart.resume(film.session_path)
-    make(apart, again, Job(world.config.name, 0))
-    assert again.num_frames == 161
+    make(there, again)
+    there.close()
+    assert again.film.num_frames == 161
     assert len(asked) == 3 and all(isinstance(seconds, int) and seconds > 0 for seconds in asked)  # one call a chunk
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="ZeroGPU forks")
+def test_a_gpu_call_sees_the_request_it_is_for_and_stops_after_its_step(
+    world, picture, tmp_path, monkeypatch, serve_models
+):
+    """Whose quota a call takes is read from the request's context, though another thread makes the call."""
+    from gradio.context import LocalContext
+    from gradio_client import Client, handle_file
+
+    callers, steps = [], multiprocessing.Value("i", 0)
+    iterate_chunk = world.iterate_chunk
+
+    def counted(session):
+        for result in iterate_chunk(session):
+            steps.value += 1
+            time.sleep(0.3)
+            yield result
+
+    def gpu(duration):
+        def decorate(function):
+            call = other_process(function)
+
+            def wrapped(task):
+                callers.append(LocalContext.request.get().session_hash)
+                yield from call(task)
+
+            return wrapped
+
+        return decorate
+
+    monkeypatch.setattr(compute.spaces, "GPU", gpu)
+    monkeypatch.setattr(world, "iterate_chunk", counted)
+    address = serve_models(SingleModelPool(world), tmp_path / "films")
+    clients = [Client(address, verbose=False) for _ in range(2)]
+    jobs = [client.submit(handle_file(picture), "", 81, 0, "", api_name="/film") for client in clients]
+    assert [len(read_mp4(job.result())) for job in jobs] == [81, 81]
+    assert sorted(callers) == sorted(client.session_hash for client in clients)
+    before = steps.value
+    job = clients[0].submit(handle_file(picture), "", 4001, 0, "", api_name="/film")
+    until(lambda: steps.value > before)
+    job.cancel()
+    time.sleep(1)
+    stopped = steps.value
+    time.sleep(1)
+    assert steps.value == stopped < before + 8
+
+
 def test_tasks_and_results_can_be_pickled(world, picture):
-    task = compute.Scene(SETTINGS, np.zeros((32, 48, 3), np.uint8))
-    run = compute.on_gpu(world)(task)
+    run = compute.on_gpu(world)(Opening(np.zeros((32, 48, 3), np.uint8), SETTINGS))
     for result in run:
         assert isinstance(pickle.loads(pickle.dumps(result)), (Session, Report, Chunk))
 
@@ -359,12 +561,13 @@ def test_gpu_time_grows_with_steps_guidance_and_chunks(world, picture, monkeypat
     monkeypatch.setattr(compute, "MAX_SECONDS", 1e12)
     monkeypatch.setattr(compute, "STEP_SECONDS", 1e9)  # so that a small model's seconds are not all rounded up to 1
     monkeypatch.setattr(compute, "FRAMES_SECONDS", 1e9)
-    few, many = (gpu_seconds(session.replace_settings(steps=steps), world) for steps in (2, 20))
-    guided = gpu_seconds(session.replace_settings(steps=20, guidance=5.0), world)
+    kinds = [dataclasses.replace(SETTINGS, steps=2), dataclasses.replace(SETTINGS, steps=20)]
+    kinds.append(dataclasses.replace(SETTINGS, steps=20, guidance=5.0))
+    few, many, guided = (gpu_seconds(session.with_settings(settings), world) for settings in kinds)
     assert 0 < few < many < guided
     longer = dataclasses.replace(session, chunk_latents=(None,) * 8)
     assert gpu_seconds(Replay(session), world) < gpu_seconds(Replay(longer), world)
-    assert gpu_seconds(compute.Scene(SETTINGS, session.picture[0]), world) == few
+    assert gpu_seconds(Opening(session.picture[0], SETTINGS), world) == few
 
 
 # ------------------------------------------------------------------------------------------------------ words, examples
@@ -375,13 +578,11 @@ def progress(step, remaining=None, seconds=0.0):
 
 
 def test_time_left_counts_the_chunks_to_come():
-    first = status.RunProgress("small", 1, 4, 0, 6.0, 0, Report(progress(4, remaining=4.0, seconds=6.0), "CPU", 2**30))
+    first = RunProgress("small", 1, 4, 0, 6.0, 0, Report(progress(4, remaining=4.0, seconds=6.0), "CPU", 2**30))
     assert first.remaining == pytest.approx(4 + 3 * 10)
-    third = status.RunProgress(
-        "small", 3, 4, 160, 22.0, 0, Report(progress(1, remaining=8.0, seconds=2.0), "CPU", 2**30)
-    )
+    third = RunProgress("small", 3, 4, 160, 22.0, 0, Report(progress(1, remaining=8.0, seconds=2.0), "CPU", 2**30))
     assert third.remaining == pytest.approx(8 + 10)
-    assert status.RunProgress("small", 1, 4, 0, 1.0, 0, Report(progress(0), "CPU", 0)).remaining is None
+    assert RunProgress("small", 1, 4, 0, 1.0, 0, Report(progress(0), "CPU", 0)).remaining is None
     assert 0 < first.share < 0.25 < third.share < 0.75
 
 
@@ -393,7 +594,7 @@ def test_durations_in_words(seconds, words):
 
 
 def test_what_a_person_wrote_is_not_read_as_html():
-    assert "<b>" not in status.message("<b>", "<b>") + status.ended("<b>", 3)
+    assert "<b>" not in status.message("<b>", "<b>") + status.ended("<b>", 3, 30)
 
 
 def test_examples_are_pictures_with_actions(tmp_path, picture):
@@ -411,14 +612,26 @@ def test_examples_are_pictures_with_actions(tmp_path, picture):
 
 
 @pytest.fixture
-def page(studio):
+def page(studio, runner):
     """The page with all its parts, without a server."""
-    page = app.Page(studio)
+    page = app.Page(studio, runner)
     page.blocks()
     return page
 
 
-def test_a_quota_error_leaves_the_film_and_continue(page, studio, picture, monkeypatch, world):
+def shown(page, begin, *values) -> list:
+    """What a filming event of the page yields."""
+
+    async def collect():
+        return [update async for update in page.filming(begin)(*values)]
+
+    return asyncio.run(collect())
+
+
+PAGE_SETTINGS = [{"segments": [[0, 4, 160]]}, "night", "fog", 5, False, 2, 1.0, "exact"]
+
+
+def test_a_quota_error_leaves_the_film_and_continue(page, runner, studio, picture, monkeypatch, world):
     """On ZeroGPU a call may be refused or cut off: the film so far plays, and can be continued later."""
     iterate_chunk, calls = world.iterate_chunk, []
 
@@ -429,49 +642,80 @@ def test_a_quota_error_leaves_the_film_and_continue(page, studio, picture, monke
         return iterate_chunk(session)
 
     monkeypatch.setattr(world, "iterate_chunk", refused)
-    film, job = studio.begin(picture, 401, SETTINGS)
-    *_, last = page.run(film, job)
-    assert "exceeded your free GPU quota" in last[page.outcome]
-    settled = page.settle(film, last[page.outcome])
-    assert "161 frames" in settled[page.status] and "quota" in settled[page.status]
+    first, *_, settled = shown(page, page.begin, str(picture), 401, "small", *PAGE_SETTINGS)
+    film = first[page.film]
+    assert "161 frames" in settled[page.status] and "exceeded your free GPU quota" in settled[page.status]
     assert settled[page.more]["interactive"] and settled[page.generate]["interactive"]
     assert len(read_mp4(settled[page.player]["complete"])) == 161
     assert settled[page.drive] is None
     monkeypatch.undo()
-    make(studio, film, studio.go_on(film, 1, SETTINGS))
+    make(runner, studio.go_on(film, 1, SETTINGS))
     assert film.num_frames == 241
 
 
+def test_too_little_memory_is_said_and_the_page_goes_on(page, picture, monkeypatch, world):
+    def full(session):
+        raise NotEnoughMemory("there is too little GPU memory for a chunk")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world, "iterate_chunk", full)
+        *_, settled = shown(page, page.begin, str(picture), 81, "small", *PAGE_SETTINGS)
+    assert "There is too little GPU memory" in settled[page.status]
+    *_, settled = shown(page, page.begin, str(picture), 81, "small", *PAGE_SETTINGS)
+    assert "81 frames" in settled[page.status]
+
+
 def test_before_the_first_chunk_only_generate_is_offered(page, studio, picture):
-    film, _ = studio.begin(picture, 81, SETTINGS)  # stopped while it waited for its turn
-    settled = page.settle(film, "stopped")
+    film = studio.begin(picture, 81, SETTINGS).film  # stopped while it waited for its turn
+    settled = page.settle(film, Ended(stopped=True))
     assert not settled[page.more]["interactive"] and not settled[page.redo]["interactive"]
     assert page.player not in settled and "no film yet" in settled[page.status]
 
 
-def test_negative_prompt_and_guidance_are_for_models_that_use_them(world, studio, monkeypatch):
-    def shown(scale):
+def test_a_closed_event_cancels_its_run_wherever_it_is(page, runner, picture, held):
+    """Gradio closes the generator of a page that is gone: after its first update, or a later one."""
+
+    async def close_after(number: int):
+        updates = page.filming(page.begin)(str(picture), 81, "small", *PAGE_SETTINGS)
+        for _ in range(number):
+            last = await anext(updates)
+        film = last.get(page.film)
+        began = time.monotonic()
+        await updates.aclose()
+        assert time.monotonic() - began < 0.5
+        return film
+
+    film = asyncio.run(close_after(1))
+    asyncio.run(close_after(3))
+    held.set()
+    until(lambda: runner.run_of(film) is None and not runner._queue and not runner._current)
+    assert film.num_frames == 0
+
+
+def test_negative_prompt_and_guidance_are_for_models_that_use_them(world, studio, runner, monkeypatch):
+    def visible(scale):
         sampler = dataclasses.replace(world.config.val_scheduler_cfg, text_cfg_scale=scale)
         config = dataclasses.replace(world.config, val_scheduler_cfg=sampler, negative_prompt="fog")
         monkeypatch.setattr(studio.models, "config", lambda name: config)
-        page = app.Page(studio)
+        page = app.Page(studio, runner)
         page.blocks()
         return page.negative_prompt.visible, page.guidance.visible
 
-    assert shown(1.0) == (False, False)
-    assert shown(5.0) == (True, True)
+    assert visible(1.0) == (False, False)
+    assert visible(5.0) == (True, True)
 
 
-def test_uploads_may_be_as_large_as_a_session(studio, picture, world):
-    film = new_film(studio, picture, 161)
+def test_uploads_may_be_as_large_as_a_session(runner, studio, picture, world):
+    film = new_film(runner, studio, picture, 161)
     size = film.session_path.stat().st_size - 2 * 2**10
-    assert app.UPLOAD_ROOM < app.UPLOAD_ROOM + size < app.upload_limit(world.config) < app.UPLOAD_ROOM * 2
+    assert server.UPLOAD_ROOM + size < server.upload_limit(world.config) < server.UPLOAD_ROOM * 2
 
 
 def test_a_missing_model_is_named_at_the_start(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["app.py", "--model", "gone.yaml"])
     with pytest.raises(SystemExit, match="2"):
-        app.main()
+        server.main()
     assert "gone.yaml" in capsys.readouterr().err
 
 
@@ -503,53 +747,82 @@ def loaded(monkeypatch) -> list:
         alive.append(weakref.ref(world))
         return world
 
-    monkeypatch.setattr(ui_models.infworld, "load", counted)
+    monkeypatch.setattr(model_pool.infworld, "load", counted)
     return names
 
 
 @pytest.fixture
 def two(two_configs, tmp_path, loaded) -> Studio:
-    return Studio(ModelPool(two_configs, "cpu"), FilmStore(tmp_path / "films", lifetime=60))
+    return Studio(ModelPool(two_configs, "cpu"), FilmStore(tmp_path / "films", lifetime=60, fps=30))
 
 
-def test_the_first_model_is_loaded_at_once_and_the_other_when_it_is_needed_alone(two, picture, loaded):
+@pytest.fixture
+def two_runner(two):
+    runner = Runner(two.models)
+    yield runner
+    runner.close()
+
+
+@pytest.fixture
+def two_page(two, two_runner):
+    page = app.Page(two, two_runner)
+    page.blocks()
+    return page
+
+
+def test_the_first_model_is_loaded_at_once_and_the_other_when_it_is_needed_alone(two, two_runner, picture, loaded):
     assert two.models.names == ["small", "other"] and loaded == ["small"]
-    film, job = two.begin(picture, 81, SETTINGS, "other")
-    news = make(two, film, job)
-    assert isinstance(news[0], Loading) and news[0].model == "other" and loaded == ["small", "other"]
-    assert film.session().model == "other" and film.session().history.shape[-2:] == (8, 8)
-    assert {item.model for item in news if isinstance(item, status.RunProgress)} == {"other"}
-    film, job = two.begin(picture, 81, SETTINGS)
-    assert isinstance(make(two, film, job)[0], Loading) and film.session().model == "small"
-    make(two, film, two.redo(film, SETTINGS))
+    job = two.begin(picture, 81, SETTINGS, "other")
+    news = make(two_runner, job)
+    assert news[0] == Loading("other") and loaded == ["small", "other"]
+    assert job.film.session().model == "other" and job.film.session().history.shape[-2:] == (8, 8)
+    assert {item.model for item in news if isinstance(item, RunProgress)} == {"other"}
+    job = two.begin(picture, 81, SETTINGS)
+    assert make(two_runner, job)[0] == Loading("small") and job.film.session().model == "small"
+    make(two_runner, two.redo(job.film, SETTINGS))
     assert loaded == ["small", "other", "small"]
 
 
-def test_a_film_goes_on_with_the_model_that_began_it(two, picture):
+def test_another_model_is_loaded_after_the_film_that_is_being_made(two, two_runner, picture, loaded, monkeypatch):
+    """Loading is work of the one thread, even where the film before it has been cancelled."""
+    go, iterate_chunk = threading.Event(), World.iterate_chunk
+
+    def slow(world, session):
+        for result in iterate_chunk(world, session):
+            assert go.wait(60)
+            yield result
+
+    monkeypatch.setattr(World, "iterate_chunk", slow)
+    run = two_runner.submit(two.begin(picture, 81, SETTINGS))
+    until(lambda: run.job.film.session_path.exists())
+    run.cancel()
+    following = two_runner.submit(two.begin(picture, 81, SETTINGS, "other"))
+    time.sleep(0.3)
+    assert loaded == ["small"] and not following._updates
+    go.set()
+    assert asyncio.run(listen(following))[-1] == Ended() and run.job.film.num_frames == 0
+
+
+def test_a_film_goes_on_with_the_model_that_began_it(two, two_runner, two_page, picture):
     settings = dataclasses.replace(SETTINGS, steps=3, guidance=4.0, negative_prompt="fog")
-    page = app.Page(two)
-    page.blocks()
-    film, job = two.begin(picture, 81, SETTINGS)
-    make(two, film, job)
-    page_wishes = [{"segments": [[0, 4, 160]]}, "night", "fog", 5, False, 3, 4.0, "fast"]  # as set for the other model
-    begun = page.go_on(film, 1, "other", *page_wishes)
-    make(two, film, begun[page.job])
+    page, film = two_page, new_film(two_runner, two, picture, 81)
+    chosen = [{"segments": [[0, 4, 160]]}, "night", "fog", 5, False, 3, 4.0, "fast"]  # as set for the other model
+    make(two_runner, page.go_on(film, 1, "other", *chosen).job)
     session = film.session()
     assert (session.model, session.num_frames, session.settings.prompt) == ("small", 161, "night")
     assert (session.settings.steps, session.settings.guidance, session.settings.negative_prompt) == (2, 1.0, "")
     assert session.settings.preset == "exact"
-    again = page.make_again(film, "small", *page_wishes)[page.job]
+    again = page.make_again(film, "small", *chosen).job
     assert (again.model, again.settings.steps, again.settings.guidance) == ("small", 3, 4.0)  # chosen for this one
     assert again.settings.preset == "fast"
-    driven_on = page.drive_on(film, {"script": "left 80", "number": 1}, None, "other", *page_wishes)[page.job]
+    driven_on = page.drive_on(film, {"script": "left 80", "number": 1}, None, "other", *chosen).job
     assert (driven_on.model, driven_on.settings.steps) == ("small", 2)
-    assert page.begin(picture, 81, "other", *page_wishes)[page.job].model == "other"
+    assert page.begin(picture, 81, "other", *chosen).job.model == "other"
     assert app.for_film(settings, session, "small") == settings
 
 
-def test_choosing_a_model_brings_its_own_settings_and_says_what_runs(two, picture):
-    page = app.Page(two)
-    page.blocks()
+def test_choosing_a_model_brings_its_own_settings_and_says_what_runs(two, two_page, picture):
+    page = two_page
     assert page.model.visible and "small" in page.running.value and "CPU" in page.running.value
     chosen = page.choose_model("other")
     assert "other" in chosen[page.running] and "CPU" in chosen[page.running] and chosen[page.steps] == 3
@@ -563,9 +836,8 @@ def test_choosing_a_model_brings_its_own_settings_and_says_what_runs(two, pictur
         page.choose_model("huge")
 
 
-def test_a_choice_of_speed_brings_its_steps_and_says_what_it_saves(two):
-    page = app.Page(two)
-    page.blocks()
+def test_a_choice_of_speed_brings_its_steps_and_says_what_it_saves(two_page):
+    page = two_page
     labels = [label for label, _ in app.speeds(load_config("infinite-world"))]
     assert labels == ["Exact", "Balanced, 2.0x as fast", "Fast, 5.0x as fast"]
     for preset in PRESETS:
@@ -578,31 +850,31 @@ def test_a_single_model_is_no_choice_and_is_named(page):
     assert not page.model.visible and "small" in page.running.value
 
 
-def test_a_session_brings_its_model_back(two, picture):
-    page = app.Page(two)
-    page.blocks()
-    film, job = two.begin(picture, 81, dataclasses.replace(SETTINGS, guidance=2.0, preset="balanced"), "other")
-    make(two, film, job)
-    resumed = page.resume(film.session_path)
-    assert resumed[page.preset]["value"] == "balanced" == film.session().settings.preset
-    assert resumed[page.model] == "other" and resumed[page.job] == Job("other", 0)
+def test_a_session_brings_its_model_back(two, two_runner, two_page, picture):
+    page, job = (
+        two_page,
+        two.begin(picture, 81, dataclasses.replace(SETTINGS, guidance=2.0, preset="balanced"), "other"),
+    )
+    make(two_runner, job)
+    resumed = page.resume(job.film.session_path)
+    assert resumed.job.model == "other" and resumed.job.settings is None
+    resumed = resumed.update
+    assert resumed[page.preset]["value"] == "balanced" == job.film.session().settings.preset
+    assert resumed[page.model] == "other" and resumed[page.seed] == 3
     assert resumed[page.guidance]["value"] == 2.0 and resumed[page.guidance]["visible"] and resumed[page.steps] == 2
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_run_and_not_the_page(two_configs, two, picture, monkeypatch, loaded):
+def test_a_model_that_cannot_be_loaded_ends_the_run_and_not_the_page(two_page, picture, monkeypatch, loaded):
     def broken(config, device, **placement):
         raise ValueError("world.safetensors is truncated")
 
-    page = app.Page(two)
-    page.blocks()
-    film, job = two.begin(picture, 81, SETTINGS, "other")
+    page = two_page
     with monkeypatch.context() as patch:
-        patch.setattr(ui_models.infworld, "load", broken)
-        *_, last = page.run(film, job)
-    assert last[page.outcome] == "World.safetensors is truncated"
-    film, job = two.begin(picture, 81, SETTINGS)
-    make(two, film, job)
-    assert film.num_frames == 81
+        patch.setattr(model_pool.infworld, "load", broken)
+        *_, settled = shown(page, page.begin, str(picture), 81, "other", *PAGE_SETTINGS)
+    assert "World.safetensors is truncated" in settled[page.status]
+    *_, settled = shown(page, page.begin, str(picture), 81, "small", *PAGE_SETTINGS)
+    assert "81 frames" in settled[page.status]
 
 
 def test_only_models_of_the_same_lengths_are_offered_together(two_configs, loaded):
@@ -613,8 +885,8 @@ def test_only_models_of_the_same_lengths_are_offered_together(two_configs, loade
 
 def test_zero_gpu_has_one_model_with_its_text_encoder_on_the_gpu(two_configs, world, monkeypatch):
     asked = []
-    monkeypatch.setattr(ui_models, "ON_ZERO_GPU", True)
-    monkeypatch.setattr(ui_models.infworld, "load", lambda *args, **kwargs: asked.append(kwargs) or world)
+    monkeypatch.setattr(model_pool, "ON_ZERO_GPU", True)
+    monkeypatch.setattr(model_pool.infworld, "load", lambda *args, **kwargs: asked.append(kwargs) or world)
     assert ModelPool(two_configs, "cpu").names == ["small"]
     assert asked == [{"text_placement": "gpu", "team": None}]
 
@@ -651,12 +923,12 @@ def test_the_model_is_the_one_asked_for_else_the_best(
     monkeypatch.setattr("sys.argv", ["app.py", *(["--model", argument] if argument else [])])
     monkeypatch.setattr(models, "fits", lambda device: best == "infinite-world")
     monkeypatch.setattr(models.hub, "find", lambda config: known[config.name])
-    monkeypatch.setattr(app, "prepare", lambda name: known.get(name) or two_configs["other"])
-    monkeypatch.setattr(ui_models.infworld, "load", lambda config, *args, **kwargs: world)
-    monkeypatch.setattr(app, "serve", lambda models, **launching: served.extend(models.names))
+    monkeypatch.setattr(server, "prepare", lambda name: known.get(name) or two_configs["other"])
+    monkeypatch.setattr(model_pool.infworld, "load", lambda config, *args, **kwargs: world)
+    monkeypatch.setattr(server, "serve", lambda models, **launching: served.extend(models.names))
     if variable:
         monkeypatch.setenv("INFWORLD_MODEL", variable)
-    app.main()
+    server.main()
     assert served == expected
 
 
@@ -791,9 +1063,7 @@ def test_a_preset_from_a_program_brings_its_steps(client, picture, world, monkey
     from gradio_client.exceptions import AppError
 
     started, start = [], World.start
-    monkeypatch.setattr(
-        World, "start", lambda world, image, settings: started.append(settings) or start(world, image, settings)
-    )
+    monkeypatch.setattr(World, "start", lambda world, image, asked: started.append(asked) or start(world, image, asked))
     client.predict(handle_file(picture), "", 81, 0, "", "", "fast", api_name="/film")
     assert started[0].preset == "fast"
     assert started[0].steps == find_preset("fast").sampler_steps(world.config.val_scheduler_cfg)
@@ -925,11 +1195,11 @@ def test_likeness_is_high_for_the_same_and_low_for_others():
     assert psnr(frame, frame // 2 + 64) > psnr(frame, 255 - frame)
 
 
-def test_the_memory_check_shows_first_look_and_return(studio, picture):
+def test_the_memory_check_shows_first_look_and_return(runner, studio, picture):
     settings = dataclasses.replace(SETTINGS, actions=ActionScript.parse("right 80, left 80"))
-    shown = memory_check(new_film(studio, picture, 161, settings))
+    shown = memory_check(new_film(runner, studio, picture, 161, settings))
     assert shown.count("<img") == 12 and "frame 160" in shown and "alike by" in shown
-    assert "never comes back" in memory_check(new_film(studio, picture, 81))
+    assert "never comes back" in memory_check(new_film(runner, studio, picture, 81))
 
 
 # -------------------------------------------------------------------------------------------------------------- driving

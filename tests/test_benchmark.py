@@ -1,4 +1,4 @@
-"""scripts/benchmark.py: every figure is there, the fast way equals the plain one, and a short budget is kept."""
+"""`infworld benchmark`: every figure is there, the fast way equals the plain one, and a short budget is kept."""
 
 import json
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from infworld.cli.benchmark import benchmark
+from infworld.cli.benchmark import run as benchmark
+from infworld.cli.benchmark import team
 from infworld.cli.benchmark.model import noise, noise_session, picture_size, plain_velocity, random_world
-from infworld.cli.benchmark.record import Record, fill, goals, number, table
+from infworld.cli.benchmark.record import Record, goals, number, table
 from infworld.config import load_config
 
 
@@ -89,7 +90,7 @@ def test_a_film_is_the_sum_of_its_chunks(results):
 
 
 def test_the_record_says_how_it_was_made(results, small_model):
-    assert results["command"].startswith(f"python scripts/benchmark.py --model {small_model}")
+    assert results["command"].startswith(f"infworld benchmark --model {small_model}")
     assert results["machine"].keys() >= {"device", "torch", "Python"}
     assert results["settings"]["transformer"] == "float32" and results["settings"]["longest history"] == 101
 
@@ -113,15 +114,12 @@ def test_the_table_has_every_goal_and_figure(results, tmp_path, capsys):
     assert all(f"| {name} | " in text for name in results["figures"])
     assert all(f"| {what} | {number(found)} | " in text for what, found, *_ in goals(results))
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- benchmark gpu -->\nold\n<!-- end of benchmark gpu -->\nafter\n")
     record = Record(tmp_path / "b.json", 10, {key: results[key] for key in ("command", "machine", "settings")})
     record.results |= results
     record.write()
     assert benchmark.main(["--table", str(tmp_path / "b.json"), "--docs", str(page)]) == 0
-    filled = page.read_text()
-    assert filled.startswith("before\n") and filled.endswith("after\n") and "old" not in filled and text[:40] in filled
-    with pytest.raises(ValueError, match="no place for it: add the lines '<!-- benchmark h200 -->'"):
-        fill(page, "h200", text)
+    assert page.read_text().splitlines()[0] == f"# small on {results['machine']['device']}"
+    assert text[text.index("| goal |") :] in page.read_text()
 
 
 def test_a_goal_is_reached_from_the_right_side():
@@ -138,3 +136,13 @@ def test_a_goal_is_reached_from_the_right_side():
         "peak GPU memory of a chunk, GiB": True,
         "error of a chunk's latents, bfloat16": False,
     }
+
+
+def test_a_chunk_is_timed_by_its_stages_for_every_preset(small_model, capsys, monkeypatch):
+    """The command that compares several devices, on one."""
+    options = ["--device", "cpu", "--history", "21", "--presets", "exact,fast", "--steps", "1"]
+    monkeypatch.setattr("sys.argv", ["infworld benchmark team", "--model", str(small_model), *options])
+    team.main()
+    exact, fast = capsys.readouterr().out.splitlines()
+    assert exact.startswith("exact, one: chunk of 1 steps ") and fast.startswith("fast, one: chunk of 1 steps ")
+    assert "of 2 steps" in exact and "decode" in exact and "encode and the rest" in exact

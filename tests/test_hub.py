@@ -279,8 +279,15 @@ def test_a_space_keeps_its_download_below_hf_home(monkeypatch, tmp_path):
     assert hub.weights_folder() == PROJECT_ROOT / "checkpoints"
     monkeypatch.setenv("SPACE_ID", "somebody/space")
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "data/assets"))
-    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "data/assets"))
     assert tmp_path / "data" in hub.weights_folder().parents
+
+
+def test_an_installed_package_keeps_its_download_below_hf_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("INFWORLD_CHECKPOINTS", raising=False)
+    monkeypatch.setattr(hub, "INSTALLED", True)
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "data/assets"))
+    assert tmp_path / "data" in hub.weights_folder().parents
+    assert not (tmp_path / "data").exists(), "nothing is written before there is a download"
 
 
 def test_finding_needs_no_torch():
@@ -494,7 +501,7 @@ def test_the_script_lists_downloads_and_says_what_next(server, config, tmp_path,
     assert inside(tmp_path / "elsewhere") == NEEDED
     said = capsys.readouterr().out
     assert "small is complete, and its tensors fit" in said
-    assert f"start it with: INFWORLD_CHECKPOINTS={tmp_path / 'elsewhere'} python app.py --model" in said
+    assert f"start it with: INFWORLD_CHECKPOINTS={tmp_path / 'elsewhere'} infworld serve --model" in said
     before = len(server.requests)
     assert download.main([*model, "--to", str(tmp_path / "elsewhere"), "--dry-run"]) == 0
     assert "everything is there" in capsys.readouterr().out

@@ -26,11 +26,13 @@ MEMORIES = (1, 5)
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """Config of a small model with a package beside its weights, made by the script; not optimised, to be quick."""
+    """Config of a small model with a package beside its weights, made by the command; not optimised, to be quick."""
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):
         pytest.skip("no C++ compiler on PATH")
     path = make_small_model(tmp_path_factory.mktemp("packaged"))
-    with inductor.patch({"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}):
+    quick = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
+    with inductor.patch(quick), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INFWORLD_CHECKPOINTS", str(path.parent))
         assert compile_blocks.main(["--model", str(path), "--device", "cpu"]) == 0
     return path
 
@@ -58,6 +60,13 @@ def velocity(model: InfiniteWorldTransformer, latents: int, grid: tuple[int, int
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape and a.dtype == b.dtype
     return float((a - b).abs().max() / b.abs().max())
+
+
+def test_a_package_in_the_weights_folder_is_found_too(small, tmp_path, monkeypatch):
+    shutil.copytree(small.parent, tmp_path / "copy", ignore=shutil.ignore_patterns("blocks-*"))
+    assert not packaged(infworld.load(tmp_path / "copy" / small.name, device="cpu").transformer)
+    monkeypatch.setenv("INFWORLD_CHECKPOINTS", str(small.parent))
+    assert packaged(infworld.load(tmp_path / "copy" / small.name, device="cpu").transformer)
 
 
 def change_record(path: Path, **changes) -> None:

@@ -1,5 +1,6 @@
 """Several processes make one film: the same as one process makes, and none is left behind when one is lost."""
 
+import asyncio
 import dataclasses
 import json
 import multiprocessing
@@ -9,8 +10,8 @@ import signal
 import socket
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -20,8 +21,10 @@ from PIL import Image
 import infworld
 from infworld import parallel
 from infworld.actions import ActionScript
-from infworld.app.compute import Replay, Report, Scene
-from infworld.app.team import follow, leading
+from infworld.app.compute import Opening, Replay, Report, follow, leading
+from infworld.app.films import FilmStore
+from infworld.app.model_pool import SingleModelPool
+from infworld.app.runner import Ended, Job, Runner, RunProgress
 from infworld.cli import generate
 from infworld.cli.console import INTERRUPTED
 from infworld.session import Session
@@ -32,7 +35,7 @@ from infworld.world import World
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's signals are POSIX")
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["scripts.generate", "ui.team"])
+FORK.set_forkserver_preload(["infworld.cli.generate", "infworld.app.runner"])
 SIZES = (2, 3, 4)
 CLOSE = {"latents": 1e-5, "history": 1e-4, "frames": 1.01 / 255}  # relative error in float32; frames: one level
 
@@ -245,7 +248,8 @@ def page(world: World, picture: np.ndarray) -> list[torch.Tensor] | None:
     if not world.team.is_rank0:
         return follow(world.team, lambda name: world)
     compute = leading(world)
-    scene = Scene(FilmSettings(ActionScript.of("forward 80"), "", "", 5, 3, 2.0, "exact"), picture)
+    settings = FilmSettings(ActionScript.of("forward 80"), "", "", 5, 3, 2.0, "exact")
+    scene = Opening(picture, settings)
     stopped_at_once = compute(scene)
     assert isinstance(next(stopped_at_once), Session)
     stopped_at_once.close()
@@ -258,10 +262,25 @@ def page(world: World, picture: np.ndarray) -> list[torch.Tensor] | None:
     next(shown)
     shown.close()
     *_, changed = compute(first.session.with_prompt("a desert").with_seed(6))
-    with ThreadPoolExecutor(2) as pool:  # a run that nobody waits for any more, and the next one
-        last = list(pool.map(lambda session: list(compute(session))[-1], [first.session, second.session]))
-    assert torch.equal(last[0].latents, second.latents)
+    with TemporaryDirectory() as folder:
+        store, runner = FilmStore(folder, 60, 30), Runner(SingleModelPool(world))
+        cancelled, whole = (Job(store.new(), world.config.name, 2, settings, picture) for _ in range(2))
+        ended = asyncio.run(cancel_the_first(runner, cancelled, whole))
+        runner.close()
+        assert ended == [Ended(stopped=True), Ended()]
+        assert torch.equal(whole.film.session().chunk_latents[1], second.session.chunk_latents[1])
     return [chunk.latents for chunk in (first, second, changed)]
+
+
+async def cancel_the_first(runner: Runner, *jobs: Job) -> list[Ended]:
+    """How the jobs end, of which the first is cancelled at its first step."""
+    ended = []
+    for run in [runner.submit(job) for job in jobs]:
+        async for update in run.updates():
+            if isinstance(update, RunProgress) and not ended:
+                run.cancel()
+        ended.append(update)
+    return ended
 
 
 def test_a_visitors_stop_leaves_the_processes_of_the_page_together(small_model, world):

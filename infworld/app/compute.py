@@ -1,15 +1,18 @@
-"""The one function of the page that needs the GPU. One task in; progress and results out, all of it CPU values.
+"""The border to the models: one task in; progress and results out, all of it CPU values. Only the runner crosses it.
 
-On a ZeroGPU Space it runs in a forked process that may be thrown away after the call, so a task carries all that is
-needed and every result all that was made. Elsewhere `spaces.GPU` leaves the function as it is.
+On a ZeroGPU Space a task is done in a forked process that may be thrown away after the call, so it carries all that is
+needed and its results all that was made. On several GPUs of a host rank 0 broadcasts its tasks, and the others do the
+same work (`follow`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,6 +20,8 @@ import spaces  # patches torch, so before anything touches CUDA
 import torch
 
 from infworld.devices import device_name
+from infworld.memory_plan import NotEnoughMemory
+from infworld.parallel import Abandoned, Team
 from infworld.presets import find_preset
 from infworld.progress import Progress
 from infworld.session import Session
@@ -30,17 +35,17 @@ STEP_SECONDS, FRAMES_SECONDS = 3.0, 20.0
 RELEASED_TOKENS, RELEASED_WIDTH = 32_928, 1536 * 30
 
 
-@dataclass(frozen=True)
-class Scene:
-    """What a new film begins with: the settings, and the picture (uint8, H W 3)."""
+@dataclass(frozen=True, eq=False)
+class Opening:
+    """Begin a film with this picture (uint8, H W 3), and make its first chunk."""
 
-    settings: FilmSettings
     picture: np.ndarray
+    settings: FilmSettings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Replay:
-    """The film of a session once more, without computing it anew."""
+    """Decode the film of a session once more, without computing it anew."""
 
     session: Session
 
@@ -54,41 +59,40 @@ class Report:
     memory: int
 
 
-Task = Scene | Session | Replay
+Task = Opening | Session | Replay
 Result = Session | Report | Chunk
 Compute = Callable[[Task], Iterator[Result]]
 
 
-def on_gpu(world: World) -> Compute:
-    """The page's way to the model: a function of one task that yields its results as they come.
+def perform(world: World, task: Task) -> Iterator[Result]:
+    """Opening: the session of the picture, then as for it. Session: Reports, then the next Chunk. Replay: Chunks.
 
-    Scene: the session of the picture, then as for a Session. Session: Reports, then the next Chunk. Replay: Chunks.
     Closing the iterator ends the work after the step it is in.
     """
+    if isinstance(task, Replay):
+        yield from world.replay(task.session)
+        return
+    if isinstance(task, Opening):
+        task = world.start(task.picture, task.settings)
+        yield task
+    with closing(world.iterate_chunk(task)) as results:
+        for result in results:
+            if isinstance(result, Progress):
+                result = Report(result, device_name(world.device), memory_used(world.device))
+            yield result
+
+
+def on_gpu(world: World) -> Compute:
+    """`perform`, on ZeroGPU in a process that has the GPU for as long as the task should take."""
 
     def seconds(task: Task) -> int:
         return gpu_seconds(task, world)
 
     @spaces.GPU(duration=seconds)
     def compute(task: Task) -> Iterator[Result]:
-        if isinstance(task, Replay):
-            yield from world.replay(task.session)
-            return
-        if isinstance(task, Scene):
-            task = world.start(task.picture, task.settings)
-            yield task
-        yield from step_by_step(world, task)
+        yield from perform(world, task)
 
     return compute
-
-
-def step_by_step(world: World, session: Session) -> Iterator[Report | Chunk]:
-    """Yields a Report for each step of the session's next chunk, then the Chunk."""
-    with closing(world.iterate_chunk(session)) as results:
-        for result in results:
-            if isinstance(result, Progress):
-                result = Report(result, device_name(world.device), memory_used(world.device))
-            yield result
 
 
 def memory_used(device: torch.device) -> int:
@@ -104,15 +108,98 @@ def gpu_seconds(task: Task, world: World) -> int:
     Only matters on a GPU; a little generous, as a call that takes longer is cut off.
     """
     config = world.config
-    session = task.session if isinstance(task, Replay) else task
-    height, width = session.picture.shape[-3:-1]
+    shown = task.session if isinstance(task, Replay) else task
+    height, width = shown.picture.shape[-3:-1]
     size = (height // 16) * (width // 16) * config.chunk_latents / RELEASED_TOKENS
     model = config.model_cfg.dim * config.model_cfg.num_layers / RELEASED_WIDTH
     frames = FRAMES_SECONDS * size
     if isinstance(task, Replay):
-        total = frames / 2 * len(session.chunk_latents)
+        total = frames / 2 * len(shown.chunk_latents)
     else:
-        settings = session.settings
-        passes = find_preset(settings.preset).passes(settings.steps, settings.guidance)
+        passes = find_preset(shown.settings.preset).passes(shown.settings.steps, shown.settings.guidance)
         total = frames + STEP_SECONDS * passes * model * size**1.3
     return min(MAX_SECONDS, max(MIN_SECONDS, math.ceil(1.3 * total)))
+
+
+# ------------------------------------------------------------------------------------------------------- several GPUs
+
+
+@dataclass(frozen=True)
+class Order:
+    """A task for the model of this name; where `task` is None, the last session with these changes.
+
+    A session that goes on from the last one shares its history and what the encoder carries on with it, which are
+    hundreds of megabytes that the other ranks have already.
+    """
+
+    model: str
+    task: Task | None
+    changes: dict[str, Any]
+
+
+def leading(world: World) -> Compute:
+    """`perform` for rank 0 of the world's team, whose other ranks are in `follow`."""
+    team, name = world.team, world.config.name
+    last: Session | None = None  # the one that the other ranks have too
+
+    def order(task: Task) -> None:
+        nonlocal last
+        known = isinstance(task, Session) and last is not None
+        made = Order(name, None, _changes(last, task)) if known else Order(name, task, {})
+        last = None  # until the task has been done, on all ranks alike
+        team.broadcast_from_rank0(lambda: made)
+
+    def led(task: Task) -> Iterator[Result]:
+        nonlocal last
+        if isinstance(task, Opening):
+            order(task)
+            task = last = world.start(task.picture, task.settings)
+            yield task
+        order(task)
+        result = None
+        with closing(perform(world, task)) as results:
+            for result in results:
+                yield result
+        if isinstance(task, Session):  # not before the end, without which the other ranks have no session either
+            last = result.session
+
+    def compute(task: Task) -> Iterator[Result]:
+        """An error that the other ranks do not have too leaves them waiting for ever: then all processes end."""
+        try:
+            yield from led(task)
+        except (ValueError, NotEnoughMemory, GeneratorExit):
+            raise
+        except BaseException as error:
+            team.fail(f"{type(error).__name__}: {error}")
+
+    return compute
+
+
+def follow(team: Team, world_of: Callable[[str], World]) -> None:
+    """What the other ranks do: the work that rank 0 orders, until it leaves. world_of: a model's world, by name."""
+    last: Session | None = None
+    while True:
+        try:
+            order = team.broadcast_from_rank0(lambda: None)
+        except Abandoned:
+            return
+        # What ends rank 0's work ends it here too: bad input is bad, and too little memory too little, on all ranks.
+        with suppress(Abandoned, ValueError, NotEnoughMemory):
+            task = dataclasses.replace(last, **order.changes) if order.task is None else order.task
+            last = _do(world_of(order.model), task) or last
+
+
+def _do(world: World, task: Task) -> Session | None:
+    """Does a task as `leading` does; the session that follows from it."""
+    if isinstance(task, Opening):
+        return world.start(task.picture, task.settings)
+    final = None
+    for result in perform(world, task):
+        final = result
+    return final.session if isinstance(task, Session) else None
+
+
+def _changes(old: Session, new: Session) -> dict[str, Any]:
+    """The fields in which a session is not the very same as another."""
+    names = [field.name for field in dataclasses.fields(Session)]
+    return {name: getattr(new, name) for name in names if getattr(new, name) is not getattr(old, name)}

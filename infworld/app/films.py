@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from infworld.session import Session
-from infworld.video import FPS, concat_mp4, read_mp4, write_mp4
+from infworld.video import concat_mp4, read_mp4, write_mp4
 from infworld.world import Chunk
 
 log = logging.getLogger(__name__)
@@ -42,9 +42,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Film:
-    """A film by the folder it lives in: small enough to be a browser session's state."""
+    """A film by the folder it lives in, which is made when the film begins: small enough to be a browser session's
+    state. fps: frames a second."""
 
     folder: Path
+    fps: int
 
     def pieces(self) -> list[Piece]:
         """The film's pieces in order."""
@@ -60,9 +62,9 @@ class Film:
         return self._previous.is_file()
 
     def session(self) -> Session:
-        """The session to go on from. ValueError when there is none, as the film's time is over."""
+        """The session to go on from. ValueError when there is none, as the film has expired."""
         if not self.session_path.is_file():
-            raise ValueError("this film is no longer here; if you have downloaded its session, resume from that file")
+            raise ValueError("this film has expired; if you have downloaded its session, resume from that file")
         return Session.load(self.session_path)
 
     def previous(self) -> Session:
@@ -84,8 +86,8 @@ class Film:
         return self.folder / "pieces"
 
     def begin(self, session: Session) -> None:
-        """Keeps the session of a film that has no chunk here yet, even if its time ran out in the queue."""
-        self.folder.mkdir(mode=0o700, exist_ok=True)
+        """Makes the folder, and keeps the session of a film that has no chunk here yet."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._keep(session, self.session_path)
 
     def add(self, chunk: Chunk) -> None:
@@ -104,7 +106,7 @@ class Film:
         """Keeps the frames alone, of a chunk whose session is here already (`World.replay`)."""
         self._pieces.mkdir(exist_ok=True)
         name = f"{chunk.index:03d}-{len(chunk.frames)}-{secrets.token_hex(4)}.mp4"
-        write_mp4(self._pieces / name, chunk.frames, FPS, fragmented=True)
+        write_mp4(self._pieces / name, chunk.frames, self.fps, fragmented=True)
 
     def finish(self) -> dict[str, Path]:
         """What can be downloaded: "film" (the pieces joined to one mp4), "actions" (JSON) and "session"."""
@@ -140,22 +142,23 @@ class Film:
 
 
 class FilmStore:
-    """The folder of all films. Each goes when nothing has been done with it for `lifetime` seconds."""
+    """The folder of all films, `fps` frames a second. Each expires when nothing has been done with it for `lifetime`
+    seconds."""
 
-    def __init__(self, root: str | os.PathLike, lifetime: float):
+    def __init__(self, root: str | os.PathLike, lifetime: float, fps: int):
         self.root = Path(root).resolve()
         self.lifetime = lifetime
+        self.fps = fps
         self.root.mkdir(parents=True, exist_ok=True)
 
     def new(self) -> Film:
-        folder = self.root / f"{_PREFIX}{secrets.token_urlsafe(18)}"
-        folder.mkdir(mode=0o700)
-        return Film(folder)
+        """A film that has not begun: nothing is on the disk yet."""
+        return Film(self.root / f"{_PREFIX}{secrets.token_urlsafe(18)}", self.fps)
 
     def sweep(self) -> int:
-        """Removes the films whose time is over; returns how many."""
+        """Removes the expired films; returns how many."""
         oldest = time.time() - self.lifetime
-        old = [Film(folder) for folder in self.root.glob(f"{_PREFIX}*") if _last_change(folder) < oldest]
+        old = [Film(folder, self.fps) for folder in self.root.glob(f"{_PREFIX}*") if _last_change(folder) < oldest]
         for film in old:
             film.remove()
         return len(old)

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 import torch
 
 import infworld
-from infworld.app.compute import Compute, on_gpu
-from infworld.app.team import leading
+from infworld.app.compute import Compute, leading, on_gpu
 from infworld.config import ModelConfig
 from infworld.devices import pick_device
 from infworld.parallel import Team
@@ -80,7 +79,7 @@ class ModelPool:
                 torch.cuda.empty_cache()
             placement = "gpu" if ON_ZERO_GPU else "auto"
             world = infworld.load(config, self._device, text_placement=placement, team=self._team)
-            self._loaded = world, leading(world) if self._team else on_gpu(world)
+            self._loaded = world, _compute_of(world)
         return self._loaded
 
 
@@ -90,4 +89,8 @@ class SingleModelPool(ModelPool):
     def __init__(self, world: World):
         self.first = world.config.name
         self._configs, self._device = {self.first: world.config}, str(world.device)
-        self._loaded = world, on_gpu(world)
+        self._loaded = world, _compute_of(world)
+
+
+def _compute_of(world: World) -> Compute:
+    return leading(world) if world.team else on_gpu(world)

@@ -1,64 +1,49 @@
-"""The page: choose a picture, plan a walk, watch the film while it is made. Start it with `python app.py`.
+"""The page: choose a picture, plan a walk, watch the film while it is made. Layout and handlers; knows no tensors.
 
-`--model` or INFWORLD_MODEL name the model; its weights are downloaded if they are not there. Without a choice it is
-the released one where its weights are and a GPU that it fits on (24 GB), else the small one that comes along.
-`torchrun --nproc-per-node N app.py` films on N GPUs of this machine.
-
-Layout and handlers; what they do is in `ui/studio.py`. What a person makes lives in a folder of its own, of which the
-page keeps only the path.
+What a person asks is checked in `studio.py` and done by `runner.py`. A film lives in a folder of its own, of which the
+page keeps only the path. Every event that films is an async generator: it reads what its run tells, and blocks no
+thread.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import functools
-import importlib.util
-import logging
-import math
 import os
 import random
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import spaces  # noqa: F401  (patches torch on a ZeroGPU Space, so before anything touches CUDA)
+from anyio import to_thread
+from gradio.context import LocalContext
 from PIL import Image
 
-from infworld import parallel
 from infworld.actions import ActionScript
-from infworld.app import status
+from infworld.app import runner, status
 from infworld.app.drive import Drive, driven
 from infworld.app.editor import ActionEditor, script_of
-from infworld.app.films import Film, FilmStore
+from infworld.app.films import Film
 from infworld.app.gallery import Gallery, find_examples
 from infworld.app.memory_check import memory_check
-from infworld.app.model_pool import ModelPool, SingleModelPool
 from infworld.app.picture import Picture
 from infworld.app.player import FilmPlayer, film_value, still_value
-from infworld.app.studio import Job, Loading, RunProgress, Studio
-from infworld.app.team import follow
+from infworld.app.runner import Ended, Job, Loading, NewChunk, Run, Runner, RunProgress, Waiting
+from infworld.app.studio import Studio
 from infworld.camera import STEP, TURN_DEGREES
 from infworld.config import PROJECT_ROOT, ModelConfig
-from infworld.devices import device_name, pick_device
-from infworld.models import available, default_model, prepare
+from infworld.devices import device_name
+from infworld.memory_plan import NotEnoughMemory
 from infworld.pictures import crop_image
 from infworld.presets import PRESETS, find_preset
 from infworld.session import Session
 from infworld.settings import MAX_PROMPT, MAX_STEPS, FilmSettings
-from infworld.world import Chunk, World
-
-log = logging.getLogger(__name__)
 
 STATIC = Path(__file__).resolve().parent / "static"
 EXAMPLES = PROJECT_ROOT / "examples"
-FILMS = Path(tempfile.gettempdir()) / "infinite-world-films"
-LIFETIME = 2 * 3600  # seconds that a film is kept after the last change to it
 UPLOADS_LIFETIME = 12 * 3600  # seconds; longer than a full queue, as a program's picture is read when its turn comes
-UPLOAD_ROOM = 100 * 2**20  # bytes of an upload that any model allows: enough for every picture that is accepted
-MAX_QUEUE = 64
 RANDOM_SEEDS = 2**31  # short enough to write down
 
 MEMORY_HINT = (
@@ -66,27 +51,34 @@ MEMORY_HINT = (
     "side. Try the plan <em>Look around</em> or <em>Walk and return</em>.</p></div>"
 )
 
+STOPPING = status.message("Stopping", "What has been made stays.")
+
 Update = dict[Any, Any]
 
 
-def plainly(handler: Callable) -> Callable:
-    """A handler whose ValueErrors and file errors are shown to the person as they are worded."""
+@contextmanager
+def plainly() -> Iterator[None]:
+    """What a person can do something about is shown to them as it is worded. Also a decorator of handlers."""
+    try:
+        yield
+    except (ValueError, OSError, NotEnoughMemory) as error:
+        raise gr.Error(sentence(error), print_exception=False) from error
 
-    @functools.wraps(handler)
-    def wrapped(*args: Any) -> Any:
-        try:
-            return handler(*args)
-        except (ValueError, OSError) as error:
-            raise gr.Error(_sentence(error), print_exception=False) from error
 
-    return wrapped
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """What a handler asks the runner for, and what the page shows at once."""
+
+    job: Job
+    update: Update
 
 
 class Page:
     """The page's parts and handlers. A handler takes the values of parts and returns updates by part."""
 
-    def __init__(self, studio: Studio):
+    def __init__(self, studio: Studio, runner: Runner):
         self.studio = studio
+        self.runner = runner
         self.models = studio.models
         self.config = self.models.config(self.models.first)  # the page is laid out for the first model's lengths
         self.examples = find_examples(EXAMPLES)
@@ -95,8 +87,6 @@ class Page:
         """The whole page, ready to launch."""
         with gr.Blocks(title="Infinite-World", fill_width=True, delete_cache=(3600, UPLOADS_LIFETIME)) as blocks:
             self.film = gr.State(None)  # a Film
-            self.job = gr.State(None)  # a Job: what the run that is on has to do
-            self.outcome = gr.State("")  # of the last run: "done", "stopped", or what went wrong
             self._header()
             with gr.Row(elem_id="stage"):
                 with gr.Column(scale=4, min_width=300):
@@ -112,13 +102,18 @@ class Page:
 
     def _header(self) -> None:
         with gr.Row(elem_id="top"):
-            gr.HTML(_read("header.html"), js_on_load=_read("header.js"), apply_default_css=False, elem_id="header")
+            gr.HTML(
+                read_static("header.html"),
+                js_on_load=read_static("header.js"),
+                apply_default_css=False,
+                elem_id="header",
+            )
             self.running = gr.HTML(self._running(self.models.first), apply_default_css=False, elem_id="running")
             gr.DuplicateButton(visible="SPACE_ID" in os.environ, scale=0, min_width=160)
 
     def _scene(self) -> None:
         step = self.config.chunk_frames
-        steps, guidance, preset = quality_of(self.config)
+        defaults = FilmSettings.for_model(self.config)
         guided = is_guided(self.config)
         names = self.models.names
         self.model = gr.Dropdown(
@@ -137,7 +132,7 @@ class Page:
             )
         self.gallery = Gallery(self.examples, elem_id="examples")
         self.prompt = gr.Textbox(
-            label="What the world looks like", placeholder="optional", max_length=MAX_PROMPT, elem_id="prompt"
+            "", label="What the world looks like", placeholder="optional", max_length=MAX_PROMPT, elem_id="prompt"
         )
         self.negative_prompt = gr.Textbox(
             self.config.negative_prompt, label="What to avoid", max_length=MAX_PROMPT, visible=guided
@@ -150,13 +145,15 @@ class Page:
             self.randomise = gr.Checkbox(True, label="A new seed every time", elem_id="randomise")
             self.preset = gr.Radio(
                 speeds(self.config),
-                value=preset,
+                value=defaults.preset,
                 label="Speed",
                 info="Faster films come close to the exact one, but are not the same.",
                 elem_id="speed",
             )
-            self.steps = gr.Slider(1, MAX_STEPS, steps, step=1, label="Steps", info="More are slower and finer.")
-            self.guidance = gr.Slider(1, 10, guidance, step=0.5, label="Guidance", visible=guided)
+            self.steps = gr.Slider(
+                1, MAX_STEPS, defaults.steps, step=1, label="Steps", info="More are slower and finer."
+            )
+            self.guidance = gr.Slider(1, 10, defaults.guidance, step=0.5, label="Guidance", visible=guided)
         self.session_file = gr.UploadButton(
             "Resume a film from its session file", file_types=[".safetensors"], size="sm", elem_id="resume"
         )
@@ -200,11 +197,11 @@ class Page:
         settings = [self.editor, self.prompt, self.negative_prompt, self.seed, self.randomise]
         settings += [self.steps, self.guidance, self.preset]
         self.buttons = [self.generate, self.stop, self.more, self.redo, self.extra, self.session_file]
-        begun = [self.film, self.job, self.outcome, self.seed, self.status, self.player, self.downloads, *self.buttons]
-        settled = [self.status, self.player, self.downloads, self.editor, self.drive, *self.buttons]
+        filming = [self.film, self.seed, self.status, self.player, self.downloads, self.editor, self.drive]
+        filming += self.buttons
         chosen = [self.running, self.negative_prompt, self.steps, self.guidance, self.preset]
-        resumed = [self.editor, self.prompt, self.randomise, self.model, *chosen]
-        # Through the queue like all, but never waiting: errors of events outside the queue are errors in the console.
+        # The queue is the runner's alone. Gradio's is gone through all the same: errors of events outside of it are
+        # errors in the console.
         at_once = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
         shown = [self.preview, self.player]
@@ -215,31 +212,18 @@ class Page:
         self.preset.input(self.choose_speed, [self.preset, self.model], self.steps, **at_once)
         self.gallery.pick(self.take_example, None, [self.image, self.prompt, self.editor, self.frames], **at_once)
         self.frames.change(self.plan_length, self.frames, self.editor, **at_once)
-        starts = [
-            self.generate.click(self.begin, [self.image, self.frames, self.model, *settings], begun, **at_once),
-            self.more.click(
-                self.go_on, [self.film, self.extra, self.model, *settings], [*begun, self.editor], **at_once
-            ),
-            self.redo.click(self.make_again, [self.film, self.model, *settings], begun, **at_once),
-            self.session_file.upload(self.resume, self.session_file, [*begun, *resumed], **at_once),
-            self.drive.drive(
-                self.drive_on,
-                [self.film, self.drive, self.image, self.model, *settings],
-                [*begun, self.editor],
-                **at_once,
-            ),
-        ]
-        on_gpu = {"concurrency_limit": 1, "concurrency_id": "gpu", "api_visibility": "private"}
-        runs = []
-        for start in starts:
-            run = start.success(
-                self.run, [self.film, self.job], [self.status, self.player, self.outcome],
-                show_progress_on=self.status, **on_gpu,
-            )  # fmt: skip
-            settle = run.then(self.settle, [self.film, self.outcome], settled, **at_once)  # after Stop and errors too
-            settle.then(self.check_memory, self.film, self.memory, **at_once)
-            runs.append(run)
-        self.stop.click(self.stopping, None, [self.status, self.stop], cancels=runs, **at_once)
+        resumed = [*filming, self.prompt, self.randomise, self.model, *chosen]
+        for event, begin, inputs, outputs in (
+            (self.generate.click, self.begin, [self.image, self.frames, self.model, *settings], filming),
+            (self.more.click, self.go_on, [self.film, self.extra, self.model, *settings], filming),
+            (self.redo.click, self.make_again, [self.film, self.model, *settings], filming),
+            (self.session_file.upload, self.resume, self.session_file, resumed),
+            (self.drive.drive, self.drive_on, [self.film, self.drive, self.image, self.model, *settings], filming),
+        ):
+            event(self.filming(begin), inputs, outputs, **at_once).then(
+                self.check_memory, self.film, self.memory, **at_once
+            )
+        self.stop.click(self.stop_filming, self.film, [self.status, self.stop], **at_once)
 
     def _doors(self) -> None:
         """The one endpoint for programs, which is also the MCP tool. Its parts are seen by nobody."""
@@ -258,13 +242,12 @@ class Page:
                 inputs,
                 gr.File(label="film"),
                 api_name="film",
-                concurrency_limit=1,
-                concurrency_id="gpu",
+                concurrency_limit=None,
             )
 
     # ---------------------------------------------------------------------------------------------------- handlers
 
-    @plainly
+    @plainly()
     def choose(self, image: str | None, film: Film | None, model: str) -> Update:
         """Shows a picture as the model will see it."""
         if image is None:
@@ -273,25 +256,25 @@ class Page:
         update = {self.preview: gr.update(value=cut, visible=True)}
         return update if film else update | {self.player: still_value(cut)}
 
-    @plainly
+    @plainly()
     def choose_model(self, model: str) -> Update:
         """Another model for new films, with its own preset, steps, guidance and negative prompt."""
         config = self.models.config(model)
-        return self._chosen(config, config.negative_prompt, *quality_of(config))
+        return self._chosen(config, FilmSettings.for_model(config))
 
-    @plainly
+    @plainly()
     def choose_speed(self, preset: str, model: str) -> Update:
         """A preset, with its own steps."""
         return {self.steps: find_preset(preset).sampler_steps(self.models.config(model).val_scheduler_cfg)}
 
-    def _chosen(self, config: ModelConfig, negative_prompt: str, steps: int, guidance: float, preset: str) -> Update:
+    def _chosen(self, config: ModelConfig, settings: FilmSettings) -> Update:
         guided = is_guided(config)
         return {
             self.running: self._running(config.name),
-            self.negative_prompt: gr.update(value=negative_prompt, visible=guided),
-            self.steps: steps,
-            self.guidance: gr.update(value=guidance, visible=guided),
-            self.preset: gr.update(choices=speeds(config), value=preset),
+            self.negative_prompt: gr.update(value=settings.negative_prompt, visible=guided),
+            self.steps: settings.steps,
+            self.guidance: gr.update(value=settings.guidance, visible=guided),
+            self.preset: gr.update(choices=speeds(config), value=settings.preset),
         }
 
     def _running(self, model: str) -> str:
@@ -312,62 +295,51 @@ class Page:
     def plan_length(self, frames: int) -> Update:
         return {self.editor: gr.update(num_frames=int(frames))}
 
-    @plainly
-    def begin(self, image: str | None, frames: int, model: str, *settings: Any) -> Update:
+    def begin(self, image: str | None, frames: int, model: str, *settings: Any) -> Begun:
         """A new film of the picture."""
         if image is None:
             raise ValueError("Choose a picture first: upload one, or take an example.")
-        settings = self._wishes(*settings)
-        film, job = self.studio.begin(image, int(frames), settings, model)
-        still = still_value(Image.fromarray(job.picture))
-        return self._begun(job, settings.seed) | {self.film: film, self.player: still}
+        job = self.studio.begin(image, int(frames), self._settings(*settings), model)
+        return Begun(job, {self.player: still_value(Image.fromarray(job.picture))})
 
-    @plainly
-    def go_on(self, film: Film | None, chunks: int, model: str, *settings: Any) -> Update:
+    def go_on(self, film: Film | None, chunks: int, model: str, *settings: Any) -> Begun:
         """More chunks for the film that is there."""
         session = _there(film).session()
-        job = self.studio.go_on(film, int(chunks), for_film(self._wishes(*settings), session, model))
+        job = self.studio.go_on(film, int(chunks), for_film(self._settings(*settings), session, model))
         frames = film.num_frames + int(chunks) * self.config.chunk_frames
-        return self._begun(job, session.settings.seed) | {self.editor: gr.update(num_frames=frames)}
+        return Begun(job, {self.editor: gr.update(num_frames=frames)})
 
-    @plainly
-    def make_again(self, film: Film | None, model: str, *settings: Any) -> Update:
+    def make_again(self, film: Film | None, model: str, *settings: Any) -> Begun:
         """The film's last chunk with another seed."""
         session = _there(film).session()
-        settings = for_film(self._wishes(*settings), session, model)
-        if settings.seed == session.settings.seed:
-            settings = dataclasses.replace(settings, seed=random.randrange(RANDOM_SEEDS))
-        return self._begun(self.studio.redo(film, settings), settings.seed)
+        wanted = for_film(self._settings(*settings), session, model)
+        if wanted.seed == session.settings.seed:
+            wanted = dataclasses.replace(wanted, seed=random.randrange(RANDOM_SEEDS))
+        return Begun(self.studio.redo(film, wanted), {})
 
-    @plainly
-    def drive_on(self, film: Film | None, value: Any, image: str | None, model: str, *settings: Any) -> Update:
+    def drive_on(self, film: Film | None, value: Any, image: str | None, model: str, *settings: Any) -> Begun:
         """One more chunk, of what was driven; the first one of a film is made by the plan."""
         step = self.config.chunk_frames
         if film is None or not film.num_frames:
             return self.begin(image, 1 + step, model, *settings)
         session = film.session()
-        settings = for_film(self._wishes(*settings), session, model)
+        wanted = for_film(self._settings(*settings), session, model)
         actions = session.with_actions(driven(value, step)).settings.actions
-        job = self.studio.go_on(film, 1, dataclasses.replace(settings, actions=actions))
-        plan = gr.update(value=actions, num_frames=session.num_frames + step)
-        return self._begun(job, session.settings.seed) | {self.editor: plan}
+        job = self.studio.go_on(film, 1, dataclasses.replace(wanted, actions=actions))
+        return Begun(job, {self.editor: gr.update(value=actions, num_frames=session.num_frames + step)})
 
-    @plainly
-    def resume(self, path: str) -> Update:
+    def resume(self, path: str) -> Begun:
         """The film of an uploaded session file, with its model."""
-        film, session = self.studio.resume(path)
+        job, session = self.studio.resume(path)
         fields = {
             self.editor: gr.update(value=session.settings.actions, num_frames=session.num_frames),
             self.prompt: session.settings.prompt,
             self.model: session.model,
+            self.seed: session.settings.seed,
         }
-        config = self.models.config(session.model)
-        settings = session.settings
-        quality = settings.steps, settings.guidance, settings.preset
-        fields |= self._chosen(config, settings.negative_prompt, *quality)
-        return self._begun(Job(session.model, 0), settings.seed) | fields | {self.film: film}
+        return Begun(job, fields | self._chosen(self.models.config(session.model), session.settings))
 
-    def _wishes(
+    def _settings(
         self,
         actions: Any,
         prompt: str,
@@ -381,41 +353,54 @@ class Page:
         seed = random.randrange(RANDOM_SEEDS) if randomise or seed is None else seed
         return FilmSettings(script_of(actions), prompt, negative, seed, steps, float(guidance), preset)
 
-    def _begun(self, job: Job, seed: int) -> Update:
-        """A run is about to begin, or to wait for its turn."""
+    def filming(self, begin: Callable[..., Begun]) -> Callable[..., AsyncIterator[Update]]:
+        """The handler that has done what `begin` asks for, and shows each step and each new piece of the film.
+
+        Closing it, as Gradio does when the page is closed, cancels the run.
+        """
+
+        async def handler(*values: Any) -> AsyncIterator[Update]:
+            with plainly():
+                begun = await to_thread.run_sync(begin, *values)
+                run = self.runner.submit(begun.job)
+            try:
+                yield self._busy(begun.job) | begun.update
+                async with aclosing(run.updates()) as updates:
+                    async for update in updates:
+                        if isinstance(update, Ended):
+                            yield await to_thread.run_sync(self.settle, begun.job.film, update)
+                        else:
+                            yield self._shown(run, update)
+            finally:
+                run.cancel()
+
+        return handler
+
+    def _busy(self, job: Job) -> Update:
+        """A run has begun, or waits for its turn."""
         busy = {part: gr.update(interactive=part is self.stop) for part in self.buttons}
-        waiting = status.message("Waiting", "The film is made as soon as it is its turn.")
-        empty = {self.downloads: ""}
-        return {self.job: job, self.outcome: "stopped", self.seed: seed, self.status: waiting} | empty | busy
+        seed = {self.seed: job.settings.seed} if job.settings else {}
+        return {self.film: job.film, self.downloads: ""} | seed | busy
 
-    def run(self, film: Film, job: Job) -> Iterator[Update]:
-        """Does the job, showing each step and each new piece of the film."""
-        try:
-            for news in self.studio.run(film, job):
-                if isinstance(news, Chunk):
-                    yield {self.player: film_value(film)}
-                elif isinstance(news, Loading):
-                    yield {self.status: status.message("Loading", f"The model {news.model} is loaded first.")}
-                else:
-                    yield {self.status: status.making(news)}
-        except Exception as error:
-            log.exception("a run ended early")
-            yield {self.outcome: _sentence(error)}
-        else:
-            yield {self.outcome: "done"}
+    def _shown(self, run: Run, update: runner.Update) -> Update:
+        if isinstance(update, NewChunk):
+            return {self.player: film_value(run.job.film)}
+        return {self.status: STOPPING if run.is_cancelled else status.of(update)}
 
-    def stopping(self) -> Update:
-        return {
-            self.status: status.message("Stopping", "What has been made stays."),
-            self.stop: gr.update(interactive=False),
-        }
+    @plainly()
+    def stop_filming(self, film: Film | None) -> Update:
+        """Asks the film's run to end after the step it is in; `settle` follows when it has."""
+        if run := self.runner.run_of(_there(film)):
+            run.cancel()
+        return {self.status: STOPPING, self.stop: gr.update(interactive=False)}
 
-    @plainly
-    def settle(self, film: Film, outcome: str) -> Update:
+    @plainly()
+    def settle(self, film: Film, ended: Ended) -> Update:
         """After a run, however it ended: the whole film, its files, and what can be done next."""
         frames, can_go_on = film.num_frames, film.session_path.is_file()
+        outcome = sentence(ended.error) if ended.error else "stopped" if ended.stopped else "done"
         update = {
-            self.status: status.ended(outcome, frames),
+            self.status: status.ended(outcome, frames, film.fps),
             self.generate: gr.update(interactive=True),
             self.stop: gr.update(interactive=False),
             self.more: gr.update(interactive=can_go_on),
@@ -432,12 +417,11 @@ class Page:
             update[self.drive] = None  # whoever is driving has to stop
         return update
 
-    @plainly
-    def check_memory(self, film: Film) -> str:
-        return memory_check(film) if film.num_frames else MEMORY_HINT
+    @plainly()
+    def check_memory(self, film: Film | None) -> str:
+        return memory_check(film) if film and film.num_frames else MEMORY_HINT
 
-    @plainly
-    def make_film(
+    async def make_film(
         self,
         image: str,
         actions: str = "",
@@ -449,7 +433,7 @@ class Page:
         progress=gr.Progress(),  # noqa: B008  (how Gradio hands one over)
     ) -> str:
         """
-        Films a walk that begins with a picture, and returns an mp4 file of 30 frames a second.
+        Films a walk that begins with a picture, and returns an mp4 file.
 
         The actions are text such as "forward 80, right 40, forward+left 60": what to do and for how many frames. They
         are forward, back, strafe left, strafe right, up, down, left, right and wait, also joined by a plus sign.
@@ -465,17 +449,41 @@ class Page:
             model: One of the models that are here, by name; empty for the page's own.
             preset: exact, or balanced or fast, which are faster and less exact; empty for the model's own.
         """
+        with plainly():
+            job = await to_thread.run_sync(self._asked, image, actions, frames, seed, prompt, model, preset)
+            run = self.runner.submit(job)
+        try:
+            async with aclosing(run.updates()) as updates:
+                async for update in updates:
+                    if isinstance(update, Waiting):
+                        progress(0, f"waiting for {update.place} other films")
+                    elif isinstance(update, Loading):
+                        progress(0, f"the model {update.model} is loaded")
+                    elif isinstance(update, RunProgress):
+                        progress(update.share, f"chunk {update.chunk} of {update.chunks}")
+                    if client_is_gone():
+                        run.cancel()
+        finally:
+            run.cancel()
+        if update.error or update.stopped:
+            words = sentence(update.error) if update.error else "The film was cancelled."
+            raise gr.Error(words, print_exception=False) from update.error
+        return str((await to_thread.run_sync(job.film.finish))["film"])
+
+    def _asked(self, image, actions: str, frames: int, seed: int, prompt: str, model: str, preset: str) -> Job:
+        """What a program asks for, checked."""
         if image is None:
             raise ValueError("there is no picture")
         config = self.models.config(model or self.models.first)
-        settings = FilmSettings(_script(actions), prompt, config.negative_prompt, seed, *quality_of(config, preset))
-        film, job = self.studio.begin(image, frames, settings, config.name)
-        for news in self.studio.run(film, job):
-            if isinstance(news, Loading):
-                progress(0, f"the model {news.model} is loaded")
-            elif isinstance(news, RunProgress):
-                progress(news.share, f"chunk {news.chunk} of {news.chunks}")
-        return str(film.finish()["film"])
+        settings = FilmSettings.for_model(config, _script(actions), prompt, seed=seed, preset=preset or None)
+        return self.studio.begin(image, frames, settings, config.name)
+
+
+def client_is_gone() -> bool:
+    """Whether the client of the present event has hung up, which Gradio tells generators only."""
+    blocks, event_id = LocalContext.blocks.get(None), LocalContext.event_id.get(None)
+    event = blocks and blocks._queue.event_ids_to_events.get(event_id)
+    return event is not None and not event.alive
 
 
 def _script(text: str) -> ActionScript:
@@ -497,13 +505,6 @@ def for_film(settings: FilmSettings, session: Session, model: str) -> FilmSettin
     return dataclasses.replace(settings, **kept)
 
 
-def quality_of(config: ModelConfig, preset: str = "") -> tuple[int, float, str]:
-    """Steps, guidance and name of a preset of this model; of its own if none is named."""
-    sampler = config.val_scheduler_cfg
-    found = find_preset(preset or sampler.preset)
-    return found.sampler_steps(sampler), sampler.text_cfg_scale, found.name
-
-
 def speeds(config: ModelConfig) -> list[tuple[str, str]]:
     """The presets, labelled with how many times as fast as exact the model's own part of the work is."""
     sampler = config.val_scheduler_cfg
@@ -520,7 +521,7 @@ def is_guided(config: ModelConfig) -> bool:
     return config.val_scheduler_cfg.text_cfg_scale != 1
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
     """What an error says, as a sentence."""
     words = str(getattr(error, "message", error)) or type(error).__name__
     return words[0].upper() + words[1:]
@@ -532,88 +533,5 @@ def longest(config: ModelConfig) -> int:
     return 1 + config.chunk_frames * min(rollout.trained_chunks, rollout.max_chunks)
 
 
-def upload_limit(config: ModelConfig) -> int:
-    """Bytes: the largest session file of the longest film, and some room.
-
-    A session holds what the VAE's encoder carries on (about 15 numbers a pixel and channel) and all latents, twice.
-    """
-    pixels = math.prod(config.largest_bucket)
-    carried = 20 * pixels * config.vae_cfg.dim
-    latents = 2 * config.validation_data.max_chunks * config.chunk_latents * config.vae_cfg.z_dim * pixels // 64
-    return UPLOAD_ROOM + 4 * (carried + latents)
-
-
-def _read(name: str) -> str:
+def read_static(name: str) -> str:
     return (STATIC / name).read_text(encoding="utf-8")
-
-
-def serve(models: ModelPool | World, films: Path = FILMS, **launching: Any) -> gr.Blocks:
-    """Builds and launches the page for one or more models; films go below `films`. Returns the running page."""
-    models = SingleModelPool(models) if isinstance(models, World) else models
-    store = FilmStore(films, LIFETIME)
-    store.keep_sweeping()
-    blocks = Page(Studio(models, store)).blocks()
-    blocks.queue(max_size=MAX_QUEUE)
-    blocks.launch(
-        theme=theme(),
-        css=_read("page.css"),
-        allowed_paths=[str(store.root)],
-        max_file_size=max(upload_limit(models.config(name)) for name in models.names),
-        mcp_server=importlib.util.find_spec("mcp") is not None,
-        ssr_mode=False,
-        footer_links=["api", "settings"],
-        **launching,
-    )
-    return blocks
-
-
-def theme() -> gr.Theme:
-    """Fonts of the system, so that the page needs nothing from elsewhere."""
-    return gr.themes.Base(
-        primary_hue="teal",
-        neutral_hue="slate",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="The page on which a picture becomes a walk.")
-    parser.add_argument(
-        "--model",
-        help="infinite-world, tiny, or the path of a YAML file; missing weights are downloaded. Default: "
-        "INFWORLD_MODEL, else infinite-world if its weights are here and a GPU that it fits on, else tiny",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--host", help="address to listen on: 0.0.0.0 for all (default: only this machine)")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        device = parallel.device_of_rank(args.device)
-        with parallel.join_team(pick_device(device)) as team:
-            models = load_models(args.model, device, team)
-            if team is None:
-                serve(models, server_name=args.host, server_port=args.port)
-            elif team.is_rank0:
-                serve(models, server_name=args.host, server_port=args.port)
-                team.end()
-            else:
-                follow(team, models.world)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-def load_models(name: str | None, device: str, team: parallel.Team | None) -> ModelPool:
-    """The models that are here, the one of this name or the default one first; it may be downloaded."""
-
-    def first() -> ModelConfig:
-        return prepare(name or default_model(device))
-
-    config = first() if team is None else team.broadcast_from_rank0(first)
-    others = {name: other for name, other in available().items() if name != config.name}
-    return ModelPool({config.name: config, **others}, device, team)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,6 @@ import gradio as gr
 from PIL import Image
 
 from infworld.app.films import Film
-from infworld.video import FPS
 
 _HERE = Path(__file__).parent
 _HTML, _CSS, _JS = ((_HERE / "static" / f"player.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
@@ -32,7 +31,7 @@ def still_value(picture: Image.Image) -> dict[str, Any]:
 def film_value(film: Film, complete: Path | None = None) -> dict[str, Any]:
     """The player's value that plays a film; `complete`: all of it in one file, when nothing more comes for now."""
     pieces = [{"path": str(piece.path), "frames": piece.frames} for piece in film.pieces()]
-    return {"pieces": pieces, "fps": FPS, "complete": complete and str(complete)}
+    return {"pieces": pieces, "fps": film.fps, "complete": complete and str(complete)}
 
 
 class FilmPlayer(gr.HTML):

@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from infworld.app.compute import Report
-from infworld.video import FPS
+from infworld.app.runner import Loading, RunProgress, Waiting
 
 # What the model is doing when a Progress says that it has done the stage before.
 NOW = {"text": "remembering", "memory": "imagining", "sample": "imagining", "decode": "looking at it"}
 DRAWING = "drawing"
 
 
-@dataclass(frozen=True)
-class RunProgress:
-    """A run in the making: the model, the chunk it is at (from 1) of its `chunks`, frames made and seconds since it
-    began, the seed, and the report of the present chunk."""
-
-    model: str
-    chunk: int
-    chunks: int
-    frames: int
-    seconds: float
-    seed: int
-    report: Report
-
-    @property
-    def remaining(self) -> float | None:
-        """Seconds left in the run, from the chunks done and the present one's own estimate."""
-        progress = self.report.progress
-        if progress.remaining is None and self.chunk == 1:
-            return None
-        done = self.seconds - progress.seconds
-        per_chunk = done / (self.chunk - 1) if self.chunk > 1 else progress.seconds + progress.remaining
-        rest = per_chunk - progress.seconds if progress.remaining is None else progress.remaining
-        return max(0.0, rest) + per_chunk * (self.chunks - self.chunk)
-
-    @property
-    def share(self) -> float:
-        """Part of the run that is done, 0 to 1."""
-        progress = self.report.progress
-        return (self.chunk - 1 + progress.step / (progress.steps + 1)) / self.chunks
+def of(update: Waiting | Loading | RunProgress) -> str:
+    """Where a run stands."""
+    if isinstance(update, Loading):
+        return message("Loading", f"The model {update.model} is loaded first.")
+    return _making(update) if isinstance(update, RunProgress) else _waiting(update)
 
 
-def making(state: RunProgress) -> str:
+def _waiting(state: Waiting) -> str:
+    if not state.place:
+        return message("Waiting", "It is this film's turn.")
+    films = "1 film is" if state.place == 1 else f"{state.place} films are"
+    left = "" if state.seconds is None else f" This one's turn is in about {duration(state.seconds)}."
+    return message("Waiting", f"{films} made first.{left}")
+
+
+def _making(state: RunProgress) -> str:
     progress = state.report.progress
     made = state.frames / state.seconds if state.seconds else 0.0
     title = f"Chunk {state.chunk} of {state.chunks}, step {progress.step} of {progress.steps}"
@@ -75,9 +57,9 @@ def message(title: str, text: str = "", kind: str = "") -> str:
     return f'<div role="status">{_panel(title, text, "", kind)}</div>'
 
 
-def ended(outcome: str, frames: int) -> str:
+def ended(outcome: str, frames: int, fps: int) -> str:
     """What a run has come to. outcome: "done", "stopped", or what went wrong."""
-    there = f"The film has {frames} frames: {frames / FPS:.1f} seconds." if frames else "There is no film yet."
+    there = f"The film has {frames} frames: {frames / fps:.1f} seconds." if frames else "There is no film yet."
     if outcome in ("done", "stopped"):
         return message(outcome.capitalize(), there)
     return message("The film could not be finished", f"{outcome} {there} What was made stays.", "error")

@@ -5,36 +5,73 @@ from __future__ import annotations
 import importlib
 import sys
 
+import infworld
+
 # Command -> module, and what it does. A module is imported when its command is given: torch takes seconds.
 COMMANDS = {
-    "generate": ("infworld.cli.generate", "film a walk: a picture and actions in, an mp4 out"),
-    "serve": ("infworld.app.page", "the page in the browser"),
-    "download": ("infworld.cli.download", "download the released weights"),
-    "convert": ("infworld.cli.convert", "write released weights in a form that loads faster"),
-    "upload": ("infworld.cli.upload", "upload this project to the Hub, as a model or a Space"),
-    "benchmark": ("infworld.cli.benchmark.benchmark", "measure the engine on this machine"),
+    "generate": ("infworld.cli.generate", "make a film: a picture and actions in, an mp4 out"),
+    "serve": ("infworld.app.server", "open the page in a browser"),
+    "download": ("infworld.cli.download", "download the released weights, or what is missing of them"),
+    "convert": ("infworld.cli.convert", "rewrite the released weights so that they load faster"),
+    "upload": ("infworld.cli.upload", "upload this project to the Hub as a model or a Space"),
+    "benchmark": ("infworld.cli.benchmark.run", "measure the engine on this machine"),
+    "benchmark team": ("infworld.cli.benchmark.team", "measure several devices against one (under torchrun)"),
     "check-parity": ("infworld.cli.check_parity", "compare every stage with tensors of the reference computation"),
     "compile-blocks": ("infworld.cli.compile_blocks", "compile the transformer's blocks ahead of time"),
-    "random-checkpoint": ("infworld.cli.random_checkpoint", "write random weights of the released sizes"),
-    "train-vae": ("infworld.training.train_vae", "train a VAE on procedural worlds"),
-    "train-world": ("infworld.training.train_world", "train a world model on procedural worlds"),
+    "random-checkpoint": ("infworld.cli.random_checkpoint", "write random weights in the released files' form"),
+    "train vae": ("infworld.training.train_vae", "train a VAE on procedural worlds"),
+    "train world": ("infworld.training.train_world", "train a world model on procedural worlds"),
+    "train labels": ("infworld.training.labels", "turn camera poses into actions"),
+    "train check-gradients": ("infworld.training.check_gradients", "compare a run's gradients with float32 ones"),
+    "train examples": ("infworld.training.make_examples", "draw the example pictures"),
+    "train cases": ("infworld.training.make_cases", "draw the pictures of the cases for evaluate"),
     "evaluate": ("infworld.cli.evaluate", "measure a model on any pictures: memory, control, stability, motion"),
     "evaluate-worlds": ("infworld.training.evaluate", "measure a model against procedural worlds"),
+    "arena": ("infworld.cli.arena", "compare films of several models or settings, blind, and rank them"),
 }
+EXTRAS = {"app": "app", "training": "train"}  # subpackage -> the extra that brings what it imports
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the named command with the arguments after it; returns its exit code."""
-    command, *rest = arguments or sys.argv[1:] or ["--help"]
-    if command not in COMMANDS:
-        asked = command in ("-h", "--help")
-        print(_usage() if asked else f"unknown command {command!r}\n\n{_usage()}", file=None if asked else sys.stderr)
-        return 0 if asked else 2
-    sys.argv = [f"infworld {command}", *rest]  # what argparse calls the program by
-    return importlib.import_module(COMMANDS[command][0]).main() or 0
+    """Runs the command at the beginning of the arguments (default: the process's) with the rest of them.
+
+    Returns its exit code; 2 for an unknown command and for one whose requirements are not installed.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["--version"]:
+        print(f"infworld {infworld.__version__}")
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    command = next((name for name in (" ".join(arguments[:2]), arguments[0]) if name in COMMANDS), None)
+    if command is None:
+        print(unknown(arguments[0]), file=sys.stderr)
+        return 2
+    # Under this name argparse and the programs themselves speak of the command.
+    sys.argv = [f"infworld {command}", *arguments[len(command.split()) :]]
+    module = COMMANDS[command][0]
+    try:
+        program = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(module.split(".")[1])
+        if extra is None or (error.name or "").startswith("infworld"):
+            raise
+        print(f"infworld {command} needs {error.name}: pip install 'infworld[{extra}]', ", end="", file=sys.stderr)
+        print(f"or pip install -e '.[{extra}]' in a clone", file=sys.stderr)
+        return 2
+    return program.main() or 0
 
 
-def _usage() -> str:
+def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
-    return "usage: infworld COMMAND ...  (infworld COMMAND --help for its options)\n\n" + "\n".join(lines)
+    return "\n".join(["usage: infworld [--version] COMMAND [OPTION ...]", "", *lines, "", "infworld COMMAND --help"])
+
+
+def unknown(word: str) -> str:
+    """Says what is wrong with a command line that begins with this word."""
+    inside = [name for name in COMMANDS if name.startswith(f"{word} ")]
+    return (
+        f"infworld {word}: choose one of: {', '.join(inside)}" if inside else f"unknown command {word!r}\n\n{usage()}"
+    )

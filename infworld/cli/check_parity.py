@@ -1,6 +1,6 @@
 """Compares the engine, tensor by tensor, with what the reference computation made (spec section 10).
 
-    python scripts/check_parity.py tests/golden
+    infworld check-parity tests/golden
 
 A folder holds weights, inputs and expected results of any sizes. Every expected tensor is printed with its largest
 error relative to the largest expected value; the last line says PASS or FAIL, and a failure exits with 1. A file or
@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -338,7 +337,3 @@ def main(arguments: list[str] | None = None) -> int:
     share = worst.error / worst.bar
     print(f"PASS: {len(results)} tensors; the closest to its bar is {worst.name} at {share:.0%} of it{left_out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

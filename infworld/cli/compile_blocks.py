@@ -1,19 +1,18 @@
 """Compiles a model's blocks ahead of time for the card at hand, which needs no weights. `load` then finds them.
 
-python scripts/compile_blocks.py --model infinite-world
+infworld compile-blocks --model infinite-world
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-from infworld import packages
+from infworld import hub, packages
 from infworld.cli.console import exit_code
 from infworld.config import load_config
 from infworld.devices import device_name, pick_device, pick_dtype
@@ -30,14 +29,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compile a model's blocks ahead of time, for this kind of card.")
     parser.add_argument("--model", default="infinite-world", help="infinite-world (default), tiny, or a YAML file")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    parser.add_argument("--out", metavar="DIR", help="folder to put the package's own in; default: the weights' folder")
+    parser.add_argument("--out", metavar="DIR", help=f"where to put its folder; default: {hub.weights_folder()}")
     return parser.parse_args(arguments)
 
 
 def compile_blocks(args: argparse.Namespace) -> None:
     config, device = load_config(args.model), pick_device(args.device)
     dtype = pick_dtype(device, getattr(torch, config.amp_dtype))
-    place = Path(args.out).expanduser() if args.out else config.path(config.checkpoint_path).parent
+    place = Path(args.out).expanduser() if args.out else hub.weights_folder()
     folder = place / packages.folder_name(config.name, device)
     began = time.monotonic()
     deviation = packages.make(config, device, dtype, folder)
@@ -46,7 +45,3 @@ def compile_blocks(args: argparse.Namespace) -> None:
         f"{folder}: {size_text(size)} for {device_name(device)} ({dtype}), made in {time.monotonic() - began:.0f} s; "
         f"deviates by {deviation:.1e} of the largest value from blocks that are not compiled"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

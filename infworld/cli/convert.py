@@ -1,6 +1,6 @@
 """Writes the released weights in a form that loads in seconds: safetensors, in the dtype that they are used in.
 
-python scripts/convert_checkpoint.py
+infworld convert
 
 The three files appear beside the released ones, under `checkpoints/`, where every program prefers them without
 being told; the released ones may then be deleted. With `--out FOLDER` they go elsewhere, with tokenizer and a config
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,7 +163,3 @@ def settings_text(config: ModelConfig) -> str:
         text_encoder_cfg=text,
     )
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

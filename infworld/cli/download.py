@@ -1,13 +1,12 @@
 """Downloads the released weights, or what is still missing of them. Ctrl-C and run it again: it goes on.
 
-python scripts/download.py
+infworld download
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,9 +28,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", default="infinite-world", help="infinite-world (default), or the path of a YAML file"
     )
-    parser.add_argument(
-        "--to", metavar="DIR", help="folder to download to; default: INFWORLD_CHECKPOINTS or checkpoints/"
-    )
+    parser.add_argument("--to", metavar="DIR", help=f"folder to download to; default: {hub.weights_folder()}")
     parser.add_argument("--revision", help=f"commit, tag or branch of {hub.REPO}; default: main, kept once begun")
     parser.add_argument("--dry-run", action="store_true", help="only list the files that would be downloaded")
     return parser.parse_args(arguments)
@@ -45,7 +42,7 @@ def download(args: argparse.Namespace) -> None:
         fetch(config, args)
 
 
-def show(todo: hub.Plan) -> None:
+def show(todo: hub.DownloadPlan) -> None:
     """Lists what would be downloaded, and from where."""
     for damage in todo.damages:
         print(damage)
@@ -71,11 +68,7 @@ def fetch(config: ModelConfig, args: argparse.Namespace) -> None:
         None, (placed.checkpoint_path, placed.vae_cfg.vae_pth, text.checkpoint_path, text.tokenizer_path)
     ):
         print(f"  {path}")
-    start = f"python app.py --model {args.model}"
+    start = f"infworld serve --model {args.model}"
     if hub.find(config) is None:  # a folder of the user's choice: the app has to be told
         start = f"INFWORLD_CHECKPOINTS={Path(args.to).expanduser().absolute()} {start}"
     print(f"start it with: {start}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

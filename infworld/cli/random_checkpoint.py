@@ -1,7 +1,7 @@
 """Writes random weights in files of the released names, formats, shapes and dtypes, to test speed and memory with.
 
-python scripts/make_random_checkpoint.py DIR
-python scripts/generate.py --model DIR/infworld_config.yaml --image PICTURE --out film.mp4
+infworld random-checkpoint DIR
+infworld generate --model DIR/infworld_config.yaml --image PICTURE --out film.mp4
 
 DIR is laid out like `checkpoints/`: the transformer (float32, under `state_dict`, with the two extra keys), the VAE
 (float32) and umT5 (bfloat16, 11.4 GB) as torch files, a tokenizer of a few hundred pieces, and a config. 17.7 GB in
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -180,7 +179,3 @@ def settings_text(config: ModelConfig) -> str:
         text_encoder_cfg=dataclasses.replace(config.text_encoder_cfg, checkpoint_path=TEXT, tokenizer_path=TOKENIZER),
     )
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

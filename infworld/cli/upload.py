@@ -23,7 +23,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, SpaceHardware, constants,
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from infworld.cli.console import exit_code
-from infworld.config import PROJECT_ROOT, faster_form
+from infworld.config import INSTALLED, PROJECT_ROOT, faster_form
 from infworld.transfer import NETWORK_ERRORS, RetryPolicy, explain, hash_like, is_same, size_text, status_of
 
 COMMIT_FILES, COMMIT_BYTES = 50, 2_000_000_000  # per commit: what a cut connection can cost
@@ -87,6 +87,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def upload(args: argparse.Namespace) -> int:
     """Uploads what `args` ask for; returns the exit code. What cannot work fails before the first byte goes."""
+    if INSTALLED:
+        raise UploadError("an installed package is not the whole project: upload from a clone of its repository")
     files, left_out = project_files(PROJECT_ROOT, args.released_weights)
     show(files, left_out, args)
     if holders := [file.name for file in files if holds_token(file)]:

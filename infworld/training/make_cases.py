@@ -1,7 +1,7 @@
 """Writes the cases that `infworld evaluate` comes with: pictures of worlds that training never drew, and walks of 16
 chunks as in the paper's tests: stretches of one action for 80 frames and multiples, with many returns.
 
-python -m infworld.training.make_cases --out infworld/cases
+infworld train cases --out infworld/cases
 """
 
 import argparse

@@ -15,13 +15,13 @@ from infworld.memory_plan import GB, MemoryPlan, NotEnoughMemory, choose
 from infworld.world import World
 
 if TYPE_CHECKING:
-    from infworld.cli.benchmark.benchmark import Bench
+    from infworld.cli.benchmark.harness import Benchmark
 
 CARDS = (24, 16, 12, 8, 6)  # GB (10^9 bytes), the largest first: blocks that went to the CPU do not come back
 STEPS = 2  # of the chunk whose peak is measured: its later steps take no more
 
 
-def small_cards(bench: Bench) -> None:
+def small_cards(bench: Benchmark) -> None:
     """The steady step and a chunk's peak on each card, by its plan, and what the plan expects the peak to be."""
     if bench.device.type != "cuda":
         return bench.record.leave_out("small cards", "only a GPU's memory can be limited")
@@ -38,7 +38,7 @@ def small_cards(bench: Bench) -> None:
         last = plan
 
 
-def on_card(bench: Bench, card: int, plan: MemoryPlan, timed: bool) -> None:
+def on_card(bench: Benchmark, card: int, plan: MemoryPlan, timed: bool) -> None:
     config, whole = bench.config, bench.world
     world = World(config, whole.transformer, whole.vae, NoiseText(config), plan=plan)
     session = bench.session(bench.histories[0]).replace_settings(steps=STEPS)
@@ -59,7 +59,7 @@ def on_card(bench: Bench, card: int, plan: MemoryPlan, timed: bool) -> None:
 
 
 @contextmanager
-def limited(bench: Bench, card: float) -> Iterator[None]:
+def limited(bench: Benchmark, card: float) -> Iterator[None]:
     """This process has only so much of the card, what it has already included."""
     torch.cuda.empty_cache()
     limit_memory(bench.device, card)

@@ -118,10 +118,11 @@ def ratio(values: list[float | None]) -> float | None:
 
 
 def table(results: dict) -> str:
-    """The results in Markdown: machine and command, goals, figures, profiles."""
+    """The results as a page of Markdown: machine and command, goals, figures, profiles."""
     about = [f"{name} {value}" for name, value in results["machine"].items() if name != "device"]
     settings = ", ".join(f"{name} {value}" for name, value in results["settings"].items())
-    lines = [f"**{results['machine']['device']}** ({', '.join(about)}); {results['seconds']:.0f} s in all.", ""]
+    lines = [f"# {results['settings']['model']} on {results['machine']['device']}", ""]
+    lines += [f"{', '.join(about)}; {results['seconds']:.0f} s in all.", ""]
     lines += [f"    {results['command']}", "", f"Settings: {settings}.", ""]
     lines += ["| goal | found | must be | reached |", "|---|---|---|---|"]
     for what, value, goal, reached in goals(results):
@@ -138,16 +139,6 @@ def table(results: dict) -> str:
             share = 100 * seconds / found["seconds"]
             lines.append(f"| {share:.1f} % | {seconds:.4f} | {calls} | `{kernel[:KERNEL_NAME]}` |")
     return "\n".join(lines) + "\n"
-
-
-def fill(docs: Path, name: str, text: str) -> None:
-    """Puts `text` between the markers of that name in a Markdown file."""
-    begin, end = f"<!-- benchmark {name} -->\n", f"<!-- end of benchmark {name} -->"
-    page = docs.read_text(encoding="utf-8")
-    if begin not in page or end not in page:
-        raise ValueError(f"{docs} has no place for it: add the lines {begin.strip()!r} and {end!r}")
-    before, rest = page.split(begin, 1)
-    docs.write_text(f"{before}{begin}{text}{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
 def number(value: float) -> str:

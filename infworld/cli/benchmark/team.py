@@ -1,16 +1,15 @@
 """Times a chunk on several devices of this host against one of them, and says how far its latents are apart.
 
-    torchrun --nproc-per-node 4 scripts/bench_team.py --model infinite-world
+    torchrun --nproc-per-node 4 -m infworld benchmark team --model infinite-world
 
-As in `benchmark.py` the sizes are a model's and the weights random, made in memory, the same on each device. A chunk of
-fewer steps than the preset's tells the same: the time of a whole one is put together from its parts, and a film's from
-chunks like it, which are as long as any.
+As in `infworld benchmark` the sizes are a model's and the weights random, made in memory, the same on each device. A
+chunk of fewer steps than the preset's is enough: the time of a whole one is put together from its parts, and a film's
+from chunks like it, which take as long as any.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 
 import torch
@@ -44,7 +43,7 @@ def main() -> None:
         session = noise_session(one, picture_size(config), args.history)
         for name in args.presets.split(","):
             steps = find_preset(name).sampler_steps(config.val_scheduler_cfg)
-            measured = dataclasses.replace(session, preset=name, steps=min(steps, args.steps or steps))
+            measured = session.replace_settings(preset=name, steps=min(steps, args.steps or steps))
             alone = measure(one, measured, f"{name}, one", steps)
             if team:
                 ours = measure(together, measured, f"{name}, {team.size}", steps)
@@ -86,7 +85,3 @@ def measure(world: World, session: Session, what: str, steps: int) -> torch.Tens
             flush=True,
         )
     return chunk.latents
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,123 @@
+"""Starts the page: `python app.py`, `infworld serve`.
+
+`--model` or INFWORLD_MODEL name the model; its weights are downloaded if they are not there. Without a choice it is
+the released one where its weights are and a GPU that it fits on (24 GB), else the small one that comes along.
+`torchrun --nproc-per-node N app.py` films on N GPUs of this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import spaces  # noqa: F401  (patches torch on a ZeroGPU Space, so before anything touches CUDA)
+
+from infworld import parallel
+from infworld.app.compute import follow
+from infworld.app.films import FilmStore
+from infworld.app.model_pool import ModelPool, SingleModelPool
+from infworld.app.page import Page, read_static
+from infworld.app.runner import MAX_WAITING, Runner
+from infworld.app.studio import Studio
+from infworld.config import ModelConfig
+from infworld.devices import pick_device
+from infworld.models import available, default_model, prepare
+from infworld.world import World
+
+FILMS = Path(tempfile.gettempdir()) / "infinite-world-films"
+LIFETIME = 2 * 3600  # seconds that a film is kept after the last change to it
+UPLOAD_ROOM = 100 * 2**20  # bytes of an upload that any model allows: enough for every picture that is accepted
+# Events that Gradio has going at once, as each run that waits is one: far above what the runner lets wait.
+MAX_EVENTS = 2 * MAX_WAITING
+
+
+def serve(models: ModelPool | World, films: Path = FILMS, **launching: Any) -> gr.Blocks:
+    """Builds and launches the page for one or more models; films go below `films`. Returns the running page."""
+    models = SingleModelPool(models) if isinstance(models, World) else models
+    store = FilmStore(films, LIFETIME, models.config(models.first).validation_data.fps)
+    store.keep_sweeping()
+    runner = Runner(models)
+    blocks = Page(Studio(models, store), runner).blocks()
+    blocks.launch(
+        theme=theme(),
+        css=read_static("page.css"),
+        allowed_paths=[str(store.root)],
+        max_file_size=max(upload_limit(models.config(name)) for name in models.names),
+        max_threads=MAX_EVENTS,
+        mcp_server=importlib.util.find_spec("mcp") is not None,
+        ssr_mode=False,
+        footer_links=["api", "settings"],
+        **launching,
+    )
+    if not launching.get("prevent_thread_lock"):
+        runner.close()
+    return blocks
+
+
+def upload_limit(config: ModelConfig) -> int:
+    """Bytes: the largest session file of the longest film, and some room.
+
+    A session holds what the VAE's encoder carries on (about 15 numbers a pixel and channel) and all latents, twice.
+    """
+    pixels = math.prod(config.largest_bucket)
+    carried = 20 * pixels * config.vae_cfg.dim
+    latents = 2 * config.validation_data.max_chunks * config.chunk_latents * config.vae_cfg.z_dim * pixels // 64
+    return UPLOAD_ROOM + 4 * (carried + latents)
+
+
+def theme() -> gr.Theme:
+    """Fonts of the system, so that the page needs nothing from elsewhere."""
+    return gr.themes.Base(
+        primary_hue="teal",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The page on which a picture becomes a walk.")
+    parser.add_argument(
+        "--model",
+        help="infinite-world, tiny, or the path of a YAML file; missing weights are downloaded. Default: "
+        "INFWORLD_MODEL, else infinite-world if its weights are here and a GPU that it fits on, else tiny",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--host", help="address to listen on: 0.0.0.0 for all (default: only this machine)")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        device = parallel.device_of_rank(args.device)
+        with parallel.join_team(pick_device(device)) as team:
+            models = load_models(args.model, device, team)
+            if team is None:
+                serve(models, server_name=args.host, server_port=args.port)
+            elif team.is_rank0:
+                serve(models, server_name=args.host, server_port=args.port)
+                team.end()
+            else:
+                follow(team, models.world)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def load_models(name: str | None, device: str, team: parallel.Team | None) -> ModelPool:
+    """The models that are here, the one of this name or the default one first; it may be downloaded."""
+
+    def first() -> ModelConfig:
+        return prepare(name or default_model(device))
+
+    config = first() if team is None else team.broadcast_from_rank0(first)
+    others = {name: other for name, other in available().items() if name != config.name}
+    return ModelPool({config.name: config, **others}, device, team)
+
+
+if __name__ == "__main__":
+    main()

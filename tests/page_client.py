@@ -1,0 +1,86 @@
+"""The page as a browser speaks to it, over HTTP: events by the name of their component, and what is answered."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+
+class PageClient:
+    """One visitor. `messages` has what the server has said, by event."""
+
+    def __init__(self, address: str):
+        self.address = address + "gradio_api/"
+        self.http = httpx.Client(timeout=60)
+        self.config = self.http.get(address + "config").json()
+        self.session = uuid.uuid4().hex
+        self.components = {component["id"]: component for component in self.config["components"]}
+        self.by_name = {component["props"].get("elem_id"): component for component in self.config["components"]}
+        self.messages: dict[str, list[dict]] = {}
+        self._reader: threading.Thread | None = None
+
+    def upload(self, path: Path) -> dict[str, Any]:
+        """A file's data as the browser sends it after the upload."""
+        with path.open("rb") as file:
+            (there,) = self.http.post(self.address + "upload", files={"files": file}).json()
+        return {"path": there, "meta": {"_type": "gradio.FileData"}, "orig_name": path.name}
+
+    def dependency(self, name: str, event: str = "click") -> dict[str, Any]:
+        target = [self.by_name[name]["id"], event]
+        return next(dep for dep in self.config["dependencies"] if target in dep["targets"])
+
+    def start(self, name: str, event: str = "click", event_data: Any = None, **values: Any) -> str:
+        """Fires an event of the component of this elem_id, with the page's own values but for those given by elem_id;
+        its id."""
+        dependency = self.dependency(name, event)
+        inputs = [self.components[number] for number in dependency["inputs"]]
+        data = [values.get(part["props"].get("elem_id"), part["props"].get("value")) for part in inputs]
+        body = {"data": data, "fn_index": dependency["id"], "session_hash": self.session, "event_data": event_data}
+        body["trigger_id"] = self.by_name[name]["id"]
+        answer = self.http.post(self.address + "queue/join", json=body)
+        answer.raise_for_status()
+        number = answer.json()["event_id"]
+        self.messages.setdefault(number, [])
+        if self._reader is None or not self._reader.is_alive():
+            self._reader = threading.Thread(target=self._read, daemon=True)
+            self._reader.start()
+        return number
+
+    def wait(self, event: str, seconds: float = 60) -> dict:
+        """The event's last message, which says that it is over."""
+        return self.wait_for(event, '"process_completed"', seconds)
+
+    def wait_for(self, event: str, words: str, seconds: float = 60) -> dict:
+        """The event's first message with these words."""
+        deadline = time.monotonic() + seconds
+        while True:
+            for message in self.messages[event]:
+                if words in json.dumps(message):
+                    return message
+            assert time.monotonic() < deadline, (words, self.messages[event][-3:])
+            time.sleep(0.01)
+
+    def said(self, event: str) -> str:
+        """All that the event has said so far."""
+        return json.dumps(self.messages[event])
+
+    def close(self) -> None:
+        """The page is closed."""
+        self.http.close()
+
+    def _read(self) -> None:
+        """Until nothing is pending: then the server ends the stream."""
+        address = self.address + f"queue/data?session_hash={self.session}"
+        with httpx.stream("GET", address, timeout=None) as answer:
+            self._answer = answer
+            for line in answer.iter_lines():
+                if line.startswith("data: "):
+                    message = json.loads(line[6:])
+                    if message.get("event_id"):
+                        self.messages.setdefault(message["event_id"], []).append(message)

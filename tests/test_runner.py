@@ -1,0 +1,186 @@
+"""The runner behind a real server, with a world whose steps take their time: who waits for whom, and what is left."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+from page_client import PageClient
+
+from infworld.memory_plan import NotEnoughMemory
+from infworld.video import read_mp4
+
+STEP = 2.0  # seconds
+AT_ONCE = 1.5  # seconds that an answer may take on a busy machine; below a step
+
+
+class Slow:
+    """A world whose steps take `step` seconds, and which notes if two films are made at once."""
+
+    def __init__(self, world, step: float):
+        self.world = copy.copy(world)
+        self.step = step
+        self.films = self.most = 0
+        self.lock = threading.Lock()
+        iterate_chunk = world.iterate_chunk
+
+        def slow(session):
+            with self.lock:
+                self.films += 1
+                self.most = max(self.most, self.films)
+            try:
+                for result in iterate_chunk(session):
+                    time.sleep(self.step)
+                    yield result
+            finally:
+                self.films -= 1
+
+        self.world.iterate_chunk = slow
+
+
+@pytest.fixture
+def slow(world) -> Slow:
+    return Slow(world, STEP)
+
+
+@pytest.fixture
+def films(tmp_path):
+    return tmp_path / "films"
+
+
+@pytest.fixture
+def address(serve_models, slow, films) -> str:
+    return serve_models(slow.world, films)
+
+
+@pytest.fixture
+def client(address):
+    client = PageClient(address)
+    yield client
+    client.close()
+
+
+def generate(client: PageClient, picture, **values) -> str:
+    return client.start("generate", picture=client.upload(picture), **values)
+
+
+def seconds(action) -> float:
+    began = time.monotonic()
+    action()
+    return time.monotonic() - began
+
+
+def until(condition, limit: float = 30) -> None:
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_during_slow_steps_everything_else_is_answered_at_once(client, address, picture, record_property):
+    event = generate(client, picture)
+    client.wait_for(event, "step 1 of 2")
+    other = PageClient(address)
+    times = {"page": seconds(lambda: httpx.get(address).raise_for_status())}
+    times["other client"] = seconds(lambda: other.wait(other.start("picture", "change", picture=other.upload(picture))))
+    times["stop"] = seconds(lambda: client.wait(client.start("stop")))
+    times["page after stop"] = seconds(lambda: httpx.get(address).raise_for_status())
+    print({name: f"{value:.3f} s" for name, value in times.items()})
+    assert max(times.values()) < AT_ONCE
+    assert "Stopped" in json.dumps(client.wait(event))
+
+
+def test_stop_then_generate_makes_one_film_at_a_time(client, picture, slow, films):
+    event = generate(client, picture)
+    client.wait_for(event, "step 1 of 2")
+    client.wait(client.start("stop"))
+    client.wait(event)
+    again = generate(client, picture)
+    client.wait_for(again, "step 1 of 2")
+    client.wait(client.start("stop"))
+    client.wait(again)
+    assert slow.most == 1 and slow.films == 0
+
+
+def test_who_waits_sees_the_place(client, address, picture):
+    event = generate(client, picture)
+    client.wait_for(event, "step 1 of 2")
+    other = PageClient(address)
+    waiting = generate(other, picture)
+    other.wait_for(waiting, "1 film is made first")
+    assert seconds(lambda: other.wait(other.start("stop"))) < AT_ONCE
+    assert "There is no film yet" in json.dumps(other.wait(waiting))
+    client.wait(client.start("stop"))
+    client.wait(event)
+
+
+@pytest.mark.parametrize("step", [0.3])
+def test_rounds_of_submit_and_cancel_leave_nothing_behind(serve_models, world, films, picture, step):
+    from gradio_client import Client, handle_file
+
+    slow = Slow(world, step)
+    address = serve_models(slow.world, films)
+    clients = [Client(address, verbose=False) for _ in range(4)]
+    me = psutil.Process()
+
+    def one_round(number: int) -> None:
+        jobs = [client.submit(handle_file(picture), "", 161, number, "", api_name="/film") for client in clients]
+        time.sleep(step * (1 + number % 3))
+        for job in jobs:
+            job.cancel()
+
+    one_round(0)
+    until(lambda: slow.films == 0)
+    time.sleep(2 * step)
+    threads, files, children = threading.active_count(), me.num_fds(), len(me.children(recursive=True))
+    folders = set(films.iterdir())
+    for number in range(20):
+        one_round(number)
+    until(lambda: slow.films == 0)
+    path = clients[0].predict(handle_file(picture), "", 81, 0, "", api_name="/film")  # it still works
+    assert len(read_mp4(path)) == 81
+    assert slow.most == 1
+    assert len(me.children(recursive=True)) <= children
+    # Gradio and its clients have pools of threads and of connections, which do not grow with the rounds.
+    assert threading.active_count() <= threads + 8 and me.num_fds() <= files + 24
+    assert all((folder / "session.safetensors").exists() for folder in set(films.iterdir()) - folders)
+    for client in clients:
+        client.close()
+
+
+def test_too_little_memory_is_said_to_programs_and_the_next_film_is_made(serve_models, world, films, picture):
+    from gradio_client import Client, handle_file
+    from gradio_client.exceptions import AppError
+
+    full = copy.copy(world)
+
+    def iterate_chunk(session):
+        if session.settings.prompt == "large":
+            raise NotEnoughMemory("there is too little GPU memory for a chunk")
+        yield from world.iterate_chunk(session)
+
+    full.iterate_chunk = iterate_chunk
+    client = Client(serve_models(full, films), verbose=False)
+    with pytest.raises(AppError, match="There is too little GPU memory"):
+        client.predict(handle_file(picture), "", 81, 0, "large", api_name="/film")
+    assert len(read_mp4(client.predict(handle_file(picture), "", 81, 0, "", api_name="/film"))) == 81
+
+
+def test_a_null_prompt_is_named(client, picture):
+    body = {"data": [client.upload(picture), "", 81, 0, None, "", ""]}
+    number = client.http.post(client.address + "call/film", json=body).json()["event_id"]
+    answer = client.http.get(client.address + f"call/film/{number}").text
+    assert "event: error" in answer and "the prompt must be text" in answer.lower()
+
+
+def test_films_are_made_after_their_folder_was_cleaned_away(serve_models, world, films, picture):
+    from gradio_client import Client, handle_file
+
+    client = Client(serve_models(world, films), verbose=False)
+    films.rmdir()
+    assert len(read_mp4(client.predict(handle_file(picture), "", 81, 0, "", api_name="/film"))) == 81
