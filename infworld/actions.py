@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -72,9 +73,9 @@ class Segment:
     def __post_init__(self):
         for name, value, names in (("move", self.move, MOVES), ("view", self.view, VIEWS)):
             if type(value) is not int or not 0 <= value < len(names):
-                raise ValueError(f"{name} must be 0 to {len(names) - 1}, not {value!r}")
-        if type(self.frames) is not int or not 1 <= self.frames <= MAX_FRAMES:
-            raise ValueError(f"a segment lasts 1 to {MAX_FRAMES} frames, not {self.frames!r}")
+                raise ValueError(f"{name} must be 0 to {len(names) - 1}, not {reprlib.repr(value)}")
+        if type(self.frames) is not int or self.frames < 1:
+            raise ValueError(f"a segment lasts 1 frame or more, not {reprlib.repr(self.frames)}")
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ class ActionScript:
         """From the exchange format as JSON text."""
         _check_length(len(text))
         try:
-            actions = json.loads(text)
-        except json.JSONDecodeError as error:
+            actions = json.loads(_plain(text))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the actions are not valid JSON: {error}") from error
         if not isinstance(actions, list):
             raise ValueError(f"the action JSON must be a list with one entry per frame, not {type(actions).__name__}")
@@ -134,7 +135,8 @@ class ActionScript:
         if not path.is_file():
             raise FileNotFoundError(f"no action file at {path}")
         try:
-            return ActionScript.from_json(path.read_text(encoding="utf-8"))
+            _check_length(path.stat().st_size)
+            return ActionScript.from_json(path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not a JSON text file") from error
 
@@ -142,7 +144,7 @@ class ActionScript:
     def parse(text: str) -> ActionScript:
         """From text: comma- or line-separated `words frames`, as in `forward 80, right 40, strafe left+up 12`."""
         _check_length(len(text))
-        parts = (part.strip() for part in re.split(r"[,;\n]", text))
+        parts = (part.strip() for part in re.split(r"[,;\n]", _plain(text)))
         return ActionScript(_parse_segment(part) for part in parts if part)
 
     def text(self) -> str:
@@ -186,6 +188,11 @@ def _within_limit(segments: Iterable[Segment]) -> Iterator[Segment]:
         yield segment
 
 
+def _plain(text: str) -> str:
+    """The text with plain blanks and line ends in place of Unicode's others, and without byte order marks."""
+    return re.sub(r"[^\S\n]|[\ufeff\u200b]", " ", re.sub("[\u2028\u2029]", "\n", text))
+
+
 def _check_length(characters: int) -> None:
     if characters > MAX_CHARACTERS:
         raise ValueError(f"the actions may have at most {MAX_CHARACTERS} characters, not {characters}")
@@ -205,17 +212,21 @@ def _words(direction: tuple[int, int], vocabulary: dict[str, tuple[int, int]]) -
 
 def _pair(action: object, frame: int) -> tuple[int, int]:
     if not isinstance(action, dict) or set(action) != {"move", "view"}:
-        raise ValueError(f'action of frame {frame} must be {{"move": ..., "view": ...}}, not {action!r}')
+        raise ValueError(f'action of frame {frame} must be {{"move": ..., "view": ...}}, not {reprlib.repr(action)}')
     for key, names in (("move", MOVES), ("view", VIEWS)):
-        if action[key] not in names:
-            raise ValueError(f"unknown {key} {action[key]!r} in frame {frame}; known are: {', '.join(names)}")
+        if not isinstance(action[key], str) or action[key] not in names:
+            raise ValueError(
+                f"unknown {key} {reprlib.repr(action[key])} in frame {frame}; known are: {', '.join(names)}"
+            )
     return MOVES.index(action["move"]), VIEWS.index(action["view"])
 
 
 def _parse_segment(part: str) -> Segment:
     match = re.fullmatch(r"([a-z +\-]*[a-z])\s+(\d{1,9})", part.lower())
     if not match:
-        raise ValueError(f"cannot read {part!r}: write what to do and for how many frames, such as 'forward+left 60'")
+        raise ValueError(
+            f"cannot read {reprlib.repr(part)}: write what to do and for how many frames, such as 'forward+left 60'"
+        )
     move = view = (0, 0)
     for word in (re.sub(r"[\s\-]+", " ", w).strip() for w in match[1].split("+")):
         if word in MOVE_WORDS:

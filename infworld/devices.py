@@ -1,4 +1,4 @@
-"""Which device, dtypes and threads a model works with, and how much memory it may take and takes."""
+"""Device, dtypes and threads that a model uses, and how much memory it may use and has used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" or a torch device name -> device, a GPU with its number. ValueError if it is not there."""
+    """ "auto" or a torch device name -> device, a GPU with its number. Raises ValueError if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -21,7 +21,7 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} is not supported: use auto, cpu or cuda")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} GPUs; use auto or cpu")
-    if device.type == "cuda" and device.index is None:  # without a number, torch knows no limit of its memory
+    if device.type == "cuda" and device.index is None:  # torch can limit the memory of a numbered GPU only
         return torch.device(f"cuda:{torch.cuda.current_device()}")
     return device
 
@@ -36,9 +36,9 @@ def pick_dtype(device: torch.device, wanted: torch.dtype) -> torch.dtype:
 
 
 def pick_threads(threads: int, quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """How many of `threads` threads this process gets the time for: a container may have less than the host's cores.
+    """`threads`, limited to the CPU time that a container has, which may be less than the host's cores.
 
-    More than that wait for each other. `quota_file` is the kernel's (cgroup v2): microseconds of work in each period.
+    More threads would wait for each other. `quota_file` is the kernel's (cgroup v2): microseconds of work per period.
     """
     try:
         quota, period = map(int, quota_file.read_text().split())  # "max" in place of a number: no limit
@@ -57,14 +57,14 @@ def pick_vae_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls it: "NVIDIA H100 80GB HBM3" or "CPU"."""
+    """The name to show: "NVIDIA H100 80GB HBM3" or "CPU"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def limit_memory(device: torch.device, gigabytes: float | None) -> None:
-    """Lets this process have at most so many GB (10^9 bytes) of a GPU, by which it then plans; None: all that is free.
+    """Limits this process to so many GB (10^9 bytes) of GPU memory, which plans respect; None: all that is free.
 
-    ValueError for less than nothing, and for a CPU.
+    Raises ValueError for a CPU and unless the limit is positive.
     """
     if gigabytes is None:
         return
@@ -75,7 +75,7 @@ def limit_memory(device: torch.device, gigabytes: float | None) -> None:
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most memory that this process has held so far, in words. CPU memory counts files mapped from the disk."""
+    """The peak memory of this process so far, as text. CPU memory includes files mapped from the disk."""
     gpu = f"GPU {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB, " if device.type == "cuda" else ""
     return f"{gpu}CPU {_peak_resident() / 1e9:.1f} GB"
 

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 
 from infworld.actions import MOVES, VIEWS
 from infworld.config import TransformerConfig
-from infworld.layers import EPS, Attending, Attention, gated_add, linear_float32, modulate, rope_3d
+from infworld.layers import EPS, LOCAL, Attending, Attention, TokenLayout, gated_add, linear_float32, modulate, rope_3d
 from infworld.memory import MemoryCompressor
 from infworld.offload import Recomputed, StreamedBlocks, StreamedTensors
-from infworld.parallel import Sequence
 
 PATCH = 2  # latents are cut into patches of 1 x 2 x 2
 ACTION_GROUPS, ACTION_EPS = 2, 1e-5
 
-# Where a memory stream is kept: with the model, in the CPU's memory, or nowhere and made again at each step.
+# Where a memory stream is kept: with the model, in the CPU's memory, or not at all and recomputed at each step.
 KEEP = {"gpu": tuple, "cpu": StreamedTensors, "recompute": lambda tokens: tokens}
 
 
@@ -88,13 +87,13 @@ class InfiniteWorldTransformer(nn.Module):
         return TextContext(tuple(block.cross_attn.keys_values(tokens) for block in self.blocks))
 
     def encode_memory(
-        self, memory: Tensor, context: TextContext, keep: str = "gpu", sequence: Sequence | None = None
+        self, memory: Tensor, context: TextContext, keep: str = "gpu", layout: TokenLayout = LOCAL
     ) -> MemoryStream:
         """The memory latents' (B, 16, M, h, w) way through all blocks, modulated for timestep 0.
 
-        keep: "gpu", "cpu" or "recompute", see `KEEP`. sequence: over which devices the tokens are split, if they are.
+        keep: "gpu", "cpu" or "recompute", see `KEEP`. layout: where the tokens are.
         """
-        tokens = Recomputed(partial(self._memory_tokens, memory, context, sequence))
+        tokens = Recomputed(partial(self._memory_tokens, memory, context, layout))
         return MemoryStream(KEEP[keep](tokens), memory.shape[2])
 
     def denoise(
@@ -104,27 +103,29 @@ class InfiniteWorldTransformer(nn.Module):
         stream: MemoryStream,
         actions: Tensor,
         context: TextContext,
-        sequence: Sequence | None = None,
+        layout: TokenLayout = LOCAL,
     ) -> Tensor:
         """Velocity (B, 16, T, h, w) of noisy latents at `timestep` (B,), given memory, actions (B, T, dim) and text.
 
-        sequence: over which devices the tokens are split, those of `stream` among them.
+        layout: where the tokens are, those of `stream` among them.
         """
         time, modulation = self._embed_time(timestep)
         x = rearrange(self._patchify(noisy.to(self.dtype), mask_value=0), "b (t n) c -> b t n c", t=noisy.shape[2])
         x = rearrange(x + actions.unsqueeze(2), "b t n c -> b (t n) c")
         rope = self._rope(noisy, stream.latents + noisy.shape[2])
-        length, attention = x.shape[1], None
-        if sequence is not None:
-            known = rope.shape[1] - length
-            attention = sequence.attention(known, length)
-            x, rope = sequence.own(x), torch.cat([sequence.own(rope[:, :known]), sequence.own(rope[:, known:])], dim=1)
+        length = x.shape[1]
+        known = rope.shape[1] - length
+        x, rope, attention = (
+            layout.scatter(x, length),
+            layout.scatter(rope, known, length),
+            layout.attention(known, length),
+        )
         _of_any_length(rope)
         for block, memory, keys_values in zip(self.blocks, stream.tokens, context.keys_values, strict=True):
             _of_any_length(memory)
             x = block.noisy_step(x, memory, modulation, rope, keys_values, attention)
         x = self.head(x, time)
-        return self._unpatchify(x if sequence is None else sequence.whole(x, length), noisy.shape)
+        return self._unpatchify(layout.gather(x, length), noisy.shape)
 
     def compile_blocks(self) -> None:
         """Compiles the two steps of a block, once for all blocks and for memories of any length.
@@ -155,15 +156,13 @@ class InfiniteWorldTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
 
-    def _memory_tokens(self, memory: Tensor, context: TextContext, sequence: Sequence | None) -> Iterator[Tensor]:
-        """The memory's tokens as they enter each block; this device's part of them."""
+    def _memory_tokens(self, memory: Tensor, context: TextContext, layout: TokenLayout) -> Iterator[Tensor]:
+        """The memory's tokens that are here, as they enter each block."""
         _, modulation = self._embed_time(memory.new_zeros(1))
         x = self._patchify(memory.to(self.dtype), mask_value=1)
         rope = self._rope(memory, memory.shape[2])
-        attention = None
-        if sequence is not None:
-            attention = sequence.attention(x.shape[1])
-            x, rope = sequence.own(x), sequence.own(rope)
+        length = x.shape[1]
+        x, rope, attention = layout.scatter(x, length), layout.scatter(rope, length), layout.attention(length)
         _of_any_length(x, rope)
         last = len(self.blocks) - 1  # nothing reads the tokens that leave it
         for i, (block, keys_values) in enumerate(zip(self.blocks, context.keys_values, strict=True)):

@@ -22,6 +22,25 @@ EPS = 1e-6  # of every norm in the transformer and the compressor
 Attending = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values (B, heads, L, d) -> as queries
 
 
+class TokenLayout:
+    """Where a transformer's tokens are: all here. Others, with the same methods, may split them over devices."""
+
+    def scatter(self, tokens: Tensor, *lengths: int) -> Tensor:
+        """(B, L, ...), parts of so many tokens -> those of each part that are here."""
+        return tokens
+
+    def gather(self, tokens: Tensor, length: int) -> Tensor:
+        """The tokens that are here -> all of them, (B, length, ...)."""
+        return tokens
+
+    def attention(self, *lengths: int) -> Attending | None:
+        """What takes the place of torch's attention; the keys are of parts of so many tokens, the queries the last."""
+        return None
+
+
+LOCAL = TokenLayout()
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, with a weight."""
 
@@ -83,7 +102,7 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: Attending | None = None) -> Tensor:
         """Softmax attention, unmasked, and the output projection: -> (B, L, C).
 
-        attention: what takes the place of torch's own, where tokens are elsewhere (`parallel.Sequence`).
+        attention: what takes the place of torch's own, where tokens are on other devices (`TokenLayout`).
         """
         attended = F.scaled_dot_product_attention(q, k, v) if attention is None else attention(q, k, v)
         return self.o(attended.transpose(1, 2).flatten(2))

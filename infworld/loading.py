@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -17,10 +18,12 @@ from infworld.devices import pick_device, pick_dtype, pick_threads, pick_vae_dty
 from infworld.dit import InfiniteWorldTransformer
 from infworld.memory_plan import FASTEST, GB, MemoryEstimate, MemoryPlan, choose
 from infworld.models import prepare
-from infworld.parallel import Team
 from infworld.text import free_memory, open_text_encoder
 from infworld.vae import build_vae
 from infworld.world import World
+
+if TYPE_CHECKING:
+    from infworld.parallel import Team
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +38,13 @@ def load(
 ) -> World:
     """Loads a model: "tiny", "infinite-world" (downloaded if missing), the path of a config YAML, or the config itself.
 
-    device: "auto" (the GPU if there is one), "cuda", "cuda:1", "cpu". text_placement: where a large text encoder works
-    and whether it stays: "auto", "gpu" or "cpu", see `UMT5OnDemand`. compile: whether torch.compile makes the
-    transformer's blocks faster, which the first chunk waits for (docs/performance.md); blocks compiled ahead of time
-    (`packages`) are used unasked where they fit, and make that superfluous. team: of `parallel.joined`, to film
+    device: "auto" (the GPU if there is one), "cuda", "cuda:1", "cpu". text_placement: where a large text encoder runs
+    and whether it stays loaded: "auto", "gpu" or "cpu", see `UMT5OnDemand`. compile: whether to use torch.compile
+    for the transformer's blocks, which delays the first chunk (docs/performance.md); blocks compiled ahead of time
+    (`packages`) are always used where they fit, in place of that. team: of `parallel.join_team`, to film
     together with other processes; its device is used. What stays on a GPU is planned by its free memory (see
-    `budget`), except with text_placement "gpu", which wants everything there. Raises FileNotFoundError or ValueError
-    for missing, truncated or foreign weights, naming the file.
+    `memory_plan`), except with text_placement "gpu", which keeps everything there. Raises FileNotFoundError or
+    ValueError for missing, truncated or wrong weights, naming the file.
     """
     began = time.monotonic()
     if not isinstance(name, ModelConfig):
@@ -51,7 +54,7 @@ def load(
     dtype = pick_dtype(device, getattr(torch, config.amp_dtype))
     path, vae_path = check_file(config.path(config.checkpoint_path)), check_file(config.path(config.vae_cfg.vae_pth))
     text_encoder = None  # except on the device that encodes for all
-    if team is None or team.is_rank0:  # before the transformer, as it may be the one that is cut
+    if team is None or team.is_rank0:  # before the transformer: the plan counts what it takes
         text_encoder = open_text_encoder(config, device, dtype, text_placement)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(pick_threads(torch.get_num_threads()))
@@ -81,7 +84,7 @@ def load(
 
 
 def make_plan(config: ModelConfig, device: torch.device, dtype: torch.dtype, team: Team | None = None) -> MemoryPlan:
-    """What of a model, which is not loaded yet, stays on a GPU: by what this process may still have of its memory."""
+    """What of a model, before it is loaded, will stay on a GPU, by the memory that is free for this process."""
     with torch.device("meta"):
         transformer, vae = InfiniteWorldTransformer(config.model_cfg).to(dtype), build_vae(config)
     needs = MemoryEstimate.of(config, transformer, vae.to(pick_vae_dtype(dtype)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from infworld.layers import EPS, Attention, layer_norm, rope_3d
-from infworld.parallel import Team
 
 GROUPS = 32  # of every GroupNorm
 MAX_SINGLE_PASS = 80  # latents; longer histories go through in windows
 WINDOWS = 5
 WINDOW = 64  # latents
+
+MapWindows = Callable[[Callable[[Tensor], Tensor], list[Tensor]], Iterable[Tensor]]
 
 
 class MemoryCompressor(nn.Module):
@@ -30,23 +32,22 @@ class MemoryCompressor(nn.Module):
         self.norm_out = nn.GroupNorm(GROUPS, hidden, eps=EPS)
         self.conv_out = nn.Conv3d(hidden, channels, 3, padding=1)
 
-    def forward(self, history: Tensor, team: Team | None = None) -> Tensor:
+    def forward(self, history: Tensor, map_windows: MapWindows = map) -> Tensor:
         """(B, 16, T, h, w) latents of everything seen -> (B, 16, M, h, w) memory, M <= 21.
 
-        The compressed history comes first; the last latent is appended as it is (the local memory). team: who shares
-        out the windows of a long history, if there are several devices.
+        The compressed history comes first; the last latent is appended as it is (the local memory). map_windows: takes
+        the place of `map` where several devices share the windows of a long history.
         """
-        return torch.cat([self.compress(history, team), history[:, :, -1:]], dim=2)
+        return torch.cat([self.compress(history, map_windows), history[:, :, -1:]], dim=2)
 
-    def compress(self, history: Tensor, team: Team | None = None) -> Tensor:
+    def compress(self, history: Tensor, map_windows: MapWindows = map) -> Tensor:
         """(B, 16, T, h, w) -> (B, 16, ceil(ceil(T/2)/2), h, w) up to T = 80, 20 latents beyond."""
         starts = window_starts(history.shape[2])
         if len(starts) == 1:
             return self.encode(history)
-        # One by one, as together they take five times the memory.
+        # One by one, as a batch of them takes five times the memory.
         windows = [history[:, :, start : start + WINDOW] for start in starts]
-        compressed = [self.encode(window) for window in windows] if team is None else team.each(self.encode, windows)
-        return self.encode(torch.cat(compressed, dim=2))
+        return self.encode(torch.cat(list(map_windows(self.encode, windows)), dim=2))
 
     def encode(self, latents: Tensor) -> Tensor:
         """One pass of the convolutional encoder: (B, 16, T, h, w) -> (B, 16, ceil(ceil(T/2)/2), h, w)."""

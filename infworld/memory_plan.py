@@ -1,6 +1,6 @@
-"""What stays on the GPU: the fastest plan whose need, by the sums below, fits into the memory that there is.
+"""What stays on the GPU: the fastest plan whose estimated peak fits into the memory that is free.
 
-Numbers only. `rollout` asks for a plan and carries it out; docs/performance.md compares its sums with measured peaks.
+Numbers only: a `World` applies a plan. docs/performance.md compares the estimates with measured peaks.
 """
 
 from __future__ import annotations
@@ -29,8 +29,14 @@ WORKSPACE = GB // 2  # what cuBLAS and cuDNN take for themselves
 USABLE = 0.9  # part of the memory that there is; the allocator loses some between tensors of many sizes
 
 
+TOO_LITTLE = (
+    "there is too little GPU memory for a chunk: close other programs that use the GPU, take a smaller picture or the "
+    "CPU; what was filmed before is kept"
+)
+
+
 class NotEnoughMemory(RuntimeError):
-    """A chunk does not fit even by the leanest plan. What was filmed before it is whole."""
+    """A chunk does not fit even by the smallest plan. The film so far is kept."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,11 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         blocks = {"gpu": "the model on the GPU", "cpu": "the model's blocks in the CPU's memory"}
-        streams = {"gpu": "on the GPU", "cpu": "in the CPU's memory", "recompute": "made again at each step"}
+        streams = {"gpu": "on the GPU", "cpu": "in the CPU's memory", "recompute": "recomputed at each step"}
         return f"{blocks[self.blocks]}, memory streams {streams[self.streams]}"
 
 
-# The fastest first. What is on the CPU passes through the GPU behind the work on it and costs little.
+# The fastest first. What is in the CPU's memory is copied to the GPU while it works, which costs little time.
 PLANS = (
     MemoryPlan("gpu", "gpu"),
     MemoryPlan("gpu", "cpu"),
@@ -62,7 +68,7 @@ FASTEST = PLANS[0]
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that parts of a film take, for the model's largest picture and longest memory."""
+    """Bytes that the parts of a film need, for the model's largest picture and longest memory."""
 
     block: int  # weights of one of the transformer's blocks
     layers: int
@@ -102,7 +108,7 @@ class MemoryEstimate:
         )
 
     def gpu(self, plan: MemoryPlan) -> int:
-        """The most bytes of a GPU that a film takes at once."""
+        """Peak bytes of GPU memory of a film."""
         weights = self.rest + self.block * (self.layers if plan.blocks == "gpu" else 0)
         slots = SLOTS * (self.block if plan.blocks == "cpu" else 0) * (2 if plan.streams == "recompute" else 1)
         streams = self.tokens * (TEXTS * self.layers if plan.streams == "gpu" else SLOTS)
@@ -110,22 +116,22 @@ class MemoryEstimate:
         return weights + max(sampling, self.compressor, self.frames) + WORKSPACE
 
     def cpu(self, plan: MemoryPlan) -> int:
-        """Bytes of the CPU's memory that the plan takes, in which a GPU copies on its own."""
+        """Bytes of pinned CPU memory that the plan needs."""
         blocks = self.layers * self.pinned_block if plan.blocks == "cpu" else 0
         return blocks + (TEXTS * self.layers * self.pinned_tokens if plan.streams == "cpu" else 0)
 
 
 def choose(needs: MemoryEstimate, gpu: float, cpu: float, team: bool = False) -> MemoryPlan:
-    """The fastest plan for so many bytes of a GPU and of the CPU's memory; the leanest if none fits.
+    """The fastest plan that fits into so many bytes of GPU and CPU memory; the smallest if none fits.
 
-    team: whether several processes film together, which must not differ in what they compute.
+    team: whether several processes film together, which must all compute the same.
     """
     plans = _possible(needs, cpu, team)
     return next((plan for plan in plans if needs.gpu(plan) <= USABLE * gpu), min(plans, key=needs.gpu))
 
 
 def next_smaller_plan(needs: MemoryEstimate, plan: MemoryPlan, cpu: float) -> MemoryPlan | None:
-    """The next plan that takes less of the GPU, None if there is none."""
+    """The next plan that needs less GPU memory, or None."""
     return next((other for other in _possible(needs, cpu, False) if needs.gpu(other) < needs.gpu(plan)), None)
 
 
@@ -161,5 +167,5 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _pinned(size: int) -> int:
-    """Torch takes whole powers of two of the CPU's memory for what a GPU copies."""
+    """Torch allocates pinned memory in powers of two."""
     return 1 << (size - 1).bit_length()

@@ -1,7 +1,7 @@
-"""Weights and memory streams that stay in the CPU's memory and pass through the GPU as they are used. Under dit.py.
+"""Weights and memory streams that stay in CPU memory and are streamed through the GPU as they are used. Under dit.py.
 
-Two slots on the GPU take turns: while one item is used, the next is copied beside it, so that a film waits for the
-copies only where they take longer than the work.
+Double buffering: while one item is used, the next is copied into the other slot, so that a film waits for copies only
+where they take longer than the computation.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ SLOTS = 2
 
 
 class StreamedBlocks(nn.ModuleList):
-    """A model's blocks, in the CPU's memory from here on; who goes through them meets each on `device`.
+    """A model's blocks, in CPU memory; iterating yields each on `device`.
 
-    A block is good until the next one is asked for. Names and places of the parameters in the model stay.
+    A block is valid until the next one is requested. Names and order of the parameters are unchanged.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device):
@@ -37,9 +37,9 @@ class StreamedBlocks(nn.ModuleList):
 
 
 class StreamedTensors:
-    """Tensors of one shape, copied to the CPU as they come; who goes through them meets each where it came from.
+    """Tensors of one shape, copied to CPU memory as they come; iterating yields each on the device that it came from.
 
-    A tensor is good until the next one is asked for.
+    A tensor is valid until the next one is requested.
     """
 
     def __init__(self, tensors: Iterable[Tensor]):
@@ -55,7 +55,7 @@ class StreamedTensors:
 
 
 class Recomputed:
-    """Tensors that are nowhere: who goes through them has them computed, each time anew."""
+    """Tensors that are not kept: every iteration computes them again."""
 
     def __init__(self, make: Callable[[], Iterator[Tensor]]):
         self._make = make
@@ -67,7 +67,7 @@ class Recomputed:
 def copied_ahead(
     items: Sequence[Sequence[Tensor]], slots: Sequence[Sequence[Tensor]], device: torch.device
 ) -> Iterator[int]:
-    """Copies each item into a slot, in turn, and yields which one: on a GPU while the item before it is used."""
+    """Copies each item into a slot, in turn, and yields the slot: on a GPU while the previous item is used."""
     working = torch.cuda.current_stream(device) if device.type == "cuda" else None
     copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -76,7 +76,7 @@ def copied_ahead(
             stream.wait_stream(other)
 
     def fetch(i: int) -> None:
-        wait(copying, working)  # for the slot, whose last use is on its way
+        wait(copying, working)  # the slot may still be in use
         with torch.cuda.stream(copying):
             for place, tensor in zip(slots[i % SLOTS], items[i], strict=True):
                 place.copy_(tensor, non_blocking=True)
@@ -89,9 +89,9 @@ def copied_ahead(
                 fetch(i + 1)
             yield i % SLOTS
     finally:
-        wait(working, copying)  # so that nothing is copied into a slot that has been given back
+        wait(working, copying)  # so that nothing is copied into a slot after it was freed
 
 
 def _to_cpu(tensor: Tensor, pinned: bool) -> Tensor:
-    """A copy in the CPU's memory; pinned, so that copies to and from a GPU run beside its work."""
+    """A copy in CPU memory; pinned, so that copies to and from a GPU overlap with its work."""
     return torch.empty_like(tensor, device="cpu", pin_memory=pinned).copy_(tensor, non_blocking=pinned)

@@ -7,6 +7,7 @@ exact ones is measured in docs/performance.md.
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 
 from infworld.config import SamplerConfig
@@ -49,5 +50,5 @@ PRESETS = {
 def find_preset(name: str) -> Preset:
     """Raises ValueError for an unknown name."""
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}: use {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {reprlib.repr(name)}: use {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import reprlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from statistics import mode
+from typing import TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from infworld.actions import ActionScript, Segment
-from infworld.checkpoint import read_metadata, read_tensors, save_tensors
-from infworld.config import ModelConfig
+from infworld.checkpoint import save_tensors
+from infworld.config import FRAMES_PER_LATENT, ModelConfig, VAEConfig
 from infworld.presets import EXACT
 from infworld.settings import FilmSettings, check_seed
-from infworld.vae import PIXELS_PER_LATENT
+from infworld.vae import PIXELS_PER_LATENT, FeatureCache, build_vae
 
 SESSION_FORMAT = "infworld-session-1"
+MAX_VALUES = 1_000_000  # characters of a session file's JSON
+MAX_NAME = 200  # characters of a model's name
+ENOUGH_FRAMES = 20  # after which an encoder's state has its full shape
+_VALUES = {"model", "num_frames", *(field.name for field in dataclasses.fields(FilmSettings))}
+_OLDER = {"preset": EXACT.name}  # what files say that were saved before there was such a field
+_FLOATS = ("F32", "F16", "BF16")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,70 +82,77 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """Writes one `.safetensors` file. ValueError if it cannot be written."""
-        tensors = {"history": self.history, "generator_state": self.generator_state}
-        tensors["picture"] = torch.from_numpy(self.picture)
-        tensors |= {f"encoder_state.{name}": tensor for name, tensor in self.encoder_state.items()}
-        tensors |= {f"chunk_latents.{i}": tensor for i, tensor in enumerate(self.chunk_latents)}
         values = {"model": self.model, "num_frames": self.num_frames, **vars(self.settings)}
         values["actions"] = [[s.move, s.view, s.frames] for s in self.settings.actions.segments]
-        save_tensors(path, tensors, {"format": SESSION_FORMAT, "session": json.dumps(values)})
+        save_tensors(path, self._tensors(), {"format": SESSION_FORMAT, "session": json.dumps(values)})
 
     @staticmethod
     def load(path: str | Path) -> Session:
-        """Reads what `save` wrote. FileNotFoundError, or ValueError for a file that is no whole session."""
-        if not Path(path).expanduser().exists():
+        """Reads what `save` wrote, and checks all that can be checked without the model's config (`check_session`).
+
+        The file's header is checked before its tensors are read. Raises FileNotFoundError for a missing file and
+        ValueError for a file that is not a valid session; of its path the message contains only the name.
+        """
+        path = Path(path).expanduser()
+        if not path.is_file():
             raise FileNotFoundError(f"no session file at {path}")
-        metadata = read_metadata(path)
-        if metadata.get("format") != SESSION_FORMAT:
-            raise ValueError(f"{path} is not a session file of this program (format {SESSION_FORMAT})")
-        tensors = read_tensors(path)
         try:
-            values = json.loads(metadata["session"])
-            values = _OLDER | values if isinstance(values, dict) else {}
-            if values.keys() != _VALUES:
-                raise ValueError("it lacks fields or has others")
-            for name, kind in (("model", str), ("num_frames", int)):
-                if type(values[name]) is not kind:
-                    raise ValueError(f"{name} is {values[name]!r}")
-            values["actions"] = ActionScript(Segment(*segment) for segment in values["actions"])
-            session = Session(
-                model=values.pop("model"),
-                picture=tensors["picture"].numpy(),
-                history=tensors["history"],
-                encoder_state=_under("encoder_state.", tensors),
-                chunk_latents=tuple(
-                    tensors[f"chunk_latents.{i}"] for i in range(len(_under("chunk_latents.", tensors)))
-                ),
-                generator_state=tensors["generator_state"],
-                num_frames=values.pop("num_frames"),
-                settings=FilmSettings(**values),
-            )
-            torch.Generator().set_state(session.generator_state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"the session file {path} is damaged: {error}") from error
-        return session
+            file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            kind = "empty" if path.stat().st_size == 0 else "truncated or not a session file of this program"
+            raise ValueError(f"{path.name} is {kind}") from error
+        with file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != SESSION_FORMAT:
+                raise ValueError(f"{path.name} is not a session file of this program (format {SESSION_FORMAT})")
+            try:
+                model, num_frames, settings = _read_values(metadata.get("session", ""))
+                entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                _check_kinds({name: entry.get_dtype() for name, entry in entries.items()})
+                _check_shapes({name: tuple(entry.get_shape()) for name, entry in entries.items()}, num_frames)
+                tensors = {name: file.get_tensor(name) for name in entries}
+                _check_numbers(tensors)
+            except ValueError as error:
+                raise ValueError(f"the session file {path.name} is damaged: {error}") from error
+        chunks = _under("chunk_latents.", tensors)
+        return Session(
+            model=model,
+            picture=tensors["picture"].numpy(),
+            history=tensors["history"],
+            encoder_state=_under("encoder_state.", tensors),
+            chunk_latents=tuple(chunks[str(i)] for i in range(len(chunks))),
+            generator_state=tensors["generator_state"],
+            settings=settings,
+            num_frames=num_frames,
+        )
 
-
-_VALUES = {"model", "num_frames", *(field.name for field in dataclasses.fields(FilmSettings))}
-_OLDER = {"preset": EXACT.name}  # what files say that were saved before there was such a field
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors by their names in a file."""
+        return {
+            **{"history": self.history, "generator_state": self.generator_state},
+            "picture": torch.from_numpy(self.picture),
+            **{f"encoder_state.{name}": tensor for name, tensor in self.encoder_state.items()},
+            **{f"chunk_latents.{i}": latents for i, latents in enumerate(self.chunk_latents)},
+        }
 
 
 def check_session(session: Session, config: ModelConfig) -> None:
-    """Raises ValueError if the session is not of the model of this config or does not hang together."""
+    """Raises ValueError if the session is inconsistent, of another model, or does not fit this config."""
     if session.model != config.name:
         raise ValueError(f"this session was made with the model {session.model!r}, but {config.name!r} is loaded")
-    made, channels, per_chunk = len(session.chunk_latents), config.vae_cfg.z_dim, config.chunk_latents
-    height, width = session.history.shape[-2:]
-    shapes = {
-        "picture": (session.picture, (1, height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT, 3)),
-        "history": (session.history, (1, channels, 1 + made * (per_chunk - 1), height, width)),
-        **{f"chunk {i}": (z, (1, channels, per_chunk, height, width)) for i, z in enumerate(session.chunk_latents)},
-    }
-    for name, (found, expected) in shapes.items():
-        if tuple(found.shape) != expected:
-            raise ValueError(f"the session is damaged: its {name} is {tuple(found.shape)} and not {expected}")
-    if session.num_frames != 1 + made * config.chunk_frames:
-        raise ValueError(f"the session is damaged: {made} chunks make no {session.num_frames} frames")
+    try:
+        shapes = {name: tuple(tensor.shape) for name, tensor in session._tensors().items()}
+        _check_shapes(shapes, session.num_frames)
+        _, height, width, _ = shapes["picture"]
+        if (height, width) not in config.buckets:
+            raise ValueError(f"its picture has {height} x {width} pixels, which is no size of this model")
+        latents = config.vae_cfg.z_dim, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+        _expect("history", shapes["history"], (1, latents[0], shapes["history"][2], *latents[1:]))
+        for i in range(len(session.chunk_latents)):
+            _expect(f"chunk {i}", shapes[f"chunk_latents.{i}"], (1, latents[0], config.chunk_latents, *latents[1:]))
+        _check_encoder_state(_under("encoder_state.", shapes), _encoder_states(config.vae_cfg, height, width))
+    except ValueError as error:
+        raise ValueError(f"the session is damaged: {error}") from error
 
 
 def generator_state_of(seed: int) -> Tensor:
@@ -140,5 +161,109 @@ def generator_state_of(seed: int) -> Tensor:
     return torch.Generator().manual_seed(seed).get_state()
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _read_values(text: str) -> tuple[str, int, FilmSettings]:
+    """Model, number of frames and settings from a session file's JSON."""
+    try:
+        if len(text) > MAX_VALUES:
+            raise ValueError
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("its settings are not valid JSON or too long") from error
+    values = _OLDER | values if isinstance(values, dict) else {}
+    if values.keys() != _VALUES:
+        raise ValueError("it lacks fields or has others")
+    model, num_frames, segments = (values.pop(name) for name in ("model", "num_frames", "actions"))
+    if not isinstance(model, str) or len(model) > MAX_NAME:
+        raise ValueError(f"the model is {reprlib.repr(model)}")
+    if type(num_frames) is not int:
+        raise ValueError(f"num_frames is {reprlib.repr(num_frames)}")
+    if not isinstance(segments, list) or not all(isinstance(s, list) and len(s) == 3 for s in segments):
+        raise ValueError("its actions are not a list of [move, view, frames]")
+    return model, num_frames, FilmSettings(actions=ActionScript(Segment(*s) for s in segments), **values)
+
+
+def _check_kinds(dtypes: dict[str, str]) -> None:
+    """Checks the tensors' names and dtypes (as a safetensors header has them)."""
+    chunks = sum(name.startswith("chunk_latents.") for name in dtypes)
+    latents = ["history", *(f"chunk_latents.{i}" for i in range(chunks))]
+    latents += [name for name in dtypes if name.startswith("encoder_state.")]
+    kinds = {"generator_state": ("U8",), "picture": ("U8",), **dict.fromkeys(latents, _FLOATS)}
+    if missing := kinds.keys() - dtypes.keys():
+        raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    if extra := dtypes.keys() - kinds.keys():
+        raise ValueError(f"it has unknown tensors: {reprlib.repr(sorted(extra))}")
+    for name, allowed in kinds.items():
+        if dtypes[name] not in allowed:
+            raise ValueError(f"{_shown(name)} has the dtype {dtypes[name]} instead of {' or '.join(allowed)}")
+
+
+def _check_shapes(shapes: dict[str, tuple[int, ...]], num_frames: int) -> None:
+    """Checks a session's shapes, by the names of its tensors in a file, and its number of frames against each other."""
+    chunks = [shape for name, shape in shapes.items() if name.startswith("chunk_latents.")]
+    for name in ("history", *(name for name in shapes if name.startswith("chunk_latents."))):
+        if len(shapes[name]) != 5 or shapes[name][0] != 1 or 0 in shapes[name]:
+            raise ValueError(f"{_shown(name)} is {shapes[name]} and not (1, channels, latents, height, width)")
+    _, channels, _, height, width = (chunks or [shapes["history"]])[0]
+    # Three sources say how long a chunk is: the one that disagrees is the damaged one.
+    number, length = len(chunks), 2
+    if chunks:
+        by_frames = 1 + (num_frames - 1) // (number * FRAMES_PER_LATENT)
+        length = mode([chunks[0][2], 1 + (shapes["history"][2] - 1) // number, by_frames])
+    _expect("history", shapes["history"], (1, channels, 1 + number * (length - 1), height, width))
+    for i in range(number):
+        _expect(f"chunk {i}", shapes[f"chunk_latents.{i}"], (1, channels, length, height, width))
+    sides = shapes["picture"][1:3] if len(shapes["picture"]) == 4 else (0, 0)
+    factor = max(1, sides[0] // height, sides[1] // width)
+    _expect("picture", shapes["picture"], (1, height * factor, width * factor, 3))
+    if num_frames != 1 + number * (length - 1) * FRAMES_PER_LATENT:
+        raise ValueError(f"{number} chunks do not make {num_frames} frames")
+
+
+def _check_numbers(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        # Sums in float64 cannot overflow, and hold every NaN and infinity.
+        if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float64)):
+            raise ValueError(f"{_shown(name)} contains NaN or infinite values")
+    try:
+        torch.Generator().set_state(tensors["generator_state"])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError("the state of its noise generator is invalid") from error
+
+
+@lru_cache(maxsize=8)
+def _encoder_states(vae_cfg: VAEConfig, height: int, width: int) -> list[dict[str, tuple[int, ...]]]:
+    """The shapes of all states that the encoder may be continued from: after the picture and later, each without and
+    with (older versions) the features of the layers that see every frame."""
+    states = []
+    with torch.device("meta"):
+        encoder = build_vae(ModelConfig(vae_cfg=vae_cfg)).encoder
+        for length in (1 + ENOUGH_FRAMES, 1):
+            frames, cache = torch.empty(1, length, height, width, 3), FeatureCache()
+            encoder(frames, cache)
+            states += [encoder.state(frames, cache.state), cache.state]
+    return [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in states]
+
+
+def _check_encoder_state(found: dict[str, tuple[int, ...]], allowed: list[dict[str, tuple[int, ...]]]) -> None:
+    if found in allowed:
+        return
+    expected = next((state for state in allowed if state.keys() == found.keys()), allowed[0])
+    if missing := expected.keys() - found.keys():
+        raise ValueError(f"its encoder state has no {', '.join(sorted(missing))}")
+    if extra := found.keys() - expected.keys():
+        raise ValueError(f"its encoder state has unknown tensors: {reprlib.repr(sorted(extra))}")
+    for name, shape in expected.items():
+        _expect(f"encoder state {name}", found[name], shape)
+
+
+def _expect(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise ValueError(f"its {name} is {found} and not {expected}")
+
+
+def _shown(name: str) -> str:
+    return f"its {name[:60]}"
+
+
+def _under(prefix: str, items: dict[str, T]) -> dict[str, T]:
+    return {name.removeprefix(prefix): item for name, item in items.items() if name.startswith(prefix)}

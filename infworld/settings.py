@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 
 from infworld.actions import ActionScript
@@ -37,9 +38,9 @@ class FilmSettings:
         _check_text("negative prompt", self.negative_prompt)
         check_seed(self.seed)
         if type(self.steps) is not int or not 1 <= self.steps <= MAX_STEPS:
-            raise ValueError(f"steps must be a whole number from 1 to {MAX_STEPS}, not {self.steps!r}")
+            raise ValueError(f"steps must be a whole number from 1 to {MAX_STEPS}, not {reprlib.repr(self.steps)}")
         if type(self.guidance) not in (int, float) or not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be a finite number, not {self.guidance!r}")
+            raise ValueError(f"guidance must be a finite number, not {reprlib.repr(self.guidance)}")
         if abs(self.guidance) > MAX_GUIDANCE:
             raise ValueError(f"guidance must be from {-MAX_GUIDANCE:g} to {MAX_GUIDANCE:g}, not {self.guidance:g}")
         find_preset(self.preset)
@@ -76,12 +77,12 @@ class FilmSettings:
 def check_seed(seed: object) -> None:
     """Raises ValueError for an invalid seed."""
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"the seed must be a whole number from 0 to {MAX_SEED}, not {seed!r}")
+        raise ValueError(f"the seed must be a whole number from 0 to {MAX_SEED}, not {reprlib.repr(seed)}")
 
 
 def _check_text(name: str, text: object) -> None:
     if not isinstance(text, str):
-        raise ValueError(f"the {name} must be text, not {text!r}")
+        raise ValueError(f"the {name} must be text, not {reprlib.repr(text)}")
     if len(text) > MAX_PROMPT:
         raise ValueError(f"the {name} may have at most {MAX_PROMPT} characters, not {len(text)}")
     if any("\ud800" <= character <= "\udfff" for character in text):

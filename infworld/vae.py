@@ -9,13 +9,13 @@ Inside this file frames lie as B T H W C, the memory order in which convolutions
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infworld.config import FRAMES_PER_LATENT, RELEASED_LATENTS_MEAN, RELEASED_LATENTS_STD, ModelConfig
-from infworld.parallel import SpatialShard
 
 PIXELS_PER_LATENT = 8  # along height and width
 FRAMES = "frames"  # name of a clip's last frames in an encoder's state
@@ -25,6 +25,16 @@ OLD_STATE_FRAMES = 20  # that must follow a state without them, so that the next
 # A CPU is fastest near its caches; a GPU wants large passes, but the transformer shares its memory.
 PASS_SIZE_CPU = 2**21
 PASS_SIZE_GPU = 2**28
+
+
+class PictureShard(Protocol):
+    """Some rows of a picture (B T H W C), where other devices have the others. All of them call these together."""
+
+    def with_neighbours(self, x: Tensor) -> Tensor:
+        """x with one more row above and below: the neighbours', or zeros at the picture's edges."""
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """The rows of all devices; `dim` is the axis of the rows."""
 
 
 class VideoVAE(nn.Module):
@@ -62,13 +72,13 @@ class VideoVAE(nn.Module):
         video: Tensor,
         state: dict[str, Tensor] | None = None,
         tile: int | None = None,
-        rows: SpatialShard | None = None,
+        shard: PictureShard | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Encodes a clip, or further frames of the clip whose `state` an earlier call returned.
 
         video: B 3 T H W in [-1, 1], H and W multiples of 8; T = 1 + 4n without `state`, 4n with it.
-        tile: latents per pass, which never changes the result; by default bounded by memory. rows: over which devices
-        the rows of the picture are split, if they are; then video, state and results are this one's rows.
+        tile: latents per pass, which never changes the result; by default bounded by memory. shard: for pictures whose
+        rows are split over devices; then video, state and results are this one's rows.
         Returns the normalised mean latents, B z_dim T' H/8 W/8 with T' = 1 + n or n, in the dtype of `video`, and the
         state to continue with: named tensors in the dtype of the weights, detached. A state may come from a VAE of
         another dtype or device, or be an earlier version's, which had all cache in it.
@@ -76,14 +86,14 @@ class VideoVAE(nn.Module):
         """
         _check_video(video, state)
         x = video.movedim(1, -1).to(self.conv1.weight.dtype)
-        tile = tile or self.default_tile(x.device, x[0, 0, ..., 0].numel() * len(x), rows)
+        tile = tile or self.default_tile(x.device, x[0, 0, ..., 0].numel() * len(x))
         carried = {name: tensor.to(x) for name, tensor in (state or {}).items()}
         seen = carried.pop(FRAMES, x[:, :0])
         if seen.shape[1]:
-            carried |= self.encoder.full_rate_features(seen, rows)
+            carried |= self.encoder.full_rate_features(seen, shard)
         means = []
         for part in _split(x, first=0 if state else 1, size=tile * FRAMES_PER_LATENT):
-            cache = FeatureCache(carried, rows=rows)
+            cache = FeatureCache(carried, shard=shard)
             mean, _ = _pointwise(self.encoder(part, cache), self.conv1).chunk(2, dim=-1)
             means.append(mean)
             carried = cache.state
@@ -91,10 +101,10 @@ class VideoVAE(nn.Module):
         mean = (mean - mean.new_tensor(self.latents_mean)) / mean.new_tensor(self.latents_std)
         return mean.movedim(-1, 1).contiguous(), self.encoder.state(torch.cat([seen, x], dim=1), carried)
 
-    def decode(self, latents: Tensor, tile: int | None = None, rows: SpatialShard | None = None) -> Tensor:
+    def decode(self, latents: Tensor, tile: int | None = None, shard: PictureShard | None = None) -> Tensor:
         """Decodes a whole clip of normalised latents, B z_dim T' h w.
 
-        tile, rows: as for `encode`.
+        tile, shard: as for `encode`.
         Returns video, B 3 T 8h 8w with T = 1 + 4(T' - 1), in [-1, 1] and in the dtype of `latents`.
         Raises ValueError for another number of dimensions or channels and for no latents.
         """
@@ -102,10 +112,10 @@ class VideoVAE(nn.Module):
         z = latents.movedim(1, -1)
         z = z * z.new_tensor(self.latents_std) + z.new_tensor(self.latents_mean)
         z = _pointwise(z.to(self.conv2.weight.dtype), self.conv2)
-        tile = tile or self.default_tile(z.device, z[0, 0, ..., 0].numel() * len(z) * PIXELS_PER_LATENT**2, rows)
+        tile = tile or self.default_tile(z.device, z[0, 0, ..., 0].numel() * len(z) * PIXELS_PER_LATENT**2)
         state, video = None, []
         for part in _split(z, first=1, size=tile):
-            cache = FeatureCache(state, rows=rows)
+            cache = FeatureCache(state, shard=shard)
             video.append(self.decoder(part, cache).clamp(-1, 1))
             state = cache.state
         return torch.cat(video, dim=1).to(latents.dtype).movedim(-1, 1).contiguous()
@@ -128,10 +138,8 @@ class VideoVAE(nn.Module):
         _check_latents(z, self.z_dim)
         return self.decoder(_pointwise(z.movedim(1, -1), self.conv2), FeatureCache(keep=False)).movedim(-1, 1)
 
-    def default_tile(self, device: torch.device, pixels: int, rows: SpatialShard | None = None) -> int:
+    def default_tile(self, device: torch.device, pixels: int) -> int:
         """Latents per pass for pictures of so many pixels, all pictures of a batch together."""
-        if rows is not None:
-            pixels = rows.largest(pixels)  # as all devices pass the same latents together
         pass_size = PASS_SIZE_CPU if device.type == "cpu" else PASS_SIZE_GPU
         return max(1, pass_size // (self.dim * pixels * FRAMES_PER_LATENT))
 
@@ -174,14 +182,13 @@ class Encoder(nn.Module):
         kept = {name: features for name, features in cache.items() if name not in map(_cache_key, range(convolutions))}
         return {FRAMES: frames[:, -(1 + 2 * convolutions) :].detach().clone(), **kept}
 
-    def full_rate_features(self, frames: Tensor, rows: SpatialShard | None = None) -> dict[str, Tensor]:
-        """The cache that `state` left out, made again from the frames that it kept.
+    def full_rate_features(self, frames: Tensor, shard: PictureShard | None = None) -> dict[str, Tensor]:
+        """The cache that `state` left out, recomputed from the frames that it kept.
 
-        Each convolution needs two more frames than it gives, so that one frame comes out at the end; fewer are a clip
-        from its first frame on.
+        Each convolution consumes two frames, and one is left at the end. Fewer frames are a clip from its beginning.
         """
         whole = frames.shape[1] < 1 + 2 * self._full_rate_convolutions()
-        cache = FeatureCache(padded=whole, rows=rows)
+        cache = FeatureCache(padded=whole, shard=shard)
         for layer in self._layers()[: self._full_rate]:
             frames = layer(frames, cache)
         return cache.state
@@ -226,7 +233,7 @@ class FeatureCache:
     `state`: the last pass's `FeatureCache.state`, or None at the start of a clip; each entry is removed when its
     layer has read it, to free memory. keep: whether another pass will follow.
     padded: without a state, whether zeros stand before the first frame, as at a clip's start; else frames
-    without two predecessors are dropped. rows: the neighbours of the picture's rows, where other devices have those.
+    without two predecessors are dropped. shard: where other devices have the picture's other rows.
     """
 
     def __init__(
@@ -234,11 +241,11 @@ class FeatureCache:
         state: dict[str, Tensor] | None = None,
         keep: bool = True,
         padded: bool = True,
-        rows: SpatialShard | None = None,
+        shard: PictureShard | None = None,
     ):
         self.at_start = not state
         self.padded = padded
-        self.rows = rows
+        self.shard = shard
         self.state: dict[str, Tensor] = {}
         self._past = state or {}
         self._keep = keep
@@ -267,7 +274,7 @@ class CausalConv3d(nn.Conv3d):
         past = cache.swap(x, 2)
         if past is None and cache.padded:
             past = _zeros(x, 2)
-        return _convolve(x if past is None else torch.cat([past, x], dim=1), self, cache.rows)
+        return _convolve(x if past is None else torch.cat([past, x], dim=1), self, cache.shard)
 
 
 class ResidualBlock(nn.Module):
@@ -304,8 +311,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         tokens = self.norm(x).flatten(0, 1).flatten(1, 2)  # (B T) (H W) C
         q, k, v = _pointwise(tokens, self.to_qkv).unsqueeze(1).chunk(3, dim=-1)
-        if cache.rows is not None:
-            k, v = cache.rows.whole(k, 2), cache.rows.whole(v, 2)
+        if cache.shard is not None:
+            k, v = cache.shard.gather(k, 2), cache.shard.gather(v, 2)
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         return x + _pointwise(y, self.proj).view(x.shape)
 
@@ -319,10 +326,12 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        if cache.rows is None:
+        if cache.shard is None:
             x = _by_frame(self.resample, x)
         else:  # the row below is the neighbour's, and only the column beside the picture is padded
-            x = _by_frame(lambda frame: self.resample[1](F.pad(frame, (0, 1))), cache.rows.bordered(x)[:, :, 1:])
+            x = _by_frame(
+                lambda frame: self.resample[1](F.pad(frame, (0, 1))), cache.shard.with_neighbours(x)[:, :, 1:]
+            )
         return x if self.time_conv is None else self._halve_time(x, cache)
 
     def _halve_time(self, x: Tensor, cache: FeatureCache) -> Tensor:
@@ -343,9 +352,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         x = x if self.time_conv is None else self._double_time(x, cache)
-        if cache.rows is None:
+        if cache.shard is None:
             return _by_frame(self.resample, x)
-        return _by_frame(self.resample, cache.rows.bordered(x))[:, :, 2:-2]
+        return _by_frame(self.resample, cache.shard.with_neighbours(x))[:, :, 2:-2]
 
     def _double_time(self, x: Tensor, cache: FeatureCache) -> Tensor:
         if not cache.at_start:
@@ -382,10 +391,10 @@ def normalize(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
     return F.silu(y) if silu else y
 
 
-def _convolve(x: Tensor, conv: nn.Conv3d, rows: SpatialShard | None = None) -> Tensor:
+def _convolve(x: Tensor, conv: nn.Conv3d, shard: PictureShard | None = None) -> Tensor:
     """x (B T H W C) through the convolution, without padding in time and with zeros around the picture."""
-    if rows is not None and conv.kernel_size[1] > 1:
-        return _convolve(rows.bordered(x), conv)[:, :, 1:-1]
+    if shard is not None and conv.kernel_size[1] > 1:
+        return _convolve(shard.with_neighbours(x), conv)[:, :, 1:-1]
     # On a CPU the 2-D convolutions of torch are several times faster than its 3-D one for the few frames of a pass.
     return _convolve_by_frame(x, conv) if x.device.type == "cpu" else _convolve_3d(x, conv)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -22,9 +23,8 @@ from torch import Tensor
 
 from infworld.config import ModelConfig
 from infworld.dit import InfiniteWorldTransformer, MemoryStream, TextContext
-from infworld.layers import fastest_attention
-from infworld.memory_plan import FASTEST, MemoryEstimate, MemoryPlan, NotEnoughMemory, next_smaller_plan
-from infworld.parallel import SpatialShard, Team
+from infworld.layers import LOCAL, fastest_attention
+from infworld.memory_plan import FASTEST, TOO_LITTLE, MemoryEstimate, MemoryPlan, NotEnoughMemory, next_smaller_plan
 from infworld.pictures import prepare_image, to_uint8
 from infworld.presets import find_preset
 from infworld.progress import Callback, Progress, ProgressTracker
@@ -32,14 +32,12 @@ from infworld.sampler import guide, guided, sample_steps, schedule
 from infworld.session import Session, check_session, generator_state_of
 from infworld.settings import FilmSettings
 from infworld.text import TextEmbedding
-from infworld.vae import PIXELS_PER_LATENT, VideoVAE
+from infworld.vae import VideoVAE
+
+if TYPE_CHECKING:
+    from infworld.parallel import Team
 
 log = logging.getLogger(__name__)
-
-_TOO_LITTLE = (
-    "there is too little GPU memory for a chunk: close other programs that use the GPU, take a smaller picture or the "
-    "CPU; what was filmed before is kept"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +70,7 @@ class World:
         self.team = team
         self.plan = FASTEST
         self.apply_plan(plan)
+        self._coder = vae if team is None else team.shard_vae(vae)
 
         def encode(*texts: str) -> TextEmbedding:  # a film's texts together: what is loaded for them is large
             return text_encoder.encode(list(texts)).to("cpu")
@@ -115,8 +114,8 @@ class World:
         if not isinstance(settings, FilmSettings):
             settings = FilmSettings.for_model(self.config, settings, *args, **choices)
         video = prepare_image(image, self.config.buckets)
-        rows = None if self.team is None else self.team.rows(video.shape[3] // PIXELS_PER_LATENT)
-        history, state = self._encode(video if rows is None else rows.own(video, 3), None, rows)
+        encode = partial(self._encode, video, None)
+        history, state = encode() if self.team is None else self.team.together(encode)
         return Session(
             model=self.config.name,
             picture=to_uint8(video),
@@ -176,11 +175,9 @@ class World:
 
     def _replay(self, session: Session) -> Iterator[Chunk]:
         self.check_session(session)
-        rows = self._rows(session.history)
         for index, latents in enumerate(session.chunk_latents):
             began = time.monotonic()
-            video = self._decode(latents.float().to(self.device), rows)
-            frames = _new_frames(index, session.picture, _whole(video, rows))
+            frames = _new_frames(index, session.picture, self._decode(latents.float().to(self.device)))
             yield Chunk(index, frames, latents.float(), time.monotonic() - began, session)
 
     def check_session(self, session: Session) -> None:
@@ -194,23 +191,23 @@ class World:
         tracker.begin_chunk()
         try:
             return (yield from self._compute_chunk(session, tracker, noise))
-        except torch.OutOfMemoryError as error:
-            if self.team is not None:  # the others would have to begin again too
-                raise NotEnoughMemory(_TOO_LITTLE) from error
+        except torch.OutOfMemoryError:
+            if self.team is not None:  # which ends the chunk on all ranks alike
+                raise
         # Not above, where the error still holds all that the chunk had on the GPU.
         gc.collect()
         needs = self.memory_estimate()
         # What the last plan took of the CPU's memory is this process's to use again.
         plan = next_smaller_plan(needs, self.plan, psutil.virtual_memory().available + needs.cpu(self.plan))
         if plan is None:
-            raise NotEnoughMemory(_TOO_LITTLE)
+            raise NotEnoughMemory(TOO_LITTLE)
         log.warning("the GPU's memory is full; retrying with %s", plan)
         self.apply_plan(plan)
         tracker.retry_chunk()
         try:
             return (yield from self._compute_chunk(session, tracker, noise))
         except torch.OutOfMemoryError as error:
-            raise NotEnoughMemory(_TOO_LITTLE) from error
+            raise NotEnoughMemory(TOO_LITTLE) from error
 
     def memory_estimate(self) -> MemoryEstimate:
         """What a film takes by the sums of `budget`."""
@@ -234,11 +231,10 @@ class World:
             shape = (*session.history.shape[:2], self.config.chunk_latents, *session.history.shape[3:])
             noise = torch.randn(shape, generator=generator)
         latents = yield from self._sample(session, noise.to(self.device), tracker)
-        rows = self._rows(latents)
-        video = self._decode(latents, rows)
+        video = self._decode(latents)
         yield tracker.done("decode")
         # The picture's own frame is known already: the decoded first frame repeats it.
-        added, state = self._encode(video[:, :, 1:], session.encoder_state, rows)
+        added, state = self._encode(video[:, :, 1:], session.encoder_state)
         latents = latents.cpu()
         after = dataclasses.replace(
             session,
@@ -249,7 +245,7 @@ class World:
             num_frames=session.num_frames + self.config.chunk_frames,
         )
         index = len(session.chunk_latents)
-        frames = _new_frames(index, session.picture, _whole(video, rows))
+        frames = _new_frames(index, session.picture, video)
         tracker.done("encode")
         tracker.made += 1
         return Chunk(index, frames, latents, time.monotonic() - began, after)
@@ -278,52 +274,43 @@ class World:
         model, device, settings = self.transformer, self.device, session.settings
         preset, prompts = find_preset(settings.preset), _prompts(session)
         texts = self._encode_texts(*prompts).to(device).each()
-        split = self.team and self.team.split(guided=len(prompts) == 2 and preset.guidance_interval == 1)
-        sequence = split and split.sequence
-        texts = texts[split.own] if split else texts
+        guided_always = len(prompts) == 2 and preset.guidance_interval == 1
+        branches = self.team.branches(guided_always) if self.team else None
+        layout = (branches and branches.layout) or LOCAL
+        texts = texts[branches.own] if branches else texts
         pairs = settings.actions.pairs(session.num_frames - 1, session.num_frames + self.config.chunk_frames)
         move, view = torch.tensor(pairs, device=device).T.unsqueeze(1)
         with fastest_attention(device):
             actions = model.action_encoder(move, view)
-            memory = model.latent_encoder(session.history.to(device, model.dtype), self.team)
+            memory = model.latent_encoder(session.history.to(device, model.dtype), self.team.map if self.team else map)
             contexts = [model.embed_text(text.hidden, text.mask) for text in texts]
-            streams = [model.encode_memory(memory, context, self.plan.streams, sequence) for context in contexts]
+            streams = [model.encode_memory(memory, context, self.plan.streams, layout) for context in contexts]
         sign = 1 if self.config.val_scheduler_cfg.use_reversed_velocity else -1
 
         @torch.inference_mode()
         @fastest_attention(device)
         def velocity(stream: MemoryStream, context: TextContext, z: Tensor, timestep: Tensor) -> Tensor:
-            return sign * model.denoise(z, timestep.reshape(1), stream, actions, context, sequence)
+            return sign * model.denoise(z, timestep.reshape(1), stream, actions, context, layout)
 
         # One text after the other: both at once would need twice the memory for the same arithmetic.
         of_texts = [partial(velocity, *text) for text in zip(streams, contexts, strict=True)]
-        if split and split.pair:
-            return lambda z, timestep: guide(*split.both(of_texts[0](z, timestep)), settings.guidance)
+        if branches and branches.pair:
+            return lambda z, timestep: guide(*branches.both(of_texts[0](z, timestep)), settings.guidance)
         if len(of_texts) == 1:
             return of_texts[0]
         return guided(*of_texts, settings.guidance, preset.guidance_interval)
 
-    def _rows(self, latents: Tensor) -> SpatialShard | None:
-        """Over which devices the rows of a picture of these latents are split; None if they are not."""
-        return None if self.team is None else self.team.rows(latents.shape[3])
-
     @torch.inference_mode()
-    def _encode(
-        self, video: Tensor, state: dict[str, Tensor] | None, rows: SpatialShard | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Appends frames, this device's rows of them, to the encoder's whole state; all results whole on the CPU."""
+    def _encode(self, video: Tensor, state: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Appends frames to an encoder's state; all results on the CPU."""
         if state is not None:
-            own = state if rows is None else {name: rows.own(tensor, 2) for name, tensor in state.items()}
-            state = {name: tensor.to(self.device) for name, tensor in own.items()}
-        latents, state = self.vae.encode(video.to(self.device), state, rows=rows)
-        if rows is not None:
-            latents, state = rows.whole(latents, 3), {name: rows.whole(tensor, 2) for name, tensor in state.items()}
+            state = {name: tensor.to(self.device) for name, tensor in state.items()}
+        latents, state = self._coder.encode(video.to(self.device), state)
         return latents.cpu(), {name: tensor.cpu() for name, tensor in state.items()}
 
     @torch.inference_mode()
-    def _decode(self, latents: Tensor, rows: SpatialShard | None) -> Tensor:
-        """Whole latents on the device -> this device's rows of the video."""
-        return self.vae.decode(latents if rows is None else rows.own(latents, 3), rows=rows)
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self._coder.decode(latents)
 
 
 def _prompts(session: Session) -> list[str]:
@@ -336,7 +323,3 @@ def _new_frames(index: int, picture: np.ndarray, video: Tensor) -> np.ndarray:
     """A decoded chunk's new frames; the film's first chunk begins with the picture itself."""
     frames = to_uint8(video[:, :, 1:])
     return np.concatenate([picture, frames]) if index == 0 else frames
-
-
-def _whole(video: Tensor, rows: SpatialShard | None) -> Tensor:
-    return video if rows is None else rows.whole(video, 3)

@@ -1,10 +1,11 @@
 """An action script says the same in each of its forms, and whatever it cannot mean is named."""
 
+import itertools
 import json
 
 import pytest
 
-from infworld.actions import MOVES, NO_OP, UNCERTAIN, VIEWS, ActionScript, Segment, words
+from infworld.actions import MAX_FRAMES, MOVES, NO_OP, UNCERTAIN, VIEWS, ActionScript, Segment, words
 
 WALK = "forward 3, forward+left 2, wait 1, strafe left+up+right 4, back+strafe right+down 2"
 EVERY_PAIR = [(move, view) for move in range(len(MOVES)) for view in range(len(VIEWS))]
@@ -101,7 +102,7 @@ def test_what_is_added_after_a_cut_begins_right_there():
         ("forward+ 80", "cannot read"),
         ("forward -80", "cannot read"),
         ("forward 1.5", "cannot read"),
-        ("forward 12345678", "cannot read"),
+        ("forward 12345678", "at most 20000 frames"),
         ("forward 80, left 0", "1 frame or more, not 0"),
     ],
 )
@@ -166,3 +167,38 @@ def test_a_missing_file_is_named(tmp_path):
 def test_segments_that_cannot_be_are_named(segment, message):
     with pytest.raises(ValueError, match=message):
         Segment(*segment)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ActionScript((Segment(1, 0, 10**12),)),
+        lambda: ActionScript([Segment(1, 0, MAX_FRAMES), Segment(0, 0, 1)]),
+        lambda: ActionScript(itertools.repeat(Segment(1, 0, 1))),
+        lambda: ActionScript.from_pairs(itertools.repeat((1, 0))),
+        lambda: ActionScript.from_list(itertools.repeat({"move": "no-op", "view": "no-op"})),
+        lambda: ActionScript.parse("forward 999999999"),
+        lambda: ActionScript.parse("forward 9, back 9," * 100_000),
+        lambda: ActionScript.parse("forward 9, back 9," * 10**6),
+        lambda: ActionScript.from_json("[" + '{"move": "no-op", "view": "no-op"},' * 10**6),
+        lambda: ActionScript.parse(f"forward {MAX_FRAMES}") + ActionScript.parse("back 1"),
+    ],
+)
+def test_actions_have_one_limit_for_every_form(make):
+    with pytest.raises(ValueError, match=r"at most (20000 frames|4000000 characters)"):
+        make()
+
+
+def test_the_longest_script_has_all_its_forms():
+    script = ActionScript.parse("forward 1, back 1," * (MAX_FRAMES // 2))
+    assert len(script) == MAX_FRAMES == len(script.segments)
+    assert ActionScript.from_json(script.to_json()) == script == ActionScript.parse(script.text())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_files_and_text_from_other_systems_are_read(tmp_path, encoding):
+    script = ActionScript.parse("forward 2, strafe left+up 3")
+    text = script.to_json().replace("\n", "\r\n").replace("}", "\u00a0}").replace("[", "\u2028[\u2003")
+    (tmp_path / "a.json").write_text(text, encoding=encoding)
+    assert ActionScript.of(tmp_path / "a.json") == ActionScript.from_json("\ufeff" + text) == script
+    assert ActionScript.parse("\ufeffforward\u00a02\u2028strafe\u2009left+up 3\u2029") == script

@@ -81,7 +81,8 @@ def make(runner: Runner, job: Job) -> list[Update]:
     assert isinstance(updates[-1], Ended) and not any(isinstance(update, Ended) for update in updates[:-1])
     if updates[-1].error:
         raise updates[-1].error
-    return [update for update in updates[:-1] if not isinstance(update, Waiting)]
+    news = [update for update, last in zip(updates, [None, *updates], strict=False) if update is not last]
+    return [update for update in news[:-1] if not isinstance(update, Waiting)]
 
 
 def new_film(runner: Runner, studio: Studio, picture, frames: int = 161, settings: FilmSettings = SETTINGS) -> Film:

@@ -27,6 +27,7 @@ from infworld.app.model_pool import SingleModelPool
 from infworld.app.runner import Ended, Job, Runner, RunProgress
 from infworld.cli import generate
 from infworld.cli.console import INTERRUPTED
+from infworld.memory_plan import NotEnoughMemory
 from infworld.session import Session
 from infworld.settings import FilmSettings
 from infworld.video import read_mp4
@@ -136,6 +137,65 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="3 processes, but 2 GPUs: use --nproc-per-node 2"):
         parallel.device_of_rank("auto")
     assert parallel.device_of_rank("cpu") == "cpu"
+
+
+# -------------------------------------------------------------------------------------------------------- out of memory
+
+
+def out_of_memory(world: World, given) -> list[torch.Tensor]:
+    """A rank runs out of memory in a film's beginning or second chunk, twice; what the team makes in spite of that."""
+    picture, place, rank = given
+    owner, name, at = {
+        "start": (world, "_encode", 1),
+        "text": (world, "_encode_texts", 1),
+        "sample": (world.transformer, "denoise", 2),
+        "decode": (world.vae, "decode", 1),
+        "frames": (world, "_encode", 1),
+    }[place]
+    whole = getattr(owner, name)
+
+    def fail() -> None:
+        calls = []
+
+        def failing(*args, **kwargs):
+            calls.append(name)
+            if parallel.rank() == rank and len(calls) == at:
+                large = torch.zeros(1000)
+                raise torch.OutOfMemoryError(f"out of memory beside {len(large)} numbers")
+            return whole(*args, **kwargs)
+
+        setattr(owner, name, failing)
+
+    settings = FilmSettings.for_model(world.config, "forward 100, left 50", "a meadow", seed=3, guidance=3.0)
+    if place == "start":
+        fail()
+        with pytest.raises(NotEnoughMemory, match="too little GPU memory"):
+            world.start(picture, settings)
+        setattr(owner, name, whole)
+    first = world.next_chunk(world.start(picture, settings))
+    for _ in range(2):
+        if place != "start":
+            fail()
+            heard = []
+            with pytest.raises(NotEnoughMemory, match="what was filmed before is kept"):
+                world.next_chunk(first.session, heard.append)
+            assert all(progress.chunk == 1 for progress in heard)
+            setattr(owner, name, whole)
+    second = world.next_chunk(first.session)
+    return [first.latents, second.latents, second.session.history]
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "place"),
+    [(2, 0, "sample"), (2, 1, "decode"), (3, 1, "start"), (4, 3, "sample"), (3, 2, "frames"), (2, 0, "text")],
+)
+def test_a_team_works_on_after_running_out_of_memory_on_one_rank(small_model, world, picture, size, rank, place):
+    ours, *others = in_a_team(size, small_model, out_of_memory, (picture, place, rank))
+    begun = world.start(picture, "forward 100, left 50", "a meadow", seed=3, guidance=3.0)
+    first, second = world.extend(begun, 2)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(other, ours, strict=True))
+    for mine, theirs in zip(ours, (first.latents, second.latents, second.session.history), strict=True):
+        assert error(mine, theirs) < CLOSE["history"]
 
 
 # ----------------------------------------------------------------------------------------------- from the command line

@@ -69,6 +69,12 @@ def generate(client: PageClient, picture, **values) -> str:
     return client.start("generate", picture=client.upload(picture), **values)
 
 
+def own_threads() -> list[str]:
+    """Names of the threads but for those of pools, of Gradio and of its clients, which here are in the same process."""
+    pools = ("ThreadPoolExecutor", "AnyIO", "asyncio_")
+    return sorted(thread.name for thread in threading.enumerate() if not thread.name.startswith(pools))
+
+
 def seconds(action) -> float:
     began = time.monotonic()
     action()
@@ -137,7 +143,7 @@ def test_rounds_of_submit_and_cancel_leave_nothing_behind(serve_models, world, f
     one_round(0)
     until(lambda: slow.films == 0)
     time.sleep(2 * step)
-    threads, files, children = threading.active_count(), me.num_fds(), len(me.children(recursive=True))
+    threads, files, children = own_threads(), me.num_fds(), len(me.children(recursive=True))
     folders = set(films.iterdir())
     for number in range(20):
         one_round(number)
@@ -146,8 +152,7 @@ def test_rounds_of_submit_and_cancel_leave_nothing_behind(serve_models, world, f
     assert len(read_mp4(path)) == 81
     assert slow.most == 1
     assert len(me.children(recursive=True)) <= children
-    # Gradio and its clients have pools of threads and of connections, which do not grow with the rounds.
-    assert threading.active_count() <= threads + 8 and me.num_fds() <= files + 24
+    assert own_threads() == threads and me.num_fds() <= files + 24  # the clients keep some connections open
     assert all((folder / "session.safetensors").exists() for folder in set(films.iterdir()) - folders)
     for client in clients:
         client.close()
@@ -175,7 +180,7 @@ def test_a_null_prompt_is_named(client, picture):
     body = {"data": [client.upload(picture), "", 81, 0, None, "", ""]}
     number = client.http.post(client.address + "call/film", json=body).json()["event_id"]
     answer = client.http.get(client.address + f"call/film/{number}").text
-    assert "event: error" in answer and "the prompt must be text" in answer.lower()
+    assert "event: error" in answer and "prompt must be text" in answer.lower()
 
 
 def test_films_are_made_after_their_folder_was_cleaned_away(serve_models, world, films, picture):

@@ -2,10 +2,7 @@
 
 import copy
 import dataclasses
-import json
 import math
-import multiprocessing
-import pickle
 import shutil
 import subprocess
 import sys
@@ -16,10 +13,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from sessions import assert_same_chunk, same_state, state
 
 import infworld
 from infworld.actions import ActionScript
-from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.devices import pick_device, pick_threads, pick_vae_dtype
 from infworld.dit import InfiniteWorldTransformer
 from infworld.pictures import prepare_image, to_uint8
@@ -57,29 +54,6 @@ def film(world, begun, told) -> list[Chunk]:
 def session(film) -> Session:
     """The film after two chunks; `film[2]` is what comes next."""
     return film[1].session
-
-
-def state(session: Session) -> dict[str, torch.Tensor]:
-    """Copies of all tensors of a session by name."""
-    tensors = {"history": session.history, "generator": session.generator_state, "picture": session.picture}
-    tensors |= {f"encoder.{name}": tensor for name, tensor in session.encoder_state.items()}
-    tensors |= {f"chunk.{i}": tensor for i, tensor in enumerate(session.chunk_latents)}
-    return {name: torch.as_tensor(tensor).clone() for name, tensor in tensors.items()}
-
-
-def values(session: Session) -> dict:
-    """All other fields of a session."""
-    return {"model": session.model, "num_frames": session.num_frames, **vars(session.settings)}
-
-
-def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def assert_same_chunk(a: Chunk, b: Chunk) -> None:
-    """Bit for bit, with everything that follows from it."""
-    assert a.index == b.index and torch.equal(a.latents, b.latents) and np.array_equal(a.frames, b.frames)
-    assert same_state(state(a.session), state(b.session)) and values(a.session) == values(b.session)
 
 
 # ------------------------------------------------------------------------------------------------------------- the film
@@ -210,47 +184,6 @@ def test_a_network_of_the_other_sign_makes_the_same_film_with_the_flag_off(world
     torch.testing.assert_close(other.next_chunk(session).latents, film[2].latents, atol=1e-5, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------- a session is a value
-
-
-def test_the_next_chunk_leaves_its_session_as_it_was(world, session):
-    before, plain = state(session), values(session)
-    world.next_chunk(session)
-    assert same_state(state(session), before) and values(session) == plain
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        session.settings = None
-
-
-def test_a_session_is_on_the_cpu_and_holds_no_more_than_it_must(session):
-    assert all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in state(session).values())
-    assert all(z.dtype == torch.float16 for z in session.chunk_latents)
-    tensors = [session.history, *session.encoder_state.values(), *session.chunk_latents]
-    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
-
-
-def test_a_saved_session_gives_the_identical_next_chunk(world, session, film, tmp_path):
-    session.save(tmp_path / "new" / "film.safetensors")
-    loaded = Session.load(tmp_path / "new" / "film.safetensors")
-    assert same_state(state(loaded), state(session)) and values(loaded) == values(session)
-    assert_same_chunk(world.next_chunk(loaded), film[2])
-
-
-def test_a_film_of_one_frame_can_be_saved(world, begun, film, tmp_path):
-    begun.save(tmp_path / "film.safetensors")
-    assert_same_chunk(world.next_chunk(Session.load(tmp_path / "film.safetensors")), film[0])
-
-
-def continue_elsewhere(model: str, pickled: bytes, threads: int) -> bytes:
-    torch.set_num_threads(threads)  # another number of threads rounds otherwise
-    return pickle.dumps(infworld.load(model, device="cpu").next_chunk(pickle.loads(pickled)))
-
-
-def test_another_process_makes_the_same_chunk(small_model, session, film):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        task = (str(small_model), pickle.dumps(session), torch.get_num_threads())
-        assert_same_chunk(pickle.loads(pool.apply(continue_elsewhere, task)), film[2])
-
-
 # -------------------------------------------------------------------------------------------- progress and interruption
 
 
@@ -304,112 +237,6 @@ def test_a_stopped_film_goes_on_from_its_last_chunk(world, begun, film):
     assert len(made) == 1
     assert_same_chunk(made[0], film[0])
     assert_same_chunk(world.next_chunk(made[0].session), film[1])
-
-
-# ------------------------------------------------------------------------------------------------------- wrong sessions
-
-
-@pytest.fixture
-def saved(begun, film, tmp_path) -> Path:
-    path = tmp_path / "film.safetensors"
-    film[0].session.save(path)
-    return path
-
-
-def rewrite(path: Path, tensors=lambda t: t, values=lambda v: v) -> None:
-    """Changes a session file's tensors and plain values, both dicts, in place."""
-    found, metadata = read_tensors(path), read_metadata(path)
-    session = json.dumps(values(json.loads(metadata["session"])))
-    save_tensors(path, tensors(dict(found)), {**metadata, "session": session})
-
-
-@pytest.mark.parametrize("keep", [0, 7, 500, -100])
-def test_a_truncated_session_is_named(saved, keep):
-    saved.write_bytes(saved.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=f"{saved} is (empty|truncated)"):
-        Session.load(saved)
-
-
-def test_files_that_are_no_session_are_named(small_model, picture, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no session file at .*gone.safetensors"):
-        Session.load(tmp_path / "gone.safetensors")
-    with pytest.raises(ValueError, match="world.safetensors is not a session file of this program"):
-        Session.load(small_model.parent / "world.safetensors")
-    with pytest.raises(ValueError, match="no weight file by its name"):
-        Session.load(picture)
-    shutil.copy(picture, tmp_path / "picture.safetensors")
-    with pytest.raises(ValueError, match="truncated or not a safetensors"):
-        Session.load(tmp_path / "picture.safetensors")
-    with pytest.raises(FileNotFoundError, match="gone.safetensors"):
-        Session.load(tmp_path / "gone.safetensors")
-
-
-@pytest.mark.parametrize("name", ["history", "picture", "generator_state"])
-def test_a_session_file_that_lacks_a_tensor_is_refused(saved, name):
-    rewrite(saved, tensors=lambda t: {key: value for key, value in t.items() if key != name})
-    with pytest.raises(ValueError, match=f"{saved} is damaged: '{name}'"):
-        Session.load(saved)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *({name: None} for name in ("model", "prompt", "negative_prompt", "seed", "steps", "guidance", "num_frames")),
-        {"seed": "3"},
-        {"guidance": [1]},
-        {"actions": None},
-        {"actions": [[0, 0]]},
-        {"actions": [[0, 99, 5]]},
-        {"unknown": 1},
-    ],
-)
-def test_a_session_file_with_wrong_values_is_refused(saved, change):
-    rewrite(saved, values=lambda v: {**v, **change})
-    with pytest.raises(ValueError, match=f"{saved} is damaged"):
-        Session.load(saved)
-
-
-@pytest.mark.parametrize("content", [None, [], "x", {}])
-def test_a_session_file_without_its_fields_is_refused(saved, content):
-    rewrite(saved, values=lambda v: content)
-    with pytest.raises(ValueError, match=f"{saved} is damaged: it lacks fields"):
-        Session.load(saved)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"history": lambda t: t[:, :, :-1]}, "its history is .*20, 4, 6.* and not .*21, 4, 6"),
-        ({"history": lambda t: t[:, :8]}, "its history"),
-        ({"picture": lambda t: t[:, :16]}, "its picture is .* and not .*32, 48, 3"),
-        ({"picture": lambda t: t[0]}, "its picture"),
-        ({"chunk_latents.0": lambda t: t[:, :, :5]}, "its chunk 0 is"),
-    ],
-)
-def test_a_session_that_does_not_hang_together_is_refused(world, saved, change, message):
-    rewrite(saved, tensors=lambda t: t | {name: to(t[name]) for name, to in change.items()})
-    with pytest.raises(ValueError, match=f"the session is damaged: {message}"):
-        world.next_chunk(Session.load(saved))
-
-
-def test_a_session_with_a_wrong_count_is_refused(world, session):
-    wrong = dataclasses.replace(session, num_frames=81)
-    for use in (world.next_chunk, lambda s: list(world.extend(s, 1)), lambda s: list(world.replay(s))):
-        with pytest.raises(ValueError, match="damaged: 2 chunks make no 81 frames"):
-            use(wrong)
-
-
-def test_a_session_of_another_model_is_refused(world, session):
-    with pytest.raises(ValueError, match="made with the model 'huge', but 'small' is loaded"):
-        world.next_chunk(dataclasses.replace(session, model="huge"))
-
-
-@pytest.mark.parametrize("name", ["film.txt", "film", "taken/film.safetensors"])
-def test_a_session_that_cannot_be_written_says_so(begun, tmp_path, name):
-    (tmp_path / "taken").write_text("a file")
-    with pytest.raises(ValueError, match="saved as .safetensors|cannot write"):
-        begun.save(tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 # --------------------------------------------------------------------------------------------------------- bad settings

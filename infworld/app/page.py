@@ -7,17 +7,18 @@ thread.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from anyio import to_thread
 from gradio.context import LocalContext
 from PIL import Image
 
@@ -27,8 +28,8 @@ from infworld.app.drive import Drive, driven
 from infworld.app.editor import ActionEditor, script_of
 from infworld.app.films import Film
 from infworld.app.gallery import Gallery, find_examples
+from infworld.app.inputs import Argument, CheckedBlocks, Picture, SessionUpload, script, text, whole_number
 from infworld.app.memory_check import memory_check
-from infworld.app.picture import Picture
 from infworld.app.player import FilmPlayer, film_value, still_value
 from infworld.app.runner import Ended, Job, Loading, NewChunk, Run, Runner, RunProgress, Waiting
 from infworld.app.studio import Studio
@@ -57,12 +58,16 @@ Update = dict[Any, Any]
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
-    """What a person can do something about is shown to them as it is worded. Also a decorator of handlers."""
+def plainly(to_program: bool = False) -> Iterator[None]:
+    """What a person can do something about is shown to them as it is worded. Also a decorator of handlers.
+
+    The page reads an error as HTML, and the words may come from a file.
+    """
     try:
         yield
     except (ValueError, OSError, NotEnoughMemory) as error:
-        raise gr.Error(sentence(error), print_exception=False) from error
+        words = sentence(error)
+        raise gr.Error(words if to_program else escape(words, quote=False), print_exception=False) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +90,7 @@ class Page:
 
     def blocks(self) -> gr.Blocks:
         """The whole page, ready to launch."""
-        with gr.Blocks(title="Infinite-World", fill_width=True, delete_cache=(3600, UPLOADS_LIFETIME)) as blocks:
+        with CheckedBlocks(title="Infinite-World", fill_width=True, delete_cache=(3600, UPLOADS_LIFETIME)) as blocks:
             self.film = gr.State(None)  # a Film
             self._header()
             with gr.Row(elem_id="stage"):
@@ -154,7 +159,7 @@ class Page:
                 1, MAX_STEPS, defaults.steps, step=1, label="Steps", info="More are slower and finer."
             )
             self.guidance = gr.Slider(1, 10, defaults.guidance, step=0.5, label="Guidance", visible=guided)
-        self.session_file = gr.UploadButton(
+        self.session_file = SessionUpload(
             "Resume a film from its session file", file_types=[".safetensors"], size="sm", elem_id="resume"
         )
 
@@ -230,12 +235,12 @@ class Page:
         with gr.Row(visible=False):
             inputs = [
                 Picture(label="image"),
-                gr.Textbox("", label="actions"),
-                gr.Number(1 + self.config.chunk_frames, label="frames", precision=0),
-                gr.Number(0, label="seed", precision=0),
-                gr.Textbox("", label="prompt", max_length=MAX_PROMPT),
-                gr.Textbox("", label="model"),
-                gr.Dropdown(["", *PRESETS], value="", label="preset"),
+                Argument(label="actions", kinds=("string", "array")),
+                Argument(1 + self.config.chunk_frames, label="frames", kinds=("integer", "string")),
+                Argument(0, label="seed", kinds=("integer", "string")),
+                Argument(label="prompt"),
+                Argument(label="model"),
+                Argument(label="preset"),
             ]
             gr.Button().click(
                 self.make_film,
@@ -361,14 +366,14 @@ class Page:
 
         async def handler(*values: Any) -> AsyncIterator[Update]:
             with plainly():
-                begun = await to_thread.run_sync(begin, *values)
+                begun = await asyncio.to_thread(begin, *values)
                 run = self.runner.submit(begun.job)
             try:
                 yield self._busy(begun.job) | begun.update
                 async with aclosing(run.updates()) as updates:
                     async for update in updates:
                         if isinstance(update, Ended):
-                            yield await to_thread.run_sync(self.settle, begun.job.film, update)
+                            yield await asyncio.to_thread(self.settle, begun.job.film, update)
                         else:
                             yield self._shown(run, update)
             finally:
@@ -424,9 +429,9 @@ class Page:
     async def make_film(
         self,
         image: str,
-        actions: str = "",
-        frames: int = 81,
-        seed: int = 0,
+        actions: str | list = "",
+        frames: int | str = 81,
+        seed: int | str = 0,
         prompt: str = "",
         model: str = "",
         preset: str = "",
@@ -449,8 +454,8 @@ class Page:
             model: One of the models that are here, by name; empty for the page's own.
             preset: exact, or balanced or fast, which are faster and less exact; empty for the model's own.
         """
-        with plainly():
-            job = await to_thread.run_sync(self._asked, image, actions, frames, seed, prompt, model, preset)
+        with plainly(to_program=True):
+            job = await asyncio.to_thread(self._asked, image, actions, frames, seed, prompt, model, preset)
             run = self.runner.submit(job)
         try:
             async with aclosing(run.updates()) as updates:
@@ -468,15 +473,21 @@ class Page:
         if update.error or update.stopped:
             words = sentence(update.error) if update.error else "The film was cancelled."
             raise gr.Error(words, print_exception=False) from update.error
-        return str((await to_thread.run_sync(job.film.finish))["film"])
+        return str((await asyncio.to_thread(job.film.finish))["film"])
 
-    def _asked(self, image, actions: str, frames: int, seed: int, prompt: str, model: str, preset: str) -> Job:
+    def _asked(self, image: str | None, actions, frames, seed, prompt, model, preset) -> Job:
         """What a program asks for, checked."""
         if image is None:
             raise ValueError("there is no picture")
-        config = self.models.config(model or self.models.first)
-        settings = FilmSettings.for_model(config, _script(actions), prompt, seed=seed, preset=preset or None)
-        return self.studio.begin(image, frames, settings, config.name)
+        config = self.models.config(text("model", model) or self.models.first)
+        settings = FilmSettings.for_model(
+            config,
+            script(actions),
+            text("prompt", prompt),
+            seed=whole_number("seed", seed),
+            preset=text("preset", preset) or None,
+        )
+        return self.studio.begin(image, whole_number("frames", frames), settings, config.name)
 
 
 def client_is_gone() -> bool:
@@ -484,11 +495,6 @@ def client_is_gone() -> bool:
     blocks, event_id = LocalContext.blocks.get(None), LocalContext.event_id.get(None)
     event = blocks and blocks._queue.event_ids_to_events.get(event_id)
     return event is not None and not event.alive
-
-
-def _script(text: str) -> ActionScript:
-    """From JSON or the text form. Not from a path: that would be one on the server."""
-    return ActionScript.from_json(text) if text.lstrip().startswith(("[", "{")) else ActionScript.parse(text)
 
 
 def _there(film: Film | None) -> Film:

@@ -158,8 +158,6 @@ def film(plan: FilmPlan, world: infworld.World, loading: float) -> int:
         except KeyboardInterrupt:
             interrupted = True
         except NotEnoughMemory as error:
-            if team:
-                raise
             problem = str(error)
     keep = plan.args.session or interrupted or problem or team
     report(mp4, session, plan.session_path if keep else None, bool(interrupted or problem))
@@ -185,7 +183,7 @@ def follow(plan: FilmPlan, world: infworld.World) -> int:
     """What the other processes of a team do: the same work, without showing or keeping anything."""
     began = time.time()
     world.team.if_lost(lambda: how_to_go_on(plan, began))
-    with suppress(parallel.Abandoned):
+    with suppress(parallel.Abandoned, NotEnoughMemory):
         session = plan.begin(world)
         for _ in world.replay(session):
             pass
