@@ -7,9 +7,8 @@ import socket
 import numpy as np
 import pytest
 
-from infworld.app.arena_page import launch
-from infworld.arena.matches import Matches
-from infworld.arena.votes import QUESTIONS, Votes
+from infworld.app.arena_page import launch, open_hall
+from infworld.arena.votes import QUESTIONS
 from infworld.evaluation.run import FILMS_INDEX, write_text
 from infworld.video import write_mp4
 from tests.test_browser import FLAGS, PATIENCE
@@ -41,15 +40,13 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def served(folder, tmp_path):
     """A new arena on the films: its address and its votes."""
-    votes = Votes(tmp_path / "votes.sqlite")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    where = {"server_name": "127.0.0.1", "server_port": port}
-    page = launch(Matches.read(folder), votes, tmp_path / "stage", prevent_thread_lock=True, quiet=True, **where)
-    yield page.local_url, votes
-    page.close()
-    votes.close()
+    with open_hall(folder, tmp_path / "votes.sqlite") as hall:
+        page = launch(hall, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", server_port=port)
+        yield page.local_url, hall.votes
+        page.close()
 
 
 @pytest.fixture
@@ -169,3 +166,18 @@ def test_a_vote_on_a_page_of_a_server_that_has_gone_is_answered_by_the_next_pair
     expect(duel.locator(".note")).to_have_text("The last pair had expired; here is another.", timeout=PATIENCE)
     answer(page, "1", "fidelity")
     assert [vote.voter for vote in served[1].all()] == ["somebody-else-now"]
+
+
+def test_the_app_has_the_arena_as_another_page(chromium, serve_models, world, folder, tmp_path):
+    with open_hall(folder, tmp_path / "votes.sqlite") as hall:
+        address = serve_models(world, tmp_path / "films", hall)
+        with sync_api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+            page = browser.new_page()
+            page.goto(address)
+            expect(page.locator("#generate")).to_be_visible(timeout=PATIENCE)
+            page.get_by_role("link", name="Arena").click()
+            expect(page.locator("#duel .question")).to_be_visible(timeout=PATIENCE)
+            answer(page, "1", "fidelity")
+            browser.close()
+        assert len(hall.votes.all()) == 1

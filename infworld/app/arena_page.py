@@ -1,7 +1,10 @@
-"""The arena as a page of its own: `infworld arena`."""
+"""The arena as a page of its own (`infworld arena`), and as another page of the app (`infworld serve --arena`)."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +14,33 @@ from infworld.app.arena import arena
 from infworld.app.server import theme
 from infworld.arena.hall import Hall
 from infworld.arena.matches import Matches
-from infworld.arena.votes import Votes
+from infworld.arena.votes import Votes, default_path
+
+INTRODUCTION = """# Which film is better?
+Two films of the same picture and actions. Keys: **1** left, **2** no difference, **3** right."""
 
 
-def launch(matches: Matches, votes: Votes, stage: Path, **launching: Any) -> gr.Blocks:
-    """Builds and launches the page; films are copied below `stage` under names that say nothing."""
-    hall = Hall(matches, votes, stage)
-    with gr.Blocks(title="Infinite-World: the arena", fill_width=True) as blocks:
-        gr.Markdown("# Which film is better?\nTwo films of the same picture and actions. Keys: **1** left, **2** no "
-                    "difference, **3** right.")  # fmt: skip
+@contextmanager
+def open_hall(films: Path, votes: Path | None = None) -> Iterator[Hall]:
+    """The films of a folder, with their votes; the copies of films that are shown end with it."""
+    matches, kept = Matches.read(films), Votes(votes or default_path(films))
+    with tempfile.TemporaryDirectory(prefix="infworld-arena-") as stage:
+        yield Hall(matches, kept, stage)
+    kept.close()
+
+
+def add_arena(blocks: gr.Blocks, hall: Hall) -> None:
+    """Another page of the app, at /arena."""
+    with blocks.route("Arena", "/arena"):
+        gr.Markdown(INTRODUCTION)
         arena(hall)
-    blocks.launch(
-        theme=theme(), allowed_paths=[str(hall.stage)], ssr_mode=False, footer_links=["settings"], **launching
-    )
+
+
+def launch(hall: Hall, **launching: Any) -> gr.Blocks:
+    """Builds and launches a page with the arena alone. Returns the running page."""
+    with gr.Blocks(title="Infinite-World: the arena", fill_width=True) as blocks:
+        gr.Markdown(INTRODUCTION)
+        arena(hall)
+    stage = [str(hall.stage)]
+    blocks.launch(theme=theme(), allowed_paths=stage, ssr_mode=False, footer_links=["settings"], **launching)
     return blocks

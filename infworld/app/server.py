@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import math
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from infworld.app.model_pool import ModelPool, SingleModelPool
 from infworld.app.page import Page, read_static
 from infworld.app.runner import MAX_WAITING, Runner
 from infworld.app.studio import Studio
+from infworld.arena.hall import Hall
 from infworld.config import ModelConfig
 from infworld.devices import pick_device
 from infworld.models import available, default_model, prepare
@@ -37,17 +39,24 @@ UPLOAD_ROOM = 100 * 2**20  # bytes of an upload that any model allows: enough fo
 MAX_EVENTS = 2 * MAX_WAITING
 
 
-def serve(models: ModelPool | World, films: Path = FILMS, **launching: Any) -> gr.Blocks:
-    """Builds and launches the page for one or more models; films go below `films`. Returns the running page."""
+def serve(models: ModelPool | World, films: Path = FILMS, hall: Hall | None = None, **launching: Any) -> gr.Blocks:
+    """Builds and launches the page for one or more models; films go below `films`. Returns the running page.
+
+    hall: the arena to add as another page.
+    """
     models = SingleModelPool(models) if isinstance(models, World) else models
     store = FilmStore(films, LIFETIME, models.config(models.first).validation_data.fps)
     store.keep_sweeping()
     runner = Runner(models)
     blocks = Page(Studio(models, store), runner).blocks()
+    if hall is not None:
+        from infworld.app.arena_page import add_arena  # needs the extra "arena"
+
+        add_arena(blocks, hall)
     blocks.launch(
         theme=theme(),
         css=read_static("page.css"),
-        allowed_paths=[str(store.root)],
+        allowed_paths=[str(store.root), *([str(hall.stage)] if hall else [])],
         max_file_size=max(upload_limit(models.config(name)) for name in models.names),
         max_threads=MAX_EVENTS,
         mcp_server=importlib.util.find_spec("mcp") is not None,
@@ -91,21 +100,31 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--host", help="address to listen on: 0.0.0.0 for all (default: only this machine)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--arena", type=Path, metavar="FILMS", help="add the arena for these films (docs/measuring.md)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         device = parallel.device_of_rank(args.device)
-        with parallel.join_team(pick_device(device)) as team:
+        with open_arena(args.arena) as hall, parallel.join_team(pick_device(device)) as team:
             models = load_models(args.model, device, team)
             if team is None:
-                serve(models, server_name=args.host, server_port=args.port)
+                serve(models, hall=hall, server_name=args.host, server_port=args.port)
             elif team.is_rank0:
-                serve(models, server_name=args.host, server_port=args.port)
+                serve(models, hall=hall, server_name=args.host, server_port=args.port)
                 team.end()
             else:
                 follow(team, models.world)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def open_arena(films: Path | None) -> AbstractContextManager[Hall | None]:
+    """The arena for a folder of films, if there shall be one."""
+    if films is None:
+        return nullcontext()
+    from infworld.app.arena_page import open_hall  # needs the extra "arena"
+
+    return open_hall(films)
 
 
 def load_models(name: str | None, device: str, team: parallel.Team | None) -> ModelPool:

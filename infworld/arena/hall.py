@@ -33,16 +33,15 @@ class Showing:
 
 
 class Hall:
-    """Shows pairs and takes votes. stage: a folder that the page may serve files from, for the copies.
+    """Shows pairs and takes votes. stage: an empty folder that the page may serve files from, for the copies.
 
     Raises ValueError for what no page would send.
     """
 
     def __init__(self, matches: Matches, votes: Votes, stage: str | Path, seed: int | None = None):
         self.matches, self.votes = matches, votes
-        self.stage = Path(stage)
-        shutil.rmtree(self.stage, ignore_errors=True)
-        self.stage.mkdir(parents=True)
+        self.stage = Path(stage).resolve()
+        self.stage.mkdir(parents=True, exist_ok=True)
         self._random = random.Random(seed)
         self._showings: dict[str, Showing] = {}
         self._lock = threading.Lock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from infworld.arena.matches import Pair
 
+SPACE_STORAGE = Path("/data")  # where a Space's attached storage is
 QUESTIONS = ("memory", "fidelity", "action", "overall")
 FIRST, SAME, SECOND = "first", "same", "second"  # which of a pair is better
 
@@ -42,6 +44,12 @@ class Vote:
     @property
     def pair(self) -> Pair:
         return Pair(self.case, self.first, self.second)
+
+
+def default_path(films: Path) -> Path:
+    """Where the votes on a folder of films are kept: beside them, on a Space with storage there."""
+    kept = "SPACE_ID" in os.environ and os.access(SPACE_STORAGE, os.W_OK)
+    return SPACE_STORAGE / "infworld-votes.sqlite" if kept else films / "votes.sqlite"
 
 
 class Votes:

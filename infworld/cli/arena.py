@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 from infworld.cli.console import exit_code
@@ -22,7 +21,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("films", type=Path, metavar="FILMS", help="folder with a folder of films for each model or setting")
-    add("--votes", type=Path, metavar="FILE", help="where the votes are kept; default: FILMS/votes.sqlite")
+    add(
+        "--votes",
+        type=Path,
+        metavar="FILE",
+        help="where the votes are; default: FILMS/votes.sqlite, or a Space's storage",
+    )
     add("--export", type=Path, metavar="FILE", help="write the votes as .csv or .json and the table, and end")
     add("--host", help="address to listen on: 0.0.0.0 for all (default: only this machine)")
     add("--port", type=int, help="default: the first free one from 7860 on")
@@ -32,37 +36,31 @@ def main(arguments: list[str] | None = None) -> int:
 
 def serve(args: argparse.Namespace) -> int:
     """The page, until Ctrl-C."""
-    from infworld.app.arena_page import launch
-    from infworld.arena.matches import Matches
-    from infworld.arena.votes import Votes
+    from infworld.app.arena_page import launch, open_hall
 
-    matches, votes = Matches.read(args.films), Votes(votes_path(args))
-    with tempfile.TemporaryDirectory(prefix="infworld-arena-") as stage:
-        print(f"{len(matches.pairs())} pairs; votes go to {votes.path}")
-        launch(matches, votes, Path(stage), server_name=args.host, server_port=args.port)
+    with open_hall(args.films, args.votes) as hall:
+        print(f"{len(hall.matches.pairs())} pairs; votes go to {hall.votes.path}")
+        launch(hall, server_name=args.host, server_port=args.port)
     return 0
 
 
 def export(args: argparse.Namespace) -> int:
     """Writes the votes and prints the tables."""
     from infworld.arena.ranking import standings
-    from infworld.arena.votes import QUESTIONS, Votes
+    from infworld.arena.votes import QUESTIONS, Votes, default_path
 
-    if not votes_path(args).is_file():
-        raise FileNotFoundError(f"no votes at {votes_path(args)}")
+    path = args.votes or default_path(args.films)
+    if not path.is_file():
+        raise FileNotFoundError(f"no votes at {path}")
     if args.export.suffix not in (".csv", ".json"):
         raise ValueError(f"the votes are written as .csv or .json, not as {args.export.name!r}")
-    votes = Votes(votes_path(args))
+    votes = Votes(path)
     args.export.write_text(votes.as_json() if args.export.suffix == ".json" else votes.as_csv(), encoding="utf-8")
     for question in QUESTIONS:
         print(question)
         for line in standings([vote for vote in votes.all() if vote.question == question]):
             print(f"  {line.rating:5.0f} [{line.low:.0f}, {line.high:.0f}]  Elo {line.elo:.0f}  {line.name}")
     return 0
-
-
-def votes_path(args: argparse.Namespace) -> Path:
-    return args.votes or args.films / "votes.sqlite"
 
 
 if __name__ == "__main__":
