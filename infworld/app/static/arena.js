@@ -96,12 +96,13 @@ function tick() {
   requestAnimationFrame(tick);
   if (!shown || !left.duration) return;
   if (!left.paused && Math.abs(right.currentTime - left.currentTime) > DRIFT) right.currentTime = left.currentTime;
-  if (left.ended || right.ended) stop();
+  const ended = left.ended || right.ended;
+  if (ended) stop();
   range.value = (1000 * left.currentTime) / left.duration;
   doing.textContent = action(Math.floor(left.currentTime * shown.fps));
   play.textContent = left.paused ? "Play" : "Pause";
-  const due = shown.questions[0] === "memory" && shown.revisit && !paused && !left.paused;
-  if (due && left.currentTime >= middle(shown.revisit[1])) showReturn();
+  const due = shown.questions[0] === "memory" && shown.revisit && !paused;
+  if (due && (ended || (!left.paused && left.currentTime >= middle(shown.revisit[1])))) showReturn();
 }
 
 function show() {
