@@ -22,6 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from infworld.files import temporary_path
+
 # Left in the released transformer's file by its training; the model computes its positions (spec section 1).
 RELEASED_EXTRAS = ("pos_embed", "pos_embed_temporal")
 
@@ -147,7 +149,7 @@ def save_tensors(
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: tensors are saved as .safetensors, not as {path.suffix or 'a file without suffix'}")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:

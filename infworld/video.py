@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -15,26 +17,15 @@ from pathlib import Path
 import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
 
+from infworld.files import check_output, temporary_path
+
 FPS = 30  # the models' frame rate (spec section 3)
 CRF = 16  # H.264 quality: no loss that is easy to see
 
-
-def check_output(path: str | os.PathLike, suffix: str = ".mp4") -> Path:
-    """The path, if a file can be written there; else ValueError. Meant to be called before hours of computing."""
-    path = Path(path).expanduser()
-    if path.suffix.lower() != suffix:
-        raise ValueError(f"the output must be a {suffix} file, not {str(path)!r}")
-    if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder")
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise ValueError(f"cannot write {path}: the file is write-protected")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            return path
-    except OSError as error:
-        raise ValueError(f"cannot write into {path.parent}: {error.strerror or error}") from error
+# Browsers show untagged films in guessed colours, so they are fixed and tagged: on the frames, as ffmpeg 7 and later
+# take the tags from them, and on the encoder, as ffmpeg 5 does.
+_COLOUR = ["-vf", "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:color_trc=bt709"]
+_COLOUR += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
 
 
 class Mp4Writer:
@@ -51,9 +42,12 @@ class Mp4Writer:
         self.fps = fps
         self.fragmented = fragmented
         self.frames = 0
+        self._part = temporary_path(self.path, ".mp4")
+        self._command = _ffmpeg()
         self._size: tuple[int, int] | None = None
         self._process: subprocess.Popen | None = None
         self._log = None
+        self._closed = False
 
     def __enter__(self) -> Mp4Writer:
         return self
@@ -65,6 +59,8 @@ class Mp4Writer:
         """Appends frames: uint8, T H W 3, H and W even."""
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
             raise ValueError(f"frames are uint8 T H W 3, not {frames.dtype} {frames.shape}")
+        if self._closed:
+            raise OSError(f"{self.path} is closed")
         height, width = frames.shape[1:3]
         if self._process is None:
             self._start(width, height)
@@ -74,28 +70,41 @@ class Mp4Writer:
             for frame in frames:  # counted one by one, so that `frames` is right after a Ctrl-C too
                 self._process.stdin.write(np.ascontiguousarray(frame).data)
                 self.frames += 1
-        except OSError:  # ffmpeg has gone; close() says why
+        except OSError as error:  # ffmpeg has gone; close() says why
             self.close()
+            raise OSError(f"ffmpeg ended before {self.path} was written") from error
 
     def close(self) -> None:
-        """Ends the file and puts it in its place."""
+        """Ends the file and puts it in its place. OSError if that fails: then there is no file."""
+        self._closed = True
         if self._process is None:
             return
         process, self._process = self._process, None
         with contextlib.suppress(OSError):  # ffmpeg has gone with data still unwritten: its exit code tells
             process.stdin.close()
-        failed = process.wait() != 0
+        code = process.wait()
         self._log.seek(0)
-        reason = self._log.read().decode(errors="replace").strip()[-500:]
+        reason = _reason(self._log.read())
         self._log.close()
-        if failed:
+        try:
+            if code:
+                raise OSError(f"ffmpeg could not write {self.path}: {reason or f'it ended with code {code}'}")
+            os.replace(self._part, self.path)
+        except OSError:
+            self.frames = 0
             self._part.unlink(missing_ok=True)
-            raise OSError(f"ffmpeg could not write {self.path}: {reason}")
-        os.replace(self._part, self.path)
+            raise
 
-    @property
-    def _part(self) -> Path:
-        return self.path.with_name(f".{self.path.stem}.part{self.path.suffix}")
+    def discard(self) -> None:
+        """Ends without a file: what was at `path` before stays."""
+        self._closed = True
+        if self._process is not None:
+            process, self._process = self._process, None
+            process.kill()
+            process.communicate()
+            self._log.close()
+            self._part.unlink(missing_ok=True)
+        self.frames = 0
 
     def _start(self, width: int, height: int) -> None:
         if width % 2 or height % 2:
@@ -103,14 +112,11 @@ class Mp4Writer:
         self._size = (width, height)
         flags = "+frag_keyframe+empty_moov+default_base_moof" if self.fragmented else "+faststart"
         source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self.fps), "-i", "-"]
-        # Browsers show untagged films in a guessed colour matrix, so it is fixed and tagged.
-        colour = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709"]
-        colour += ["-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
         codec = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF), "-preset", "veryfast"]
         codec += ["-bf", "0"] if self.fragmented else []
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close); a pipe would fill up unread
         self._process = subprocess.Popen(
-            [*_ffmpeg(), *source, *colour, *codec, "-movflags", flags, "-f", "mp4", str(self._part)],
+            [*self._command, *source, *_COLOUR, *codec, "-movflags", flags, "-f", "mp4", _file(self._part)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._log,
@@ -128,16 +134,32 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = FPS, fra
 def concat_mp4(paths: Iterable[str | os.PathLike], out: str | os.PathLike) -> Path:
     """Joins mp4 files of one kind end to end without encoding them again. Returns `out`."""
     out = check_output(out)
-    quoted = [str(Path(path).resolve()).replace("'", r"'\''") for path in paths]
+    quoted = [os.fsencode(Path(path).resolve()).replace(b"'", rb"'\''") for path in paths]
     if not quoted:
         raise ValueError("there is no film to join")
-    part = out.with_name(f".{out.stem}.part{out.suffix}")
+    part = temporary_path(out, ".mp4")
     with tempfile.TemporaryDirectory() as folder:
         listing = Path(folder) / "list.txt"
-        listing.write_text("".join(f"file '{path}'\n" for path in quoted), encoding="utf-8")
-        join = ["-f", "concat", "-safe", "0", "-i", str(listing), "-c", "copy", "-movflags", "+faststart", "-f", "mp4"]
-        _run([*_ffmpeg(), *join, str(part)], f"join {len(quoted)} films to {out}")
-    os.replace(part, out)
+        listing.write_bytes(b"".join(b"file '%b'\n" % path for path in quoted))
+        join = [
+            "-f",
+            "concat",
+            "-safe",
+            "0",
+            "-i",
+            _file(listing),
+            "-c",
+            "copy",
+            "-movflags",
+            "+faststart",
+            "-f",
+            "mp4",
+        ]
+        try:
+            _run([*_ffmpeg(), *join, _file(part)], f"join {len(quoted)} films to {out}")
+            os.replace(part, out)
+        finally:
+            part.unlink(missing_ok=True)
     return out
 
 
@@ -148,7 +170,7 @@ def read_mp4(path: str | os.PathLike) -> np.ndarray:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no film at {path}")
     try:
-        reader = read_frames(str(path), pix_fmt="rgb24")
+        reader = read_frames(_file(path), pix_fmt="rgb24")
         width, height = next(reader)["source_size"]
         return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])
     except (OSError, StopIteration, ValueError, KeyError) as error:
@@ -156,10 +178,29 @@ def read_mp4(path: str | os.PathLike) -> np.ndarray:
 
 
 def _ffmpeg() -> list[str]:
-    return [get_ffmpeg_exe(), "-y", "-nostdin", "-loglevel", "error"]
+    """The beginning of every command. OSError where there is no ffmpeg."""
+    try:
+        program = get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    if shutil.which(program) is None:
+        raise OSError(f"there is no ffmpeg at {program}, which the variable IMAGEIO_FFMPEG_EXE names")
+    return [program, "-y", "-nostdin", "-loglevel", "error"]
+
+
+def _file(path: str | os.PathLike) -> str:
+    """A path as ffmpeg takes it, which reads `a:b.mp4` as an address."""
+    return f"file:{os.fspath(path)}"
 
 
 def _run(command: list[str], what: str) -> None:
     result = subprocess.run(command, capture_output=True, start_new_session=True)
     if result.returncode:
-        raise OSError(f"ffmpeg could not {what}: {result.stderr.decode(errors='replace').strip()[-500:]}")
+        raise OSError(f"ffmpeg could not {what}: {_reason(result.stderr)}")
+
+
+def _reason(log: bytes) -> str:
+    """The last line of what ffmpeg says, without the part of it that says so; empty if it says nothing."""
+    lines = log.decode(errors="replace").split("\n")
+    said = [re.sub(r"^\[[^]]*\] ", "", line).strip() for line in lines if line.strip()]
+    return said[-1][:500] if said else ""

@@ -11,8 +11,10 @@ import pytest
 
 from infworld.actions import ActionScript
 from infworld.cli import generate
+from infworld.cli.film_writer import FilmWriter
 from infworld.session import Session
 from infworld.video import read_mp4
+from infworld.world import Chunk
 
 
 def run(*arguments):
@@ -94,15 +96,18 @@ def test_a_preset_brings_its_steps_unless_they_are_given(begin, small_model, tmp
     assert found == [("fast", 3), ("fast", 3), ("balanced", 2)]  # two steps are the small model's own
 
 
-def test_what_goes_wrong_while_writing_is_raised_by_the_next_write_or_at_the_end():
+def test_what_goes_wrong_while_writing_is_raised_by_the_next_write_or_at_the_end(tmp_path):
     class Full:
+        frames = 0
+
         def write(self, frames):
             raise OSError("the disk is full")
 
-    with pytest.raises(OSError, match="full"), generate.BackgroundWriter(Full()) as writer:
-        writer.write(None)
+    for end in (lambda writer: writer.write(Chunk(0, None, None, 0, None), new=False), FilmWriter.finish):
+        writer = FilmWriter(Full(), tmp_path / "s.safetensors", lambda path, frames: "")
+        writer.write(Chunk(0, None, None, 0, None), new=False)
         with pytest.raises(OSError, match="full"):
-            writer.write(None)
+            end(writer)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")

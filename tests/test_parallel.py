@@ -245,7 +245,8 @@ def test_a_lost_process_ends_all_and_the_film_goes_on_from_its_session(filming, 
     assert time.monotonic() - began < 10
     assert processes[1 - lost].exitcode == parallel.LOST
     saved = Session.load(tmp_path / "film.session.safetensors")
-    advice = f"go on with: --resume {tmp_path / 'film.session.safetensors'} --frames 1281"
+    team = "torchrun --nproc-per-node 2 -m infworld generate"
+    advice = f"go on with: {team} --resume {tmp_path / 'film.session.safetensors'} --frames 1281"
     assert f"error: rank {lost} was lost" in said(tmp_path) and advice in said(tmp_path)
     whole = world.extend(world.start(picture, seed=0, steps=2, guidance=3.0), 2)
     *_, second = whole
@@ -261,7 +262,7 @@ def test_ctrl_c_ends_all_after_a_step_and_keeps_film_and_session(filming, tmp_pa
         process.join(timeout=30)
     assert [process.exitcode for process in processes] == [INTERRUPTED, 0]
     assert len(read_mp4(tmp_path / "film.mp4")) == frames_saved(tmp_path) >= 161
-    assert "stopped: " in said(tmp_path) and "go on with: --resume" in said(tmp_path)
+    assert "stopped: " in said(tmp_path) and "go on with: torchrun " in said(tmp_path)
 
 
 @pytest.mark.parametrize("as_lines", [False, True])

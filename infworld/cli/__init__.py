@@ -6,6 +6,7 @@ import importlib
 import sys
 
 import infworld
+from infworld.cli.console import unfailing_output
 
 # Command -> module, and what it does. A module is imported when its command is given: torch takes seconds.
 COMMANDS = {
@@ -32,6 +33,7 @@ COMMANDS = {
 EXTRAS = {"app": "app", "training": "train"}  # subpackage -> the extra that brings what it imports
 
 
+@unfailing_output()
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command at the beginning of the arguments (default: the process's) with the rest of them.
 

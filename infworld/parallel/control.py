@@ -35,7 +35,6 @@ class Team:
         self.device = device
         self.turn = threading.Lock()
         self._link = link
-        self._interrupted = False
         self._make_groups()
         if device.type == "cuda":
             link.interrupt = self._break_off
@@ -88,8 +87,6 @@ class Team:
         if not self.is_rank0:
             return self._link.receive()
         try:
-            if self._interrupted:
-                raise KeyboardInterrupt
             value = make()
         except BaseException:
             self._link.send(False, None)
@@ -165,24 +162,6 @@ class Team:
         _init_groups(self.device, store=store, rank=self._link.rank, world_size=self.size)
         self._make_groups()
 
-    @contextmanager
-    def defer_signals(self) -> Iterator[None]:
-        """Within it Ctrl-C and SIGTERM wait for the end of a step, so that the ranks stop at the same place."""
-        if not self.is_rank0:
-            yield
-            return
-
-        def note(number, frame) -> None:
-            self._interrupted = True
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            self._interrupted = False
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def if_lost(self, rescue: Callable[[], str]) -> None:
         """Sets what rank 0 does, and says, when another one is lost; it runs in a thread of its own."""
         self._link.rescue = rescue
@@ -235,8 +214,9 @@ def join_team(device: torch.device) -> Iterator[Team | None]:
     _init_groups(device)
     link = Link(dist.get_rank(), dist.get_world_size())
     if link.rank:  # follows rank 0, which alone is interrupted
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):  # Windows has no SIGHUP
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
     try:
         yield Team(device, link)
     except BaseException as error:
