@@ -166,11 +166,11 @@ def test_memory_cut_to_the_last_frame_sees_only_it(short_world, picture, monkeyp
 
 def test_forgetting_keeps_noise_and_what_is_to_come(short_world, picture):
     session = short_world.next_chunk(short_world.start(picture, "right 8, left 4, forward 4")).session
-    last = np.zeros((1, 32, 48, 3), np.uint8)
-    forgotten = forget(session, last)
+    last = np.zeros((32, 48, 3), np.uint8)
+    forgotten = forget(short_world, session, last)
     assert forgotten.settings.actions.text() == "left 4, forward 4"
     assert torch.equal(forgotten.generator_state, session.generator_state)
-    short_world.check_session(forgotten)
+    assert forgotten.history.shape[2] == 1 and not forgotten.picture.any()
     assert session.num_frames == 1 + CHUNK  # untouched
 
 

@@ -96,17 +96,16 @@ def film(world: World, take: Take, choices: dict, heard: Callable[[Progress], No
     for _ in range(take.chunks):
         chunk = world.next_chunk(session, heard)
         frames.append(chunk.frames[-world.config.chunk_frames :])  # the first chunk begins with the picture
-        session = chunk.session if take.memory == WHOLE else forget(chunk.session, frames[-1][-1:])
+        session = chunk.session if take.memory == WHOLE else forget(world, chunk.session, frames[-1][-1])
     return np.concatenate(frames)
 
 
-def forget(session: Session, last: np.ndarray) -> Session:
-    """The same film as if it had begun with its last frame (1, H, W, 3): memory cut to that frame's latent. What comes
-    next, noise and actions, stays as it was."""
+def forget(world: World, session: Session, last: np.ndarray) -> Session:
+    """The same film as if it had begun with its last frame (H, W, 3): nothing else is remembered. What comes next,
+    noise and actions, stays as it was."""
     rest = ActionScript.from_pairs(session.settings.actions.pairs(session.num_frames - 1))
-    history = session.history[:, :, -1:]
-    forgotten = dataclasses.replace(session, picture=last, history=history, chunk_latents=(), num_frames=1)
-    return forgotten.replace_settings(actions=rest)
+    begun = world.start(last, dataclasses.replace(session.settings, actions=rest))
+    return dataclasses.replace(begun, generator_state=session.generator_state)
 
 
 def describe(take: Take) -> str:
