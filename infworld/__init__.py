@@ -5,7 +5,9 @@ for chunk in world.rollout("picture.png", "forward 80, right 80", num_frames=161
     chunk.frames  # uint8, T H W 3
 """
 
+import getpass
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 from infworld.actions import ActionScript, Segment
@@ -18,6 +20,12 @@ if TYPE_CHECKING:
     from infworld.world import Chunk, World
 
 __version__ = "0.1.0"
+
+try:
+    getpass.getuser()
+except (KeyError, OSError):  # a container's user without a name, which torch asks for when it builds a module
+    os.environ["USER"] = str(os.getuid())
+
 __all__ = ["ActionScript", "Chunk", "FilmSettings", "Progress", "Segment", "Session", "World", "load"]
 
 # The engine needs torch, which takes seconds to import: only when it is first asked for.

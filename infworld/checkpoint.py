@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -138,7 +139,7 @@ def save_tensors(
     metadata: Mapping[str, str] | None = None,
     *,
     dtype: torch.dtype | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> None:
     """Writes one `.safetensors` file, whole or not at all: a file that was there stays until the new one is complete.
 
@@ -167,7 +168,7 @@ def _write(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     dtype: torch.dtype | None,
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> None:
     """A safetensors file: length of the header, header (JSON), tensors; the widest first, so that all are aligned."""
     dtypes = {name: _dtype_of(tensor, dtype) for name, tensor in tensors.items()}
@@ -298,9 +299,16 @@ def _read(path: Path, read: Callable[[], object]):
     except Exception as error:  # a damaged pickle can fail in any way at all
         kind = "safetensors" if path.suffix == ".safetensors" else "torch"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = "weights_only" in str(error)  # torch advises to run the file's code, which nobody shall follow
+        if hint and (foreign := re.search(r"GLOBAL ([\w.]+)", str(error))):
+            raise ValueError(
+                f"{path} is not a torch checkpoint of tensors alone: {foreign[1]} in it could run code. "
+                "Get the weights as .safetensors from somebody you trust"
+            ) from None
+        reason = "it is damaged or holds something other than named tensors" if hint else reason
         raise ValueError(
             f"{path} is truncated or not a {kind} checkpoint: {_AGAIN} and compare its size ({reason})"
-        ) from error
+        ) from (None if hint else error)
 
 
 def _first(names: list[str]) -> str:

@@ -7,6 +7,8 @@ model leaves out have its values as defaults here, so an existing file loads as 
 from __future__ import annotations
 
 import dataclasses
+import math
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ INSTALLED = (PACKAGE / "examples").is_dir()
 PROJECT_ROOT = PACKAGE if INSTALLED else PACKAGE.parent
 MODELS = {"infinite-world": "infworld_config.yaml", "tiny": "tiny.yaml"}  # by name, in CONFIG_DIR
 FRAMES_PER_LATENT = 4  # of the causal VAE; the first latent stands for one frame alone
+NORM_GROUPS = 32  # of the memory compressor's group norms
 BUCKET_STEP = 16  # pixels per patch: 8 per latent, 2 latents per patch
 
 # Spec section 2: (height, width), widest first.
@@ -38,9 +41,43 @@ RELEASED_LATENTS_STD = (
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
 
+# Least and greatest of every number of a config, by the field's name; of lists, of each entry. They are far beyond any
+# model that could run, so that a slip or a malicious file is an error at once and not a process without memory.
+_BOUNDS = {
+    **dict.fromkeys(("dim", "dim_attn", "caption_channels", "freq_dim"), (2, 32_768)),
+    **dict.fromkeys(("memory_hidden_dim", "action_embed_dim", "action_hidden_dim"), (1, 32_768)),
+    **dict.fromkeys(("ffn_dim", "dim_ffn"), (1, 131_072)),
+    **dict.fromkeys(("num_heads", "memory_num_heads", "num_layers"), (1, 256)),
+    **dict.fromkeys(("in_channels", "out_channels", "z_dim"), (1, 1024)),
+    **{"dim_mult": (1, 64), "num_res_blocks": (0, 64), "latents_mean": (-1e6, 1e6), "latents_std": (1e-6, 1e6)},
+    **{"model_max_length": (1, 65_536), "vocab": (1, 10_000_000), "num_buckets": (2, 4096)},
+    **{"shift": (1e-3, 1000), "num_sampling_steps": (1, 1000), "text_cfg_scale": (-100, 100)},
+    **{"num_frames": (-math.inf, 1001), "chunk_lengths": (4, 1000), "fps": (1, 240), "trained_chunks": (1, 10_000), "max_chunks": (1, 10_000)},
+    "buckets": (-math.inf, 4096),
+}
+MAX_BYTES, MAX_DEPTH, MAX_ENTRIES = 100_000, 16, 1000  # of a config file, of its nesting, of a list in it
+
+
+class _Bounded:
+    """A section whose numbers are within `_BOUNDS`."""
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name in _BOUNDS:
+                _check_bounds(name, value, *_BOUNDS[name])
+
+
+def _check_bounds(name: str, value: Any, least: float, most: float) -> None:
+    if isinstance(value, tuple):
+        for entry in value:
+            _check_bounds(name, entry, least, most)
+    elif not least <= value <= most:
+        allowed = f"at most {most:g}" if least == -math.inf else f"from {least:g} to {most:g}"
+        raise ValueError(f"{name} must be {allowed}, not {reprlib.repr(value)}")
+
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(_Bounded):
     """`model_cfg`: diffusion transformer, memory compressor and action encoder (spec sections 6 and 7)."""
 
     dim: int = 1536
@@ -57,9 +94,28 @@ class TransformerConfig:
     action_hidden_dim: int = 512
     model_type: str = "t2v"
 
+    def __post_init__(self):
+        super().__post_init__()
+        _check_heads("dim", self.dim, "num_heads", self.num_heads)
+        _check_heads("memory_hidden_dim", self.memory_hidden_dim, "memory_num_heads", self.memory_num_heads)
+        if self.in_channels <= self.out_channels:
+            raise ValueError(
+                f"in_channels ({self.in_channels}) must be more than out_channels ({self.out_channels}): "
+                "the latents and a mask"
+            )
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim must be even, not {self.freq_dim}")
+        if self.memory_hidden_dim % NORM_GROUPS:
+            raise ValueError(f"memory_hidden_dim must be a multiple of {NORM_GROUPS}, not {self.memory_hidden_dim}")
+
+
+def _check_heads(name: str, dim: int, heads_name: str, heads: int) -> None:
+    if dim % (2 * heads):
+        raise ValueError(f"{name} ({dim}) must be an even multiple of {heads_name} ({heads})")
+
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(_Bounded):
     """`vae_cfg`: the causal video VAE (spec section 4)."""
 
     vae_pth: str = ""
@@ -70,9 +126,14 @@ class VAEConfig:
     latents_mean: tuple[float, ...] = RELEASED_LATENTS_MEAN
     latents_std: tuple[float, ...] = RELEASED_LATENTS_STD
 
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.dim_mult) != 4:
+            raise ValueError(f"dim_mult must have 4 entries, since a latent is 8 pixels wide, not {len(self.dim_mult)}")
+
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(_Bounded):
     """`text_encoder_cfg`: `type: umt5` (spec section 5) or `type: bytes`, our small encoder of UTF-8 bytes."""
 
     checkpoint_path: str = ""
@@ -89,7 +150,7 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(_Bounded):
     """`val_scheduler_cfg`: rectified flow with Euler steps (spec section 8). `text_cfg_scale` 1 = no guidance.
 
     preset: of `infworld.presets`, what films are made with unless another is asked for.
@@ -104,17 +165,44 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
-    """`validation_data`: frames per chunk (the first repeats the last known one) and the lengths allowed."""
+class RolloutConfig(_Bounded):
+    """`validation_data`: frames per chunk (the first repeats the last known one) and the lengths allowed.
+
+    chunk_lengths: new frames per chunk that the model was trained on. Other multiples of 4, up to the largest, work,
+    but films drift sooner.
+    """
 
     num_frames: int = 81
+    chunk_lengths: tuple[int, ...] = (80,)
     fps: int = 30
     trained_chunks: int = 16  # quality is known to fall apart past this horizon
     max_chunks: int = 50
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class CameraConfig:
+    """`camera`: what one frame of an action does, and what the picture shows. Defaults: those of the training worlds.
+
+    turn_degrees, pitch_degrees: of turning and of looking up or down; pitch_limit: degrees up and down at most; step:
+    units walked; fov_degrees: horizontal field of view.
+    """
+
+    turn_degrees: float = 1.125  # 80 frames are a quarter turn, 320 a full circle
+    pitch_degrees: float = 0.75
+    pitch_limit: float = 22.5
+    step: float = 0.04
+    fov_degrees: float = 80.0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, not {value!r}")
+        if self.fov_degrees >= 180:
+            raise ValueError(f"fov_degrees must be below 180, not {self.fov_degrees!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Bounded):
     """One model: where its weights are and every size. Read with `load_config`."""
 
     name: str = "infinite-world"
@@ -124,12 +212,14 @@ class ModelConfig:
     text_encoder_cfg: TextConfig = field(default_factory=TextConfig)
     val_scheduler_cfg: SamplerConfig = field(default_factory=SamplerConfig)
     validation_data: RolloutConfig = field(default_factory=RolloutConfig)
+    camera: CameraConfig = field(default_factory=CameraConfig)
     amp_dtype: str = "bfloat16"
     buckets: tuple[tuple[int, int], ...] = RELEASED_BUCKETS
     negative_prompt: str = ""
     source: Path | None = None  # the YAML it came from; relative weight paths are looked up from there
 
     def __post_init__(self):
+        super().__post_init__()
         if self.amp_dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"amp_dtype must be bfloat16, float16 or float32, not {self.amp_dtype!r}")
         if self.text_encoder_cfg.type not in ("umt5", "bytes"):
@@ -138,6 +228,12 @@ class ModelConfig:
             raise ValueError(
                 f"text_encoder_cfg.dim ({self.text_encoder_cfg.dim}) and model_cfg.caption_channels "
                 f"({self.model_cfg.caption_channels}) must be equal"
+            )
+        vae, channels = self.vae_cfg, self.model_cfg.out_channels
+        if not vae.z_dim == len(vae.latents_mean) == len(vae.latents_std) == channels:
+            raise ValueError(
+                f"vae_cfg.z_dim ({vae.z_dim}), the lengths of latents_mean ({len(vae.latents_mean)}) and latents_std "
+                f"({len(vae.latents_std)}) and model_cfg.out_channels ({channels}) must be equal"
             )
         frames = self.validation_data.num_frames
         if frames <= 1 or frames % FRAMES_PER_LATENT != 1:
@@ -153,6 +249,17 @@ class ModelConfig:
     def chunk_frames(self) -> int:
         """New frames per chunk: 80."""
         return self.validation_data.num_frames - 1
+
+    def check_chunk_frames(self, frames: int | None) -> int:
+        """New frames of a chunk: a multiple of 4 up to 80, or, for None, 80. Raises ValueError for anything else."""
+        if frames is None:
+            return self.chunk_frames
+        if type(frames) is not int or frames % FRAMES_PER_LATENT or not 0 < frames <= self.chunk_frames:
+            raise ValueError(
+                f"a chunk has {FRAMES_PER_LATENT} to {self.chunk_frames} new frames, in steps of {FRAMES_PER_LATENT}, "
+                f"not {frames!r}"
+            )
+        return frames
 
     @property
     def largest_bucket(self) -> tuple[int, int]:
@@ -177,9 +284,18 @@ class ModelConfig:
         candidates = [faster_form(place / path) for place in places]
         return next((candidate for candidate in candidates if candidate.exists()), PROJECT_ROOT / path)
 
-    def chunks_for(self, num_frames: int) -> int:
-        """Chunks that a film of `num_frames` takes; raises ValueError if it is not 1 + whole chunks or too long."""
-        per_chunk, most = self.chunk_frames, self.validation_data.max_chunks
+    @property
+    def max_frames(self) -> int:
+        """Frames of the longest film."""
+        return 1 + self.chunk_frames * self.validation_data.max_chunks
+
+    def chunks_for(self, num_frames: int, chunk_frames: int | None = None) -> int:
+        """Chunks of `chunk_frames` new frames (None: 80) that a film of `num_frames` takes.
+
+        Raises ValueError if it is not 1 + whole chunks or too long.
+        """
+        per_chunk = self.check_chunk_frames(chunk_frames)
+        most = (self.max_frames - 1) // per_chunk
         if isinstance(num_frames, bool) or not isinstance(num_frames, int):
             raise ValueError(f"the number of frames must be a whole number, not {num_frames!r}")
         chunks, rest = divmod(num_frames - 1, per_chunk)
@@ -219,11 +335,28 @@ def load_config(name_or_path: str | Path) -> ModelConfig:
     if not path.is_file():
         raise FileNotFoundError(f"no config file at {path}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable YAML file: {error}") from error
+        data = _read_yaml(path)
+    except (yaml.YAMLError, ValueError) as error:  # such as a number of too many digits
+        raise ValueError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from error
     config = from_dict(ModelConfig, data, where=str(path))
     return dataclasses.replace(config, source=path.resolve())
+
+
+def _read_yaml(path: Path) -> Any:
+    """What a YAML file says. Raises ValueError for one that is too large, too deep or repeats itself by aliases."""
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes, a config at most {MAX_BYTES:,}")
+    text = path.read_text(encoding="utf-8-sig")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(
+                f"it has an alias (*{event.anchor}), of which a few lines can make gigabytes: write it out"
+            )
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return yaml.safe_load(text)
 
 
 def from_dict(cls: type, data: Any, where: str) -> Any:
@@ -232,9 +365,13 @@ def from_dict(cls: type, data: Any, where: str) -> Any:
         raise ValueError(f"{where}: expected a mapping of settings, found {type(data).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "source"}
     if unknown := [key for key in data if key not in fields]:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(fields))}")
+        raise ValueError(f"{where}: unknown key {reprlib.repr(unknown[0])}; known are {', '.join(sorted(fields))}")
     default = cls()
-    return cls(**{key: _value(getattr(default, key), value, f"{where}: {key}") for key, value in data.items()})
+    values = {key: _value(getattr(default, key), value, f"{where}: {key}") for key, value in data.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def to_dict(config: ModelConfig) -> dict:
@@ -250,12 +387,16 @@ def _value(default: Any, value: Any, where: str) -> Any:
         return from_dict(type(default), value, where)
     if isinstance(default, tuple):
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where}: expected a list, found {value!r}")
+            raise ValueError(f"{where}: expected a list, found {reprlib.repr(value)}")
+        if len(value) > MAX_ENTRIES:
+            raise ValueError(f"{where}: a list has at most {MAX_ENTRIES} entries, not {len(value)}")
         return tuple(_value(default[0], item, where) for item in value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is not type(default):
-        raise ValueError(f"{where}: expected {type(default).__name__}, found {value!r}")
+        raise ValueError(f"{where}: expected {type(default).__name__}, found {reprlib.repr(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: expected a finite number, found {value}")
     return value
 
 

@@ -19,9 +19,10 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import HfApi, constants
 
@@ -130,8 +131,8 @@ def plan(config: ModelConfig, *, revision: str | None = None, to: str | Path | N
             continue
         # Where it is now, it would be found first next time too. The cache belongs to the client, though, and what
         # was converted to another format has another name.
-        stays = place and not _is_cached(place) and place.name == Path(name).name
-        target = place if stays else _target(name, folder)
+        stays = place is not None and not _is_cached(place) and place.name == Path(name).name
+        target = place if place and stays else _target(name, folder)
         try:
             listed = hub.files(key, name, target)
         except HubError as error:
@@ -192,8 +193,8 @@ def _named(config: ModelConfig) -> dict[str, str]:
     return named
 
 
-def _placed(config: ModelConfig, places: dict[str, Path]) -> ModelConfig:
-    text = {"checkpoint_path": str(places["text"])}
+def _placed(config: ModelConfig, places: Mapping[str, Path | None]) -> ModelConfig:
+    text: dict[str, Any] = {"checkpoint_path": str(places["text"])}
     if TOKENIZER in places:
         text["tokenizer_path"] = str(places[TOKENIZER])
     return dataclasses.replace(
@@ -332,7 +333,7 @@ class _Listings:
                 entry.rfilename: (entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
                 for entry in info.siblings or []
             }
-            self._known[repo] = (info.sha, entries)
+            self._known[repo] = (str(info.sha), entries)
         return self._known[repo]
 
 

@@ -39,9 +39,9 @@ T = TypeVar("T")
 class Session:
     """One film's state between chunks: CPU tensors and plain values only.
 
-    history: latents of all known frames, (1, 16, T, h, w), T = 1 + 20 per chunk. encoder_state: what the VAE encoder
-    carries on. chunk_latents: the sampled latents of each chunk, (1, 16, 21, h, w) float16, from which the film can
-    be shown again. picture: (1, H, W, 3) uint8. generator_state: of the noise generator.
+    history: latents of all known frames, (1, 16, T, h, w), T = 1 + a quarter of the other frames. encoder_state: what
+    the VAE encoder carries on. chunk_latents: the sampled latents of each chunk, (1, 16, 1 + frames / 4, h, w) float16,
+    from which the film can be shown again. picture: (1, H, W, 3) uint8. generator_state: of the noise generator.
     """
 
     model: str
@@ -149,8 +149,11 @@ def check_session(session: Session, config: ModelConfig) -> None:
         latents = config.vae_cfg.z_dim, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
         _expect("history", shapes["history"], (1, latents[0], shapes["history"][2], *latents[1:]))
         for i in range(len(session.chunk_latents)):
-            _expect(f"chunk {i}", shapes[f"chunk_latents.{i}"], (1, latents[0], config.chunk_latents, *latents[1:]))
-        _check_encoder_state(_under("encoder_state.", shapes), _encoder_states(config.vae_cfg, height, width))
+            found = shapes[f"chunk_latents.{i}"]
+            _expect(f"chunk {i}", found, (1, latents[0], min(found[2], config.chunk_latents), *latents[1:]))
+        length = min(session.num_frames, 1 + ENOUGH_FRAMES)
+        states = _encoder_states(config.vae_cfg, height, width, length)
+        _check_encoder_state(_under("encoder_state.", shapes), states)
     except ValueError as error:
         raise ValueError(f"the session is damaged: {error}") from error
 
@@ -204,19 +207,23 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], num_frames: int) -> None:
         if len(shapes[name]) != 5 or shapes[name][0] != 1 or 0 in shapes[name]:
             raise ValueError(f"{_shown(name)} is {shapes[name]} and not (1, channels, latents, height, width)")
     _, channels, _, height, width = (chunks or [shapes["history"]])[0]
-    # Three sources say how long a chunk is: the one that disagrees is the damaged one.
-    number, length = len(chunks), 2
-    if chunks:
-        by_frames = 1 + (num_frames - 1) // (number * FRAMES_PER_LATENT)
-        length = mode([chunks[0][2], 1 + (shapes["history"][2] - 1) // number, by_frames])
-    _expect("history", shapes["history"], (1, channels, 1 + number * (length - 1), height, width))
-    for i in range(number):
-        _expect(f"chunk {i}", shapes[f"chunk_latents.{i}"], (1, channels, length, height, width))
+    # Three sources say how long the film is: the one that disagrees is the damaged one.
+    by_chunks, by_history, by_frames = (
+        sum(shape[2] - 1 for shape in chunks),
+        shapes["history"][2] - 1,
+        (num_frames - 1) // FRAMES_PER_LATENT,
+    )
+    added = mode([by_chunks, by_history, by_frames])
+    _expect("history", shapes["history"], (1, channels, 1 + added, height, width))
+    for i, shape in enumerate(chunks):
+        _expect(f"chunk {i}", shape, (1, channels, max(2, shape[2]), height, width))
+    if by_chunks != added:
+        raise ValueError(f"its chunks have {by_chunks} latents for {added} that were added to the picture's")
     sides = shapes["picture"][1:3] if len(shapes["picture"]) == 4 else (0, 0)
     factor = max(1, sides[0] // height, sides[1] // width)
     _expect("picture", shapes["picture"], (1, height * factor, width * factor, 3))
-    if num_frames != 1 + number * (length - 1) * FRAMES_PER_LATENT:
-        raise ValueError(f"{number} chunks do not make {num_frames} frames")
+    if num_frames != 1 + added * FRAMES_PER_LATENT:
+        raise ValueError(f"{len(chunks)} chunks do not make {num_frames} frames")
 
 
 def _check_numbers(tensors: dict[str, Tensor]) -> None:
@@ -231,16 +238,14 @@ def _check_numbers(tensors: dict[str, Tensor]) -> None:
 
 
 @lru_cache(maxsize=8)
-def _encoder_states(vae_cfg: VAEConfig, height: int, width: int) -> list[dict[str, tuple[int, ...]]]:
-    """The shapes of all states that the encoder may be continued from: after the picture and later, each without and
-    with (older versions) the features of the layers that see every frame."""
-    states = []
+def _encoder_states(vae_cfg: VAEConfig, height: int, width: int, length: int) -> list[dict[str, tuple[int, ...]]]:
+    """The shapes of all states that the encoder may be continued from after `length` frames: without and with (older
+    versions) the features of the layers that see every frame."""
     with torch.device("meta"):
         encoder = build_vae(ModelConfig(vae_cfg=vae_cfg)).encoder
-        for length in (1 + ENOUGH_FRAMES, 1):
-            frames, cache = torch.empty(1, length, height, width, 3), FeatureCache()
-            encoder(frames, cache)
-            states += [encoder.state(frames, cache.state), cache.state]
+        frames, cache = torch.empty(1, length, height, width, 3), FeatureCache()
+        encoder(frames, cache)
+    states = encoder.state(frames, cache.state), cache.state
     return [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in states]
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from infworld.checkpoint import check_fit, load_strict, read_tensors, save_tensors
-from infworld.config import ModelConfig, TextConfig
+from infworld.config import PROJECT_ROOT, ModelConfig, TextConfig
 
 log = logging.getLogger(__name__)
 
@@ -210,8 +210,12 @@ def free_memory(device: torch.device) -> int:
 
 
 def embeddings_folder() -> Path:
-    """Where text embeddings are remembered: below XDG_CACHE_HOME, else ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infinite-world" / "text"
+    """Where text embeddings are remembered: below XDG_CACHE_HOME, else ~/.cache, else (without a home) the project."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = PROJECT_ROOT
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "infinite-world" / "text"
 
 
 def _remember(path: Path, hidden: Tensor) -> None:

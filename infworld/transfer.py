@@ -31,7 +31,7 @@ PAUSES = (1, 2, 4, 8, 16)  # seconds before another try, as long as nothing arri
 LONGEST_PAUSE = 120  # seconds that a download waits when the Hub asks to slow down
 
 # What goes wrong on the way: the client's own base class, from httpx or httpx2 as its version has it.
-NETWORK_ERRORS = (HfHubHTTPError.__bases__[0], OfflineModeIsEnabled)
+NETWORK_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OfflineModeIsEnabled)
 OTHER_FOLDER = "choose another folder with INFWORLD_CHECKPOINTS (infworld download: --to)"
 _BLOCK = 1 << 20
 _SPEED_WINDOW = 10  # seconds
@@ -283,7 +283,7 @@ def status_of(error: Exception) -> int | None:
 
 def _asked_pause(error: Exception) -> int:
     """Seconds that the Hub asks to wait, by `Retry-After` or its own `RateLimit` header; 0 if it does not ask."""
-    if status_of(error) not in (429, 503):
+    if not isinstance(error, HfHubHTTPError) or status_of(error) not in (429, 503):
         return 0
     headers = error.response.headers
     seconds = re.search(r"^\s*(\d+)\s*$", headers.get("Retry-After", "")) or re.search(

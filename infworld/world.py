@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from infworld.config import ModelConfig
+from infworld.config import FRAMES_PER_LATENT, ModelConfig
 from infworld.dit import InfiniteWorldTransformer, MemoryStream, TextContext
 from infworld.layers import LOCAL, fastest_attention
 from infworld.memory_plan import FASTEST, TOO_LITTLE, MemoryEstimate, MemoryPlan, NotEnoughMemory, next_smaller_plan
@@ -50,6 +50,14 @@ class Chunk:
     latents: Tensor
     seconds: float
     session: Session
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedHistory:
+    """The compressed part of a memory (1, 16, M, h, w), on the model's device, and how many latents it was made of."""
+
+    latents: Tensor
+    length: int
 
 
 class World:
@@ -94,19 +102,21 @@ class World:
         steps: int | None = None,
         guidance: float | None = None,
         preset: str | None = None,
+        chunk_frames: int | None = None,
     ) -> Iterator[Chunk]:
         """Films a walk from a picture, yielding each chunk as soon as it is finished.
 
         image: PIL picture, array (H W 3 uint8) or path. actions: list of {"move", "view"} per frame, ActionScript,
-        script text or JSON path; frames past its end have no action. num_frames: 1 + whole chunks of 80. callback
+        script text or JSON path; frames past its end have no action. num_frames: 1 + whole chunks of `chunk_frames` new
+        frames, which are 80 or fewer in steps of 4 (`validation_data.chunk_lengths`: what the model knows). callback
         receives a Progress after every stage and step; what it raises ends the film and is passed on. preset: one of
         `presets.PRESETS`: "exact", or faster ones. Left out, the steps are the preset's; preset, negative prompt and
         guidance the model's own. Raises ValueError for bad input before anything is computed.
         """
-        chunks = self.config.chunks_for(num_frames)
+        chunks = self.config.chunks_for(num_frames, chunk_frames)
         choices = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "preset": preset}
         settings = FilmSettings.for_model(self.config, actions, prompt, seed=seed, **choices)
-        return self.extend(self.start(image, settings), chunks, callback)
+        return self.extend(self.start(image, settings), chunks, callback, frames=chunk_frames)
 
     def start(self, image, settings: FilmSettings | None = None, *args, **choices) -> Session:
         """A film of one frame, the picture (as for `rollout`). In place of settings: the arguments of
@@ -126,42 +136,69 @@ class World:
             settings=settings,
         )
 
-    def extend(self, session: Session, chunks: int, callback: Callback | None = None) -> Iterator[Chunk]:
-        """Adds chunks to a film; each Chunk's session can be saved, or extended again. callback: as for `rollout`."""
-        with closing(self._iterate(session, chunks)) as results:
+    def extend(
+        self, session: Session, chunks: int, callback: Callback | None = None, *, frames: int | None = None
+    ) -> Iterator[Chunk]:
+        """Adds chunks of `frames` new frames each (None: 80) to a film; each Chunk's session can be saved, or extended
+        again. callback: as for `rollout`."""
+        with closing(self._iterate(session, chunks, frames)) as results:
             for result in results:
                 if isinstance(result, Chunk):
                     yield result
                 elif callback is not None:
                     callback(result)
 
-    def next_chunk(self, session: Session, callback: Callback | None = None, *, noise: Tensor | None = None) -> Chunk:
-        """The next chunk of 80 frames. `session` itself is unchanged. callback: as for `rollout`.
-
-        noise: (1, 16, 21, h, w) in place of what the session's generator would draw.
-        """
-        with closing(self.iterate_chunk(session, noise=noise)) as results:
+    def next_chunk(self, session: Session, callback: Callback | None = None, **options) -> Chunk:
+        """The next chunk. `session` itself is unchanged. callback as for `rollout`, options as for `iterate_chunk`."""
+        with closing(self.iterate_chunk(session, **options)) as results:
             for result in results:
                 if isinstance(result, Progress) and callback is not None:
                     callback(result)
         return result
 
-    def iterate_chunk(self, session: Session, *, noise: Tensor | None = None) -> Iterator[Progress | Chunk]:
+    def iterate_chunk(
+        self,
+        session: Session,
+        *,
+        frames: int | None = None,
+        noise: Tensor | None = None,
+        compressed: CompressedHistory | None = None,
+    ) -> Iterator[Progress | Chunk]:
         """The next chunk step by step: a Progress after each stage and step, and at last the Chunk.
 
+        frames: new ones, a multiple of 4 up to 80 (None: 80). noise: (1, 16, 1 + frames / 4, h, w) in place of what the
+        session's generator would draw. compressed: what `compress` made of an earlier session of this film. The latents
+        since then follow it uncompressed: a deviation from the spec that saves compressing anew for each short chunk.
         Closing the iterator ends the work after the step it is in. It may be run by any thread.
         """
-        return self._iterate(session, 1, noise)
+        return self._iterate(session, 1, frames, noise, compressed)
 
-    def _iterate(self, session: Session, chunks: int, noise: Tensor | None = None) -> Iterator[Progress | Chunk]:
+    @torch.inference_mode()
+    def compress(self, session: Session) -> CompressedHistory:
+        """The compressed part of the session's memory, for `iterate_chunk` of this session and its successors."""
+        with fastest_attention(self.device):
+            history = session.history.to(self.device, self.transformer.dtype)
+            map_windows = self.team.map if self.team else map
+            return CompressedHistory(self.transformer.latent_encoder.compress(history, map_windows), history.shape[2])
+
+    def _iterate(
+        self,
+        session: Session,
+        chunks: int,
+        frames: int | None = None,
+        noise: Tensor | None = None,
+        compressed: CompressedHistory | None = None,
+    ) -> Iterator[Progress | Chunk]:
         self.check_session(session)
-        results = self._make_chunks(session, chunks, noise)
+        results = self._make_chunks(session, chunks, self.config.check_chunk_frames(frames), noise, compressed)
         return results if self.team is None else self.team.synced_iterator(results)
 
-    def _make_chunks(self, session: Session, chunks: int, noise: Tensor | None) -> Iterator[Progress | Chunk]:
-        tracker = ProgressTracker(chunks, session, self.config.chunk_frames)
+    def _make_chunks(
+        self, session: Session, chunks: int, frames: int, noise: Tensor | None, compressed: CompressedHistory | None
+    ) -> Iterator[Progress | Chunk]:
+        tracker = ProgressTracker(chunks, session, frames)
         for _ in range(chunks):
-            chunk = yield from self._make_chunk(session, tracker, noise)
+            chunk = yield from self._make_chunk(session, tracker, noise, compressed)
             session = chunk.session
             yield chunk
 
@@ -185,12 +222,16 @@ class World:
         check_session(session, self.config)
 
     def _make_chunk(
-        self, session: Session, tracker: ProgressTracker, noise: Tensor | None
+        self,
+        session: Session,
+        tracker: ProgressTracker,
+        noise: Tensor | None,
+        compressed: CompressedHistory | None,
     ) -> Generator[Progress, None, Chunk]:
         """`_compute_chunk`, retried once with the next smaller plan where the GPU runs out of memory."""
         tracker.begin_chunk()
         try:
-            return (yield from self._compute_chunk(session, tracker, noise))
+            return (yield from self._compute_chunk(session, tracker, noise, compressed))
         except torch.OutOfMemoryError:
             if self.team is not None:  # which ends the chunk on all ranks alike
                 raise
@@ -205,7 +246,7 @@ class World:
         self.apply_plan(plan)
         tracker.retry_chunk()
         try:
-            return (yield from self._compute_chunk(session, tracker, noise))
+            return (yield from self._compute_chunk(session, tracker, noise, compressed))
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemory(TOO_LITTLE) from error
 
@@ -222,15 +263,20 @@ class World:
 
     @torch.inference_mode()  # while it runs: between two results the caller's mode is its own
     def _compute_chunk(
-        self, session: Session, tracker: ProgressTracker, noise: Tensor | None
+        self,
+        session: Session,
+        tracker: ProgressTracker,
+        noise: Tensor | None,
+        compressed: CompressedHistory | None,
     ) -> Generator[Progress, None, Chunk]:
         began = time.monotonic()
         generator = torch.Generator()
         generator.set_state(session.generator_state)
         if noise is None:
-            shape = (*session.history.shape[:2], self.config.chunk_latents, *session.history.shape[3:])
+            latents = 1 + tracker.chunk_frames // FRAMES_PER_LATENT
+            shape = (*session.history.shape[:2], latents, *session.history.shape[3:])
             noise = torch.randn(shape, generator=generator)
-        latents = yield from self._sample(session, noise.to(self.device), tracker)
+        latents = yield from self._sample(session, noise.to(self.device), tracker, compressed)
         video = self._decode(latents)
         yield tracker.done("decode")
         # The picture's own frame is known already: the decoded first frame repeats it.
@@ -242,7 +288,7 @@ class World:
             encoder_state=state,
             chunk_latents=(*session.chunk_latents, latents.half()),
             generator_state=generator.get_state(),
-            num_frames=session.num_frames + self.config.chunk_frames,
+            num_frames=session.num_frames + tracker.chunk_frames,
         )
         index = len(session.chunk_latents)
         frames = _new_frames(index, session.picture, video)
@@ -250,11 +296,13 @@ class World:
         tracker.made += 1
         return Chunk(index, frames, latents, time.monotonic() - began, after)
 
-    def _sample(self, session: Session, noise: Tensor, tracker: ProgressTracker) -> Generator[Progress, None, Tensor]:
+    def _sample(
+        self, session: Session, noise: Tensor, tracker: ProgressTracker, compressed: CompressedHistory | None
+    ) -> Generator[Progress, None, Tensor]:
         """The latents of the session's next chunk. Apart, so that what it needed is freed before they are decoded."""
         self._encode_texts(*_prompts(session))  # `velocity` finds them in the cache
         yield tracker.done("text")
-        velocity = self.velocity(session)
+        velocity = self.velocity(session, tracker.chunk_frames, compressed)
         yield tracker.done("memory")
         settings, preset, z = session.settings, find_preset(session.settings.preset), noise
         timesteps = schedule(self.config.val_scheduler_cfg, settings.steps, end_at_zero=preset.end_at_zero)
@@ -263,9 +311,11 @@ class World:
         return z
 
     @torch.inference_mode()
-    def velocity(self, session: Session) -> Callable[[Tensor, Tensor], Tensor]:
+    def velocity(
+        self, session: Session, frames: int | None = None, compressed: CompressedHistory | None = None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         """The guided velocity of the session's next chunk as a function of noisy latents and timestep, to be called
-        step by step: what a preset saves depends on the steps before.
+        step by step: what a preset saves depends on the steps before. frames, compressed: as for `iterate_chunk`.
 
         Both on the model's device: (1, 16, 21, h, w) and a scalar. Everything that does not depend on them is computed
         here, once: the compressed memory, each text's keys and values, and the memory's way through the transformer
@@ -278,11 +328,14 @@ class World:
         branches = self.team.branches(guided_always) if self.team else None
         layout = (branches and branches.layout) or LOCAL
         texts = texts[branches.own] if branches else texts
-        pairs = settings.actions.pairs(session.num_frames - 1, session.num_frames + self.config.chunk_frames)
+        frames = self.config.check_chunk_frames(frames)
+        pairs = settings.actions.pairs(session.num_frames - 1, session.num_frames + frames)
         move, view = torch.tensor(pairs, device=device).T.unsqueeze(1)
         with fastest_attention(device):
             actions = model.action_encoder(move, view)
-            memory = model.latent_encoder(session.history.to(device, model.dtype), self.team.map if self.team else map)
+            compressed = compressed or self.compress(session)
+            recent = session.history[:, :, compressed.length - 1 :].to(compressed.latents)
+            memory = torch.cat([compressed.latents, recent], dim=2)
             contexts = [model.embed_text(text.hidden, text.mask) for text in texts]
             streams = [model.encode_memory(memory, context, self.plan.streams, layout) for context in contexts]
         sign = 1 if self.config.val_scheduler_cfg.use_reversed_velocity else -1

@@ -36,7 +36,7 @@ from infworld.app.compute import Opening, Replay, Report, gpu_seconds
 from infworld.app.drive import driven
 from infworld.app.films import Film, FilmStore
 from infworld.app.gallery import find_examples
-from infworld.app.memory_check import coverage_strip, covered_frames, memory_check, psnr
+from infworld.app.memory_check import coverage_strip, covered_frames, memory_check, verdict
 from infworld.app.model_pool import ModelPool, SingleModelPool
 from infworld.app.player import film_value
 from infworld.app.runner import Ended, Job, Loading, NewChunk, Runner, RunProgress, Update, Waiting
@@ -1190,16 +1190,20 @@ def test_coverage_is_what_the_compressor_reads(latents):
     assert "left out" not in coverage_strip(61) and "left out" in coverage_strip(1001)
 
 
-def test_likeness_is_high_for_the_same_and_low_for_others():
-    frame = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    assert psnr(frame, frame) == 99
-    assert psnr(frame, frame // 2 + 64) > psnr(frame, 255 - frame)
+@pytest.mark.parametrize(
+    ("decibels", "chance", "share", "word"),
+    [(24.0, 12.0, 1.0, "the same view"), (20.0, 12.0, 0.8, "the same view"), (17.0, 12.0, 0.5, "partly the same"),
+     (12.5, 12.0, 0.05, "not recognised"), (9.0, 12.0, 0.0, "not recognised"), (40.0, 30.0, 0.0, "cannot be told")],
+)  # fmt: skip
+def test_a_likeness_is_said_in_words_between_chance_and_good(decibels, chance, share, word):
+    got, said = verdict(decibels, chance)
+    assert got == pytest.approx(share) and said.startswith(word)
 
 
 def test_the_memory_check_shows_first_look_and_return(runner, studio, picture):
     settings = dataclasses.replace(SETTINGS, actions=ActionScript.parse("right 80, left 80"))
     shown = memory_check(new_film(runner, studio, picture, 161, settings))
-    assert shown.count("<img") == 12 and "frame 160" in shown and "alike by" in shown
+    assert shown.count("<img") == 12 and "frame 160" in shown and "PSNR" in shown and "is chance" in shown
     assert "never comes back" in memory_check(new_film(runner, studio, picture, 81))
 
 

@@ -2,8 +2,12 @@
 
 import argparse
 import json
+import os
+import pickle
 import subprocess
 import sys
+import tarfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -138,6 +142,41 @@ def test_wrong_places_are_named(tmp_path):
         read_tensors(tmp_path / "w.onnx")
     with pytest.raises(ValueError, match="is a folder"):
         read_tensors(tmp_path)
+
+
+class Harmful:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_code_in_a_file_is_refused_by_name_and_not_recommended(tmp_path, nested, zipped):
+    content = {**WEIGHTS, "x": Harmful(tmp_path / "ran")}
+    content = {"state_dict": content} if nested else content
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="not a torch checkpoint of tensors alone: posix.system in it") as refusal:
+        read_tensors(tmp_path / "w.pth")
+    said = "".join(traceback.format_exception(refusal.value))
+    assert "load failed" not in said and "set to `False`" not in said
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_things_than_tensors_are_refused_without_advice_to_load_them(tmp_path):
+    torch.save({**WEIGHTS, "args": argparse.Namespace(lr=1)}, tmp_path / "args.ckpt")
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "script.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes(pickle.dumps(Harmful(tmp_path / "ran"), 2)[:-3])
+    (tmp_path / "text.ckpt").write_text("hello " * 100)
+    with tarfile.open(tmp_path / "tar.ckpt", "w") as tar:
+        tar.add(tmp_path / "text.ckpt", "storages")
+    for path in sorted(tmp_path.glob("*.ckpt")):
+        with pytest.raises(ValueError, match=f"{path} is (truncated or )?not a torch checkpoint") as refusal:
+            read_tensors(path)
+        assert "set to `False`" not in "".join(traceback.format_exception(refusal.value))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_loaded_module_has_the_tensors_and_its_own_constants():
@@ -280,3 +319,22 @@ def test_released_transformer_loads_on_meta_and_drops_the_extras():
     build = lambda: InfiniteWorldTransformer(TransformerConfig())  # noqa: E731
     model = load_strict(build, released | extras, where="released", device="meta", drop=RELEASED_EXTRAS)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.447e9, rel=1e-3)
+
+
+NAMELESS = """
+import os, sys
+os.setresuid(54321, 0, 0)  # as the real user, whose name is asked for; the files stay readable
+import infworld
+from infworld.text import embeddings_folder
+print(infworld.load("tiny").config.name, embeddings_folder().name)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "setresuid") or os.geteuid() != 0, reason="only root becomes another user")
+def test_a_user_without_name_and_home_loads_models():
+    """As in a container that runs as a number."""
+    unnamed = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in unnamed}
+    command = [sys.executable, "-c", NAMELESS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment)
+    assert done.stdout.split() == ["tiny", "text"], done.stderr

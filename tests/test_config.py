@@ -103,6 +103,62 @@ def test_what_does_not_belong_is_named(load, text, message):
         load(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "model_cfg: {num_layers: 1000000000}",
+            r"model.yaml: model_cfg: num_layers must be from 1 to 256, not 1000000000",
+        ),
+        ("model_cfg: {num_layers: 0}", "num_layers must be from 1 to 256, not 0"),
+        ("model_cfg: {dim: -384}", "dim must be from 2 to 32768, not -384"),
+        ("model_cfg: {num_heads: 0}", "num_heads must be from 1 to 256, not 0"),
+        ("model_cfg: {dim: 100, num_heads: 7}", r"dim \(100\) must be an even multiple of num_heads \(7\)"),
+        ("model_cfg: {memory_num_heads: 5}", r"memory_hidden_dim \(256\) must be an even multiple of memory_num_heads"),
+        ("model_cfg: {memory_hidden_dim: 48}", "memory_hidden_dim must be a multiple of 32, not 48"),
+        ("model_cfg: {freq_dim: 255}", "freq_dim must be even, not 255"),
+        ("model_cfg: {ffn_dim: 99999999999999999999}", "ffn_dim must be from 1 to 131072, not 99999999999999999999"),
+        ("model_cfg: {out_channels: 8}", "must be equal"),
+        ("model_cfg: {in_channels: 16}", r"in_channels \(16\) must be more than out_channels \(16\)"),
+        ("vae_cfg: {z_dim: 4}", r"vae_cfg.z_dim \(4\).*must be equal"),
+        ("vae_cfg: {latents_mean: [0]}", r"latents_mean \(1\).*must be equal"),
+        ("vae_cfg: {latents_std: [0]}", "latents_std must be from 1e-06 to 1e\\+06, not 0.0"),
+        ("vae_cfg: {dim_mult: [1, 2]}", "dim_mult must have 4 entries"),
+        ("vae_cfg: {dim_mult: [1, 2, 4, -4]}", "dim_mult must be from 1 to 64, not -4"),
+        ("vae_cfg: {dim: 0}", "vae_cfg: dim must be from"),
+        ("text_encoder_cfg: {model_max_length: 0}", "model_max_length must be from 1 to 65536, not 0"),
+        ("text_encoder_cfg: {num_layers: 1000000000}", "text_encoder_cfg: num_layers must be from"),
+        ("text_encoder_cfg: {vocab: -1}", "vocab must be from"),
+        ("val_scheduler_cfg: {shift: .nan}", "shift: expected a finite number, found nan"),
+        ("val_scheduler_cfg: {shift: 0}", "shift must be from"),
+        ("val_scheduler_cfg: {text_cfg_scale: -.inf}", "expected a finite number"),
+        (f"val_scheduler_cfg: {{shift: 1{'0' * 400}}}", "expected a finite number|shift must be"),
+        ("val_scheduler_cfg: {num_sampling_steps: 0}", "num_sampling_steps must be from 1 to 1000, not 0"),
+        ("validation_data: {num_frames: 4000001}", "num_frames must be at most 1001, not 4000001"),
+        ("validation_data: {fps: 0}", "fps must be from 1 to 240, not 0"),
+        ("validation_data: {max_chunks: 0}", "max_chunks must be from"),
+        ("buckets: [[1600000, 1600000]]", "buckets must be at most 4096, not 1600000"),
+        (f"buckets: [{'[16, 16], ' * 1001}]", "a list has at most 1000 entries, not 1001"),
+        ("[" * 5000, "nested more than 16 deep"),
+        ("{a: " * 3000, "nested more than 16 deep"),
+        ("- " * 3000 + "x", "nested more than 16 deep"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nname: [*b, *b]", r"has an alias \(\*a\)"),
+        ("a: &a {x: 1}\nb: {<<: [*a, *a]}", "has an alias"),
+        ("name: " + "x" * 200_000, "it has 200,006 bytes, a config at most 100,000"),
+        (f"model_cfg: {{dim: {'9' * 5000}}}", "is not a readable YAML file.*digits"),
+        ("name: 2001-99-99", "is not a readable YAML file"),
+        ("name: [" + "y, " * 5000 + "]", r"name: expected str, found \['y', 'y'.*\.\.\.\]$"),
+        ("? [a, b]\n: 1", "unknown key|is not a readable YAML file"),
+        ("? {a: b}\n: 1", "is not a readable YAML file"),
+        ("name: \0", "is not a readable YAML file"),
+    ],
+)
+def test_sizes_without_sense_and_bombs_are_refused_at_once(load, text, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        load(text)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 600
+
+
 def test_files_that_are_no_config_are_named(tmp_path):
     (tmp_path / "picture.yaml").write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(ValueError, match="picture.yaml is not a readable YAML file"):

@@ -138,7 +138,7 @@ def centre(locator):
 # ---------------------------------------------------------------- timeline
 
 
-def test_every_preset_reaches_python(page):
+def test_every_template_reaches_python(page):
     for name, script in walk_templates(1.125).items():
         button(page, name).click()
         expect_text(page, script.text())
@@ -279,6 +279,7 @@ TEXTS = [
     "strafe left+strafe left 10",
     "forward+ 10",
     "constructor 4",
+    "forward 999999",
 ]
 
 
@@ -312,9 +313,9 @@ def test_typing_is_not_disturbed_and_is_one_step_to_undo(page):
 
 def test_too_long_a_script_is_refused(page):
     write(page, "back 11")
-    part(page, "text").fill("forward 999999")
-    sync_api.expect(part(page, "error")).to_contain_text("At most")
-    sync_api.expect(part(page, "text")).to_have_value("forward 999999")
+    part(page, "text").fill("forward 20000, back 1")
+    sync_api.expect(part(page, "error")).to_have_text("The actions may last at most 20000 frames")
+    sync_api.expect(part(page, "text")).to_have_value("forward 20000, back 1")
     assert page.locator("#received-text textarea").input_value() == "back 11"
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from infworld.config import RolloutConfig
+from infworld.measures import MAX_PSNR, psnr
 from infworld.text import load_text_encoder
 from infworld.training import evaluate, films, measures, report
 from infworld.training.data import to_frames, to_video
@@ -108,8 +109,8 @@ def test_frames_survive_the_way_to_video_and_back():
 
 def test_psnr_of_known_errors():
     frames = torch.full((2, 3, 8, 8, 3), 100, dtype=torch.uint8)
-    assert torch.equal(measures.psnr(frames, frames), torch.full((2, 3), measures.MAX_PSNR))
-    assert measures.psnr(frames + 10, frames) == pytest.approx(28.13, abs=0.01)
+    assert torch.equal(psnr(frames, frames), torch.full((2, 3), MAX_PSNR))
+    assert psnr(frames + 10, frames) == pytest.approx(28.13, abs=0.01)
 
 
 def test_blur_lowers_sharpness_and_grey_lowers_saturation():
@@ -132,7 +133,7 @@ def test_the_truth_recalls_itself(bench, film, monkeypatch):
 
     monkeypatch.setattr(evaluate, "next_chunk", perfect)
     found = evaluate._recall(bench, film, script, truth).measures
-    assert (found["value"] == measures.MAX_PSNR).all()
+    assert (found["value"] == MAX_PSNR).all()
     assert (found["wrong"] < 30).all()
     assert torch.allclose(found["gain"], found["value"] - found["wrong"])
     assert summarize(found["sharpness"]).mean == pytest.approx(1)

@@ -1,6 +1,9 @@
 """Labels of clean poses are right; of noisy ones mostly right, and *uncertain* rather than wrong."""
 
 import json
+import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from infworld.training.walks import MIXED, expand, sample_actions
 from infworld.training.worlds import MOVE_DIRECTIONS, VIEW_DIRECTIONS, make_worlds, walk
 
 WALKS, FRAMES = 12, 200
+CASES = Path(__file__).parent / "cases"
 
 
 def on_open_land(move, view):
@@ -140,7 +144,97 @@ def test_the_command_writes_the_exchange_format(walks, tmp_path, suffix):
     assert json.loads(out.read_text()) == expected
 
 
-def test_a_file_without_matrices_is_an_error(tmp_path):
-    (tmp_path / "poses.json").write_text('[[1, 2], ["x"]]')
-    with pytest.raises(ValueError, match="poses.json"):
-        main([str(tmp_path / "poses.json"), "--out", str(tmp_path / "actions.json")])
+def test_poses_of_a_walk_from_a_file_are_labelled(tmp_path):
+    assert main([str(CASES / "poses-good.json"), "--out", str(tmp_path / "actions.json")]) == 0
+    assert len(json.loads((tmp_path / "actions.json").read_text())) == 120
+    text = "\ufeff" + (CASES / "poses-good.json").read_text()
+    (tmp_path / "bom.json").write_text(text, encoding="utf-8")
+    assert main([str(tmp_path / "bom.json"), "--out", str(tmp_path / "again.json")]) == 0
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "actions.json").read_text()
+
+
+def turned(degrees: float) -> torch.Tensor:
+    angle = math.radians(degrees)
+    rows = [[math.cos(angle), 0, math.sin(angle)], [0, 1, 0], [-math.sin(angle), 0, math.cos(angle)]]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pose: pose[:3, :3].mul_(2), "frame 7 has a rotation that is scaled"),
+        (lambda pose: pose[:3, :3].mul_(0.9), "frame 7 has a rotation that is scaled"),
+        (lambda pose: pose[:3, 0].mul_(-1), r"frame 7 is mirrored \(determinant -1\)"),
+        (lambda pose: pose[:3, 0].mul_(3), "frame 7 has axes that are not at right angles or not of one length"),
+        (lambda pose: pose[:3, 0].add_(pose[:3, 2]), "frame 7 has axes that are not at right angles"),
+        (lambda pose: pose[:3, :3].zero_(), "frame 7 has axes"),
+        (lambda pose: pose[3].fill_(1), "frame 7 does not end in the row 0 0 0 1"),
+        (lambda pose: pose.copy_(pose.T.clone()), "frame 7 does not end in the row 0 0 0 1"),
+        (lambda pose: pose[0].fill_(math.nan), "frame 7 has values that are not finite"),
+        (lambda pose: pose[2, 3].fill_(math.inf), "frame 7 has values that are not finite"),
+        (lambda pose: pose[2, 3].fill_(1e300), r"frame 7 has the eye more than 1e\+09 away"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".json", ".npy"])
+def test_a_frame_that_is_no_pose_is_named(tmp_path, capsys, change, message, suffix):
+    poses = torch.eye(4, dtype=torch.float64).repeat(20, 1, 1)
+    poses[:, :3, :3] = torch.stack([turned(angle) for angle in range(20)])
+    poses[:, :3, 3] = 0.5
+    label_actions(poses)
+    change(poses[7])
+    path = tmp_path / f"poses{suffix}"
+    np.save(path, poses.numpy()) if suffix == ".npy" else path.write_text(json.dumps(poses.tolist()))
+    assert main([str(path), "--out", str(tmp_path / "actions.json")]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said) and said.startswith("error: ") and said.count("\n") == 1
+    assert not (tmp_path / "actions.json").exists()
+
+
+@pytest.mark.parametrize("fps", ["0", "-3", "nan", "inf"])
+def test_frames_per_second_without_sense_are_an_error(tmp_path, capsys, fps):
+    assert main([str(CASES / "poses-good.json"), f"--fps={fps}", "--out", str(tmp_path / "actions.json")]) == 2
+    assert "expected a finite number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['[[1, 2], ["x"]]', "", "{}", "null", "3", '{"poses": []}', "[[[1, 2], [3]]]", "[" * 100_000, "[[[true]]]",
+     '[[["1", "0"], ["0", "1"]]]', "[1" + "0" * 400 + "]", "\0"],
+)  # fmt: skip
+def test_a_file_without_matrices_is_an_error_of_one_line(tmp_path, capsys, content):
+    (tmp_path / "poses.json").write_text(content)
+    assert main([str(tmp_path / "poses.json"), "--out", str(tmp_path / "actions.json")]) == 2
+    said = capsys.readouterr().err
+    assert "poses.json" in said and said.count("\n") == 1
+
+
+def test_files_that_are_no_arrays_are_an_error_of_one_line(tmp_path, capsys):
+    np.save(tmp_path / "objects.npy", np.array([{}, []], dtype=object))
+    np.save(tmp_path / "complex.npy", np.zeros((5, 4, 4), complex))
+    np.savez(tmp_path / "several.npz", a=np.zeros(3))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    (tmp_path / "latin.json").write_bytes(b"[\xe9]")
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "huge.npy").write_bytes(npy_header((10**12, 4, 4)))
+    (tmp_path / "folder.json").mkdir()
+    names = [
+        "objects.npy",
+        "complex.npy",
+        "several.npy",
+        "latin.json",
+        "empty.npy",
+        "huge.npy",
+        "folder.json",
+        "gone.npy",
+    ]
+    for name in names:
+        assert main([str(tmp_path / name), "--out", str(tmp_path / "actions.json")]) == 2
+        said = capsys.readouterr().err
+        assert name in said and said.count("\n") == 1, said
+    poses, out = str(CASES / "poses-good.json"), str(tmp_path / "no" / "actions.json")
+    assert main([poses, "--out", out]) == 2 and out in capsys.readouterr().err
+
+
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text.encode()

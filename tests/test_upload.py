@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -174,6 +176,108 @@ def test_the_token_is_used_and_never_shown_nor_stored(server, project, capfd):
     assert TOKEN not in said.out + said.err
     assert not any(TOKEN.encode() in content for content in uploaded(server).values())
     assert {request.token for request in server.asked("/commit/main", "POST")} == {f"Bearer {TOKEN}"}
+
+
+# Links and names
+
+
+KEY = b"-----BEGIN OPENSSH PRIVATE KEY-----"
+
+
+@pytest.fixture
+def elsewhere(tmp_path) -> Path:
+    """A folder outside of the project, with weights, a tokenizer and things that are nobody else's."""
+    tokenizer = {
+        "models/google/umt5-xxl/tokenizer_config.json": b"{}",
+        "models/google/umt5-xxl/spiece.model": b"pieces",
+    }
+    private = {"models/notes.md": b"private", "models/config.json": b"private", "models/.ssh/key.pth": KEY, "id": KEY}
+    write(tmp_path / "disk", {"models/t5.pth": WEIGHTS["checkpoints/models/t5.pth"], **tokenizer, **private})
+    return tmp_path / "disk"
+
+
+def contents(server: HubServer) -> bytes:
+    return b"".join(uploaded(server).values())
+
+
+def test_a_linked_folder_of_weights_goes_up(server, project, elsewhere):
+    shutil.rmtree(project / "checkpoints/models")
+    (project / "checkpoints/models").symlink_to(elsewhere / "models")
+    (elsewhere / "models/again").symlink_to(elsewhere / "models")  # round in a circle
+    assert run(REPO) == 0
+    files = uploaded(server)
+    tokenizer = {f"checkpoints/models/google/umt5-xxl/{name}" for name in ("tokenizer_config.json", "spiece.model")}
+    assert files.keys() == {*CODE, *WEIGHTS, *tokenizer, ".gitignore"}
+    assert files["checkpoints/models/t5.pth"] == WEIGHTS["checkpoints/models/t5.pth"]
+    assert b"private" not in contents(server) and KEY not in contents(server)
+
+
+def test_linked_checkpoints_go_up(server, project, elsewhere):
+    shutil.move(project / "checkpoints", elsewhere / "all")
+    (project / "checkpoints").symlink_to(elsewhere / "all")
+    assert run(REPO) == 0
+    assert uploaded(server).keys() >= {"checkpoints/tiny/world.safetensors", *WEIGHTS}
+
+
+def test_linked_checkpoints_that_stay_here_are_named(server, project, elsewhere, capsys):
+    shutil.move(project / "checkpoints", elsewhere / "all")
+    (project / "checkpoints").symlink_to(elsewhere / "all")
+    assert run(REPO, "--space") == 0
+    assert "left out, as it is a link to a folder or to nothing: checkpoints" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["docs/notes.txt", "checkpoints/world2.ckpt", "checkpoints/models/umt5.safetensors", "x"]
+)
+@pytest.mark.parametrize("tracked", [False, True])
+def test_a_file_outside_is_never_uploaded_through_a_link(server, project, elsewhere, capsys, name, tracked):
+    (project / name).symlink_to(elsewhere / "id")
+    if tracked:
+        subprocess.run(["git", "-C", project, "add", "--force", name], check=True)
+    assert run(REPO) == 0
+    assert name not in uploaded(server) and KEY not in contents(server)
+    assert f"left out, as it is a link to a file outside of the project: copy it here if it shall go: {name}" in (
+        capsys.readouterr().out
+    )
+
+
+def test_links_inside_of_a_linked_folder_lead_to_nothing_else(server, project, elsewhere, capsys):
+    (elsewhere / "models/world.pth").symlink_to(elsewhere / "id")
+    (project / "checkpoints/linked").symlink_to(elsewhere / "models")
+    assert run(REPO) == 0
+    assert KEY not in contents(server)
+    assert (
+        "outside of the project: copy it here if it shall go: checkpoints/linked/world.pth" in capsys.readouterr().out
+    )
+
+
+def test_links_inside_of_the_project(server, project, capsys):
+    for name, target in {
+        "docs/start.md": "../README.md",
+        "docs/env": "../.env",
+        "docs/film": "../outputs/film.mp4",
+    }.items():
+        (project / name).symlink_to(target)
+    (project / "gone").symlink_to("nowhere")
+    (project / "pages").symlink_to("docs")
+    (project / "checkpoints/all").symlink_to("..")
+    assert run(REPO) == 0
+    assert uploaded(server)["docs/start.md"] == CODE["README.md"]
+    assert uploaded(server).keys() == {*CODE, *WEIGHTS, ".gitignore", "docs/start.md"}
+    said = capsys.readouterr().out
+    assert "left out, as it may be a secret: docs/env" in said
+    assert "left out, as it is a link to a file that stays here: docs/film" in said
+    assert "a link to a folder or to nothing: gone" in said and "a link to a folder or to nothing: pages" in said
+
+
+@pytest.mark.parametrize("folder", ["docs", "checkpoints/models"])
+def test_a_name_that_is_not_utf8_is_left_out_and_named(server, project, capsys, folder):
+    latin = os.fsencode(project / folder) + b"/caf\xe9.pth"
+    Path(os.fsdecode(latin)).write_bytes(b"x")
+    write(project, {"docs/über.txt": b"x"})
+    assert run(REPO) == 0
+    assert f"left out, as its name is not UTF-8: {folder}/caf\\xe9.pth" in capsys.readouterr().out
+    assert uploaded(server).keys() == {*CODE, *WEIGHTS, ".gitignore", "docs/über.txt"}
 
 
 # Dry run

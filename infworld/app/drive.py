@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from infworld.actions import ActionScript
-from infworld.app.editor import KEYS
-
-_HERE = Path(__file__).parent
-_HTML, _CSS, _JS = ((_HERE / "static" / f"drive.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+from infworld.app.editor import VOCABULARY
+from infworld.app.modules import module_script, read_static
 
 
 def driven(value: Any, frames: int) -> ActionScript:
@@ -33,12 +29,13 @@ class Drive(gr.HTML):
     """
 
     def __init__(self, *, chunk_frames: int, fps: int, film: str, **kwargs: Any):
-        settings = {"keys": KEYS, "chunk": chunk_frames, "fps": fps, "film": film}
+        self.chunk_frames, self.fps, self.film = chunk_frames, fps, film
+        initial = {**VOCABULARY, "chunk_frames": chunk_frames, "fps": fps, "film": film}
         super().__init__(
             value=None,
-            html_template=_HTML,
-            css_template=_CSS,
-            js_on_load=f"const settings = {json.dumps(settings)};\n{_JS}",
+            html_template=read_static("drive.html"),
+            css_template=read_static("drive.css"),
+            js_on_load=module_script("drive.js", initial, events=("drive",)),
             apply_default_css=False,
             **kwargs,
         )

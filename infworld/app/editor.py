@@ -1,23 +1,30 @@
 """The action editor of the page: timeline, keys, text and map of one script, as a Gradio component.
 
-What the person sees and does is in `editor.html`, `editor.css` and `editor.js`; this file gives them the vocabulary
-of `infworld.actions` and checks what comes back. The value is `{"segments": [[move, view, frames], ...]}`.
+What the person sees and does is in `static/` (`editor.js` and the modules that it imports); this file gives them the
+vocabulary of `infworld.actions` and the motion of `infworld.camera`, and checks what comes back.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from infworld.actions import MOVE_WORDS, MOVES, VIEW_WORDS, VIEWS, WAIT_WORD, ActionScript, Segment, words
+from infworld.actions import (
+    MAX_FRAMES,
+    MOVE_WORDS,
+    MOVES,
+    VIEW_WORDS,
+    VIEWS,
+    WAIT_WORD,
+    ActionScript,
+    Segment,
+    words,
+)
+from infworld.app.modules import module_script, read_static
 from infworld.app.templates import walk_templates
-
-# What a browser may send; far above the longest film, far below what hurts the server.
-MAX_SEGMENTS = 2_000
-MAX_FRAMES = 20_000
+from infworld.camera import DEFAULT, motion
+from infworld.config import CameraConfig
 
 # KeyboardEvent.code -> word of the text form. Codes name places on the keyboard, so W A S D is a cross on any layout.
 KEYS = {
@@ -25,8 +32,17 @@ KEYS = {
     **{"ArrowUp": "up", "ArrowDown": "down", "ArrowLeft": "left", "ArrowRight": "right"},
 }
 
-_HERE = Path(__file__).parent
-_HTML, _CSS, _JS = ((_HERE / "static" / f"editor.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+
+# What the browser has to know of the actions' names, words and keys.
+VOCABULARY = {
+    "moves": [[name, words(Segment(index, 0, 1))] for index, name in enumerate(MOVES)],
+    "views": [[name, words(Segment(0, index, 1))] for index, name in enumerate(VIEWS)],
+    "move_words": MOVE_WORDS,
+    "view_words": VIEW_WORDS,
+    "wait_word": WAIT_WORD,
+    "max_frames": MAX_FRAMES,
+    "keys": KEYS,
+}
 
 
 def value_of(script: ActionScript) -> dict[str, list[list[int]]]:
@@ -37,19 +53,13 @@ def value_of(script: ActionScript) -> dict[str, list[list[int]]]:
 def script_of(value: Any) -> ActionScript:
     """The script in an editor's value. The value comes from a browser: ValueError for anything malformed or too long.
 
-    None is the empty script. At most MAX_SEGMENTS segments and MAX_FRAMES frames.
+    None is the empty script.
     """
     if value is None:
         return ActionScript()
     if not isinstance(value, dict) or not isinstance(value.get("segments"), list):
         raise ValueError('the actions must be {"segments": [[move, view, frames], ...]}')
-    segments = value["segments"]
-    if len(segments) > MAX_SEGMENTS:
-        raise ValueError(f"at most {MAX_SEGMENTS} segments, not {len(segments)}")
-    script = ActionScript(tuple(_segment(segment) for segment in segments))
-    if len(script) > MAX_FRAMES:
-        raise ValueError(f"at most {MAX_FRAMES} frames of actions, not {len(script)}")
-    return script
+    return ActionScript(_segment(segment) for segment in value["segments"])
 
 
 def _segment(numbers: Any) -> Segment:
@@ -64,12 +74,11 @@ class ActionEditor(gr.HTML):
     Value: `{"segments": [[move, view, frames], ...]}` (`value_of`, `script_of`). Events: `input` when the person
     edits, `change` when anything does; a recording shows its value at each chunk border and at its end.
 
-    `num_frames`, `horizon_frames`, `chunk_frames`, `turn_degrees`, `step_units` and `frame` may be updated with
-    `gr.update`. num_frames: frames of the film (None: not known); horizon_frames: longest film the model was trained
-    for (None: unlimited); chunk_frames: frames per chunk, fps: frames per second; turn_degrees, step_units: what one
-    frame of turning and of walking does on the map; frame: the current moment of the film. `follow` is a CSS selector
-    of a video element whose playing moves the current moment; without one, a page's script may call
-    `infworldSetFrame(elem_id, frame)`.
+    `num_frames`, `horizon_frames`, `chunk_frames`, `fps` and `frame` may be updated with `gr.update`. num_frames:
+    frames of the film (None: not known); horizon_frames: longest film the model was trained for (None: unlimited);
+    chunk_frames: frames per chunk; fps: frames per second; frame: the current moment of the film. camera: what an
+    action does on the map. `follow` is a CSS selector of a video element whose playing moves the current moment;
+    without one, a page's script may call `infworldSetFrame(elem_id, frame)`.
     """
 
     def __init__(
@@ -80,41 +89,31 @@ class ActionEditor(gr.HTML):
         horizon_frames: int | None = None,
         chunk_frames: int = 80,
         fps: int = 30,
-        turn_degrees: float = 1.125,
-        step_units: float = 0.04,
+        camera: CameraConfig = DEFAULT,
         frame: int = 0,
         follow: str = "",
         **kwargs: Any,
     ):
         self.num_frames, self.horizon_frames, self.chunk_frames = num_frames, horizon_frames, chunk_frames
-        self.fps, self.turn_degrees, self.step_units = fps, turn_degrees, step_units
-        self.frame, self.follow = frame, follow
+        self.fps, self.camera, self.frame, self.follow = fps, camera, frame, follow
         super().__init__(
             value=value,
-            html_template=_HTML,
-            css_template=_CSS,
-            js_on_load=f"const initial = {json.dumps(self._initial())};\n{_JS}",
+            html_template=read_static("editor.html"),
+            css_template=read_static("editor.css"),
+            js_on_load=module_script("editor.js", self._initial(), events=("input",)),
             apply_default_css=False,
             **{"label": "Actions", **kwargs},
         )
 
     def _initial(self) -> dict[str, Any]:
         """What the script in the browser starts with. An update replaces all props, so the constants are not props."""
-        settings = ("num_frames", "horizon_frames", "chunk_frames", "fps", "turn_degrees", "step_units", "frame")
+        settings = ("num_frames", "horizon_frames", "chunk_frames", "fps", "frame", "follow")
+        templates = walk_templates(self.camera.turn_degrees, self.chunk_frames)
         return {
-            **{name: getattr(self, name) for name in (*settings, "follow")},
-            "moves": [[name, words(Segment(index, 0, 1))] for index, name in enumerate(MOVES)],
-            "views": [[name, words(Segment(0, index, 1))] for index, name in enumerate(VIEWS)],
-            "move_words": MOVE_WORDS,
-            "view_words": VIEW_WORDS,
-            "wait_word": WAIT_WORD,
-            "keys": KEYS,
-            "presets": [
-                [name, value_of(script)["segments"]]
-                for name, script in walk_templates(self.turn_degrees, self.chunk_frames).items()
-            ],
-            "max_segments": MAX_SEGMENTS,
-            "max_frames": MAX_FRAMES,
+            **{name: getattr(self, name) for name in settings},
+            **VOCABULARY,
+            "motion": motion(self.camera),
+            "templates": [[name, value_of(script)["segments"]] for name, script in templates.items()],
         }
 
     def preprocess(self, payload: Any) -> Any:

@@ -9,37 +9,41 @@ import numpy as np
 from PIL import Image
 
 from infworld.app.films import Film
-from infworld.camera import revisits, walk
-from infworld.config import FRAMES_PER_LATENT
+from infworld.camera import DEFAULT, revisits, walk
+from infworld.config import FRAMES_PER_LATENT, CameraConfig
+from infworld.measures import psnr, ssim
 from infworld.memory import WINDOW, window_starts
-from infworld.video import FPS
 
 THUMBNAIL = 360  # pixels wide at most
-WORST, BEST = 8.0, 32.0  # dB, the ends of the bar of likeness
+GOOD = 22.0  # dB that a well remembered view has: what the small model reaches after a quarter turn and back
+WORDS = ((0.75, "the same view"), (0.4, "partly the same"), (-np.inf, "not recognised"))  # from this share of GOOD on
 
 
-def memory_check(film: Film) -> str:
+def memory_check(film: Film, camera: CameraConfig = DEFAULT) -> str:
     """Pairs of frames that the walk sees from the same place, with their likeness, and the strip of windows."""
     session = film.session()
-    pairs = revisits(walk(session.settings.actions, session.num_frames))
+    pairs = revisits(walk(session.settings.actions, session.num_frames, camera), camera=camera)
     strip = coverage_strip(session.history.shape[2])
     if not pairs:
         hint = "This walk never comes back to a view that it has left. Look around, or walk and return, and it will."
         return f'<div class="memory"><p>{hint}</p>{strip}</div>'
     frames = film.frames(sorted({frame for pair in pairs for frame in pair}))
-    floor = float(np.mean([psnr(frames[first], frames[away]) for first, away, _ in pairs]))
-    shown = "".join(_pair(first, again, frames) for first, _, again in pairs)
+    chance = float(np.mean([psnr(frames[first], frames[away]) for first, away, _ in pairs]))
+    shown = "".join(_pair(first, again, frames, chance, film.fps) for first, _, again in pairs)
     words = (
-        "By the map these are the same view, left and seen again. The model is not told: what is alike, it remembers. "
-        f"Views of this film that have nothing in common are alike by {floor:.1f} dB."
+        "By the map, both pictures of a pair show the same view, which the camera left in between. The model is not "
+        f"told so: where they match, it remembers. A PSNR of {GOOD:.0f} dB or more is good; {chance:.1f} dB is chance, "
+        "which is what different views of this film have. SSIM is 1 for equal pictures and near 0 for unrelated ones."
     )
     return f'<div class="memory"><p>{words}</p><div class="pairs">{shown}</div>{strip}</div>'
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Likeness of two frames (uint8) in dB: 8 is unrelated, above 20 the same place, 99 (the most) identical."""
-    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
-    return min(99.0, 10 * np.log10(255**2 / max(error, 1e-9)))
+def verdict(decibels: float, chance: float) -> tuple[float, str]:
+    """Where a likeness lies between chance (0) and good (1), and the word for it."""
+    if GOOD - chance < 3:
+        return 0.0, "cannot be told, since all views of this film look alike"
+    share = float(np.clip((decibels - chance) / (GOOD - chance), 0, 1))
+    return share, next(word for least, word in WORDS if share >= least)
 
 
 def covered_frames(latents: int) -> list[tuple[int, int]]:
@@ -68,21 +72,20 @@ def coverage_strip(latents: int) -> str:
     return f'<figure class="strip">{picture}<figcaption>{words}</figcaption></figure>'
 
 
-def _pair(first: int, again: int, frames: dict[int, np.ndarray]) -> str:
-    likeness = psnr(frames[first], frames[again])
-    share = np.clip((likeness - WORST) / (BEST - WORST), 0, 1)
-    pictures = "".join(_picture(frame, frames[frame]) for frame in (first, again))
+def _pair(first: int, again: int, frames: dict[int, np.ndarray], chance: float, fps: int) -> str:
+    decibels, similarity = (float(measure(frames[first], frames[again])) for measure in (psnr, ssim))
+    share, word = verdict(decibels, chance)
+    pictures = "".join(_picture(frame, frames[frame], fps) for frame in (first, again))
     bar = f'<div class="likeness"><i style="width:{100 * share:.0f}%"></i></div>'
-    return (
-        f'<figure class="pair"><div>{pictures}</div>{bar}<figcaption>alike by {likeness:.1f} dB</figcaption></figure>'
-    )
+    words = f"<strong>{word.capitalize()}</strong> · PSNR {decibels:.1f} dB, SSIM {similarity:.2f}"
+    return f'<figure class="pair"><div>{pictures}</div>{bar}<figcaption>{words}</figcaption></figure>'
 
 
-def _picture(index: int, frame: np.ndarray) -> str:
+def _picture(index: int, frame: np.ndarray, fps: int) -> str:
     image = Image.fromarray(frame)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=90)
     data = base64.b64encode(buffer.getvalue()).decode()
-    words = f"frame {index}, {index / FPS:.1f} s"
+    words = f"frame {index}, {index / fps:.1f} s"
     return f'<span><img src="data:image/webp;base64,{data}" alt="{words}"><small>{words}</small></span>'

@@ -33,7 +33,6 @@ from infworld.app.memory_check import memory_check
 from infworld.app.player import FilmPlayer, film_value, still_value
 from infworld.app.runner import Ended, Job, Loading, NewChunk, Run, Runner, RunProgress, Waiting
 from infworld.app.studio import Studio
-from infworld.camera import STEP, TURN_DEGREES
 from infworld.config import PROJECT_ROOT, ModelConfig
 from infworld.devices import device_name
 from infworld.memory_plan import NotEnoughMemory
@@ -190,8 +189,7 @@ class Page:
             horizon_frames=1 + rollout.trained_chunks * step,
             chunk_frames=step,
             fps=rollout.fps,
-            turn_degrees=TURN_DEGREES,
-            step_units=STEP,
+            camera=self.config.camera,
             follow="#film video",
             elem_id="actions",
         )
@@ -424,7 +422,7 @@ class Page:
 
     @plainly()
     def check_memory(self, film: Film | None) -> str:
-        return memory_check(film) if film and film.num_frames else MEMORY_HINT
+        return memory_check(film, self.config.camera) if film and film.num_frames else MEMORY_HINT
 
     async def make_film(
         self,

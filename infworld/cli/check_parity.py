@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,9 @@ from infworld.config import (
 from infworld.devices import pick_device, pick_dtype
 from infworld.dit import InfiniteWorldTransformer
 from infworld.pictures import to_uint8
+from infworld.settings import FilmSettings
 from infworld.text import TextEmbedding, UMT5TextEncoder, build_umt5, umt5_names
-from infworld.vae import build_vae
+from infworld.vae import VideoVAE, build_vae
 from infworld.world import World
 
 # Largest max|a - b| / max|b| of float32 tensors, decoded pixels, and the transformer in bfloat16.
@@ -124,7 +126,7 @@ class Golden:
     def transformer(self, dtype: torch.dtype) -> InfiniteWorldTransformer:
         return self._load(lambda: InfiniteWorldTransformer(self.transformer_config), "dit_weights", dtype=dtype)
 
-    def vae(self) -> nn.Module:
+    def vae(self) -> VideoVAE:
         config = ModelConfig(vae_cfg=from_dict(VAEConfig, self.section("vae"), "config.json: vae"))
         return self._load(lambda: build_vae(config), "vae_weights")
 
@@ -216,7 +218,7 @@ def check_rollout(golden: Golden) -> Iterator[Result]:
     fields = {"image", "move", "view", "text", "text_mask", "video_u8", "video_last8"}
     require("rollout", "it", set(io), fields | numbered)
     config = rollout_config(golden, io)
-    vae = RecordedVAE(golden.vae())
+    vae: Any = RecordedVAE(golden.vae())
     world = World(config, golden.transformer(torch.float32), vae, GivenText(io["text"].squeeze(1), io["text_mask"]))
     session = start(world, io)
     frames = []
@@ -251,7 +253,8 @@ def rollout_config(golden: Golden, io: dict[str, Tensor]) -> ModelConfig:
 def start(world: World, io: dict[str, Tensor]):
     """The session of the golden picture, which need not be one of 8 bits."""
     script = ActionScript.from_pairs(zip(io["move"].tolist(), io["view"].tolist(), strict=True))
-    session = world.start(to_uint8(io["image"])[0], script, GivenText.POSITIVE)
+    settings = FilmSettings.for_model(world.config, script, GivenText.POSITIVE)
+    session = world.start(to_uint8(io["image"])[0], settings)
     history, state = world.vae.encode(io["image"])
     state = {name: tensor.cpu() for name, tensor in state.items()}
     return dataclasses.replace(session, history=history.cpu(), encoder_state=state)
@@ -260,7 +263,7 @@ def start(world: World, io: dict[str, Tensor]):
 class RecordedVAE:
     """A VAE that keeps the last latents and video it decoded, in full precision."""
 
-    def __init__(self, vae: nn.Module):
+    def __init__(self, vae: VideoVAE):
         self.encode = vae.encode
         self._decode = vae.decode
 

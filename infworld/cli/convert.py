@@ -75,7 +75,6 @@ def convert(config: ModelConfig, out: Path | None = None, overwrite: bool = Fals
         raise ValueError(f"the model {config.name!r} has nothing to convert: its files are small")
     conversions = plan(config, out)
     there = [str(job.target) for job in conversions if job.target.exists()]
-    settings = out / "infworld_config.yaml" if out else None
     if there and not overwrite:
         raise ValueError(f"{', '.join(there)}: there already; use --overwrite to replace")
     for folder in {job.target.parent for job in conversions}:
@@ -87,8 +86,9 @@ def convert(config: ModelConfig, out: Path | None = None, overwrite: bool = Fals
             bar.set_description_str(job.target.name)
             save_tensors(job.target, job.tensors, {"format": "pt"}, dtype=job.dtype, progress=bar.update)
             bar.write(f"{job.target} ({job.size / 1e9:.2f} GB)")
-    if settings:
+    if out:
         copy_tokenizer(config, out)
+        settings = out / "infworld_config.yaml"
         settings.write_text(settings_text(config), encoding="utf-8")
         print(f"use it with: --model {settings}")
     else:

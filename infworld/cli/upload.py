@@ -22,8 +22,10 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, SpaceHardware, constants, get_token
 from huggingface_hub.errors import LocalTokenNotFoundError
 
+from infworld.checkpoint import SUFFIXES
 from infworld.cli.console import exit_code
 from infworld.config import INSTALLED, PROJECT_ROOT, faster_form
+from infworld.hub import TOKENIZER_SUFFIXES
 from infworld.transfer import NETWORK_ERRORS, RetryPolicy, explain, hash_like, is_same, size_text, status_of
 
 COMMIT_FILES, COMMIT_BYTES = 50, 2_000_000_000  # per commit: what a cut connection can cost
@@ -117,27 +119,52 @@ def upload(args: argparse.Namespace) -> int:
 # What goes up
 
 
-def project_files(root: Path, released_weights: bool) -> tuple[list[Upload], list[str]]:
-    """The files to upload, in order, and the names of those that are left out as secrets.
+def project_files(root: Path, released_weights: bool) -> tuple[list[Upload], dict[str, str]]:
+    """The files to upload, in order, and why others, by name, are left out though git does not ignore them.
 
     `.gitignore` goes first, because the Hub refuses what the one it has ignores; the files that make a Space start
     go last, so that it does not before it is complete.
     """
-    names = [name for name in listed_by_git(root) if (root / name).is_file() and is_ours(root, name)]
+    names = [name for name in listed_by_git(root) if os.path.lexists(root / name) and is_ours(root, name)]
     weights = [name for name in weights_in(root / "checkpoints", root) if name not in names] if released_weights else []
-    secret = [name for name in names + weights if is_secret(name)]
-    files = [Upload(root / name, name) for name in names + weights if name not in secret]
+    followed = {name.split("/")[0] for name in weights}  # `checkpoints`, which may be a link to a folder itself
+    reasons = {name: why_left_out(root, name) for name in names + weights if name not in followed}
+    reasons = {name: reason for name, reason in reasons.items() if reason}
+    kept = [name for name in names + weights if name not in reasons and (root / name).is_file()]
+    files = [Upload(root / name, name) for name in kept]
     if weights:
         files = [without_checkpoints(file) if file.name == ".gitignore" else file for file in files]
-    return sorted(files, key=lambda file: (file.name in STARTERS, file.name != ".gitignore", file.name)), secret
+    return sorted(files, key=lambda file: (file.name in STARTERS, file.name != ".gitignore", file.name)), reasons
+
+
+def why_left_out(root: Path, name: str) -> str | None:
+    """Why a file does not go up although it would: a secret, a link to somewhere else, a name that the Hub cannot have.
+
+    A link may lead to another file of the project, and out of it only to a folder, below `checkpoints/`.
+    """
+    path, target = root / name, Path(os.path.realpath(root / name))
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "as its name is not UTF-8"
+    if is_secret(name) or is_secret(target.name):
+        return "as it may be a secret"
+    if not path.is_symlink():
+        return None
+    if not target.is_file():
+        return "as it is a link to a folder or to nothing"
+    if not target.is_relative_to(root.resolve()):
+        return "as it is a link to a file outside of the project: copy it here if it shall go"
+    inside = target.relative_to(root.resolve()).as_posix()
+    return None if is_ours(root, inside) else "as it is a link to a file that stays here"
 
 
 def listed_by_git(root: Path) -> list[str]:
     """Names of all files below `root` that git does not ignore, whether or not it is a repository itself."""
 
     def git(*arguments: str) -> str:
-        run = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=root)
-        return run.stdout
+        run = subprocess.run(["git", *arguments], capture_output=True, check=True, cwd=root)
+        return os.fsdecode(run.stdout)  # file names may be in any encoding
 
     wanted = ("ls-files", "-z", "--cached", "--others", "--exclude-standard")
     try:
@@ -161,9 +188,28 @@ def is_ours(root: Path, name: str) -> bool:
 
 
 def weights_in(folder: Path, root: Path) -> list[str]:
-    """The finished weight files in `checkpoints/`; a torch file that was converted is not needed beside that."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and faster_form(path) == path)
-    names = (path.relative_to(root).as_posix() for path in paths)
+    """The finished files in `checkpoints/`, linked folders included; converted torch files are not needed beside those.
+
+    Of linked folders only weights and tokenizers are taken. Raises OSError for a folder that cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    paths: list[Path] = []
+    seen: set[Path] = set()
+    for place, folders, names in os.walk(folder, onerror=fail if folder.exists() else None, followlinks=True):
+        here = Path(os.path.realpath(place))
+        if here in seen:  # a link to a folder that it is in
+            folders.clear()
+            continue
+        seen.add(here)
+        found = [Path(place, name) for name in names]
+        if not here.is_relative_to(root.resolve() / "checkpoints"):
+            tokens = TOKENIZER_SUFFIXES if "tokenizer_config.json" in names else ()
+            found = [path for path in found if path.suffix in (*SUFFIXES, *tokens)]
+        paths += found
+    names = (path.relative_to(root).as_posix() for path in paths if os.path.lexists(path) and faster_form(path) == path)
     return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
 
 
@@ -185,13 +231,14 @@ def without_checkpoints(gitignore: Upload) -> Upload:
     return Upload(gitignore.path, gitignore.name, b"".join(line for line in lines if b"/checkpoints/" not in line))
 
 
-def show(files: list[Upload], left_out: list[str], args: argparse.Namespace) -> None:
+def show(files: list[Upload], left_out: dict[str, str], args: argparse.Namespace) -> None:
     """Says what goes: each file in a dry run, the sum otherwise."""
     if args.dry_run:
         for file in files:
             print(f"{size_text(file.size):>9}  {file.name}")
-    for name in left_out:
-        print(f"left out, as it may be a secret: {name}")
+    for name, reason in left_out.items():
+        readable = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        print(f"left out, {reason}: {readable}")
     total = sum(file.size for file in files)
     weights = sum(file.size for file in files if file.name.startswith("checkpoints/"))
     print(f"{len(files)} files, {size_text(total)} ({size_text(weights)} in checkpoints/) for {args.repo}")

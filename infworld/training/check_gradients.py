@@ -1,7 +1,7 @@
 """Compares the gradients of training steps, as a run would compute them, with plain float32 ones of the same samples.
 
     folder=checkpoints/tiny
-    python -m training.check_gradients --vae $folder/vae.safetensors --resume $folder/world.safetensors --compile
+    infworld train check-gradients --vae $folder/vae.safetensors --resume $folder/world.safetensors --compile
 
 Kernels with wrong gradients exist, and a run does not survive them: worth its minute before a long run on another card
 or another torch. Exits with 1 where a parameter's gradient is off by more than half of its size.
@@ -98,7 +98,7 @@ def most_deviating(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tup
     for name in found.keys() & expected.keys():
         deviation = float((found[name] - expected[name]).norm() / expected[name].norm().clamp(min=least))
         off[name] = deviation if deviation == deviation else torch.inf
-    name = max(off, key=off.get)
+    name = max(off, key=lambda name: off[name])
     return off[name], name
 
 

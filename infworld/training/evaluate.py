@@ -35,6 +35,7 @@ from infworld.config import FRAMES_PER_LATENT
 from infworld.devices import pick_dtype
 from infworld.dit import TextContext
 from infworld.loading import load
+from infworld.measures import psnr, to_db
 from infworld.presets import PRESETS
 from infworld.text import load_text_encoder
 from infworld.training.data import to_frames, to_video
@@ -50,7 +51,7 @@ from infworld.training.films import (
     true_film,
     true_walk,
 )
-from infworld.training.measures import Figure, colours, contrast, psnr, ratio, saturation, sharpness, summarize, to_db
+from infworld.training.measures import Figure, colours, contrast, ratio, saturation, sharpness, summarize
 from infworld.training.report import DRIFT_CHUNKS, ROWS, Results, Strip, strips, table, write_sheet
 from infworld.training.walks import MIXED
 from infworld.training.worlds import EVAL_SEEDS, STEP, walk

@@ -6,12 +6,15 @@ rotation is the direction of sight and column 3 the eye. Their scale is arbitrar
 Translation and rotation are labelled apart, each with two thresholds: slower than `still` is no-op, faster than
 `moving` is an action, and between the two lies *uncertain*, so that doubtful frames teach the model nothing wrong.
 
-    python -m training.labels poses.json --fps 30 --out actions.json
+    infworld train labels poses.json --fps 30 --out actions.json
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from infworld.actions import UNCERTAIN, ActionScript
+from infworld.cli.console import exit_code
 from infworld.training.worlds import EYE_HEIGHT
 
 
@@ -41,6 +45,8 @@ WINDOW = 5  # steps of the median that quiets the estimator's jitter; it keeps c
 DIAGONAL_RATIO = math.tan(math.radians(22.5))  # the lesser component counts from this share of the greater one on
 COHERENT = 5.0  # how far a clip's motion must exceed its jitter to count as walking at all: jitter alone reaches 2.8
 STRIDE = 10  # steps over which that is judged
+TOLERANCE = 0.01  # of a pose's rotation, as its entries are rounded in files
+FARTHEST = 1e9  # units from the origin; far beyond, differences of positions are lost in rounding
 
 # Index of (ahead or up, left): rows back, none, ahead; columns right, none, left. The same for moves and views.
 _INDEX = torch.tensor([[8, 2, 7], [4, 0, 3], [6, 1, 5]])
@@ -56,21 +62,43 @@ def label_actions(
 
     Args: matrices: (T, 4, 4) camera to world, T >= 2. fps: frames per second.
     Returns: move, view: (T - 1,) int64 indices of spec section 3.
-    Raises: ValueError for another shape, values that are not finite, or an fps that is not positive.
+    Raises: ValueError for another shape, a frame whose matrix is no pose, or an fps that is not positive and finite.
     """
     if matrices.dim() != 3 or matrices.shape[1:] != (4, 4) or len(matrices) < 2:
         raise ValueError(f"poses of shape {tuple(matrices.shape)}: expected (T, 4, 4) with T >= 2")
-    if not torch.isfinite(matrices).all():
-        raise ValueError("poses with values that are not finite: leave out the frames the estimator lost")
-    if not fps > 0:
-        raise ValueError(f"fps is {fps}, expected more than 0")
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps is {fps}, expected a finite number above 0")
     matrices = matrices.double()
+    check_poses(matrices)
     steps = _median(_steps(matrices))
     typical = _typical_step(matrices[:, :3, 3], steps)
     move = _directions(steps[:, 2], -steps[:, 0], steps[:, 1], typical, move_thresholds)
     turns = torch.rad2deg(_median(_turns(matrices))) * fps
     view = _directions(turns[:, 0], -turns[:, 1], turns[:, 2], 1.0, view_thresholds)
     return move, view
+
+
+def check_poses(matrices: Tensor) -> None:
+    """Raises ValueError for matrices (T, 4, 4) of which one is no pose; names the first such frame, counted from 0."""
+    rotation = matrices[:, :3, :3]
+    gram = rotation.mT @ rotation
+    size = gram.diagonal(dim1=1, dim2=2).mean(-1).sqrt()
+    bent = (gram / size.square()[:, None, None] - torch.eye(3, dtype=gram.dtype)).abs().amax((1, 2))
+    last = (matrices[:, 3] - torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=matrices.dtype)).abs().amax(-1)
+    checks = [
+        (torch.isfinite(matrices).all(-1).all(-1), "has values that are not finite: leave out frames that were lost"),
+        (last <= TOLERANCE, "does not end in the row 0 0 0 1: expected a camera-to-world matrix, columns the axes"),
+        (matrices[:, :3, 3].abs().amax(-1) <= FARTHEST, f"has the eye more than {FARTHEST:.0e} away"),
+        (bent <= TOLERANCE, "has axes that are not at right angles or not of one length: its rotation is none"),
+        ((size - 1).abs() <= TOLERANCE, "has a rotation that is scaled: its columns must have length 1"),
+        (
+            torch.linalg.det(rotation.nan_to_num()) > 0,
+            "is mirrored (determinant -1): expected x right, y down, z forward",
+        ),
+    ]
+    for right, problem in checks:
+        if not right.all():
+            raise ValueError(f"frame {int((~right).nonzero()[0])} {problem}")
 
 
 def naive_labels(matrices: Tensor, fps: float = 30.0) -> tuple[Tensor, Tensor]:
@@ -169,22 +197,37 @@ def read_matrices(path: Path) -> Tensor:
     Raises: ValueError for a file that holds no such numbers.
     """
     try:
-        values = np.load(path) if path.suffix == ".npy" else np.array(json.loads(path.read_text()), dtype=np.float64)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} does not hold a (T, 4, 4) array of numbers: {error}") from error
+        text = None if path.suffix == ".npy" else path.read_text(encoding="utf-8-sig")
+        values = np.load(path) if text is None else np.array(json.loads(text))
+    except (ValueError, TypeError, EOFError, RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(f"not a (T, 4, 4) array of numbers: {_first_line(error)}") from error
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
+        kind = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
+        raise ValueError(f"not a (T, 4, 4) array of numbers, but {kind}")
     return torch.from_numpy(values.astype(np.float64))
 
 
-def main(arguments: list[str] | None = None) -> None:
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Label camera poses with actions, one per step between frames.")
     parser.add_argument("poses", type=Path, help="camera-to-world matrices (OpenCV axes), .json or .npy")
     parser.add_argument("--fps", type=float, default=30.0, help="frames per second of the poses")
     parser.add_argument("--out", type=Path, default=Path("actions.json"), help="where the actions go, as JSON")
     options = parser.parse_args(arguments)
-    move, view = label_actions(read_matrices(options.poses), options.fps)
+    return exit_code(lambda: _label(options.poses, options.fps, options.out), "stopped; nothing was written")
+
+
+def _label(poses: Path, fps: float, out: Path) -> None:
+    try:
+        move, view = label_actions(read_matrices(poses), fps)
+    except ValueError as error:
+        raise ValueError(f"{poses}: {error}") from error
     script = ActionScript.from_pairs(zip(move.tolist(), view.tolist(), strict=True))
-    options.out.write_text(script.to_json(), encoding="utf-8")
+    out.write_text(script.to_json(), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

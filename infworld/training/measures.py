@@ -8,18 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_PSNR = 60.0  # dB, of equal pictures
 RESAMPLES = 2000  # of the bootstrap
-
-
-def psnr(frames: Tensor, reference: Tensor) -> Tensor:
-    """PSNR in dB of each frame, (B, T), at most `MAX_PSNR`; uint8 frames (B, T, H, W, 3)."""
-    return to_db((frames.float() - reference.float()).div(255).square().mean((2, 3, 4)))
-
-
-def to_db(squared_error: Tensor) -> Tensor:
-    """Mean squared errors of values in 0..1 as PSNR in dB, at most `MAX_PSNR`."""
-    return -10 * squared_error.clamp(min=10 ** (-MAX_PSNR / 10)).log10()
 
 
 def luma(frames: Tensor) -> Tensor:

@@ -14,27 +14,30 @@ class Muon(torch.optim.Optimizer):
 
     params: at least 2-D each; beyond that, flattened to (first, all others), as fits linear and convolution weights.
     The step has the size of an AdamW step, 0.2 root mean square times `lr`, so that both can share a learning rate.
+    `torch.optim.Muon` is no substitute: torch 2.8 has none, and that of 2.9 and later takes 2-D parameters only (no
+    convolutions), one at a time (there are hundreds of small ones), always in bfloat16.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure
         for group in self.param_groups:
-            same_shape = defaultdict(list)
+            same_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
                     same_shape[p.shape].append(p)
             for params in same_shape.values():
                 self._step(params, group["lr"], group["momentum"])
 
-    def _step(self, params: list[nn.Parameter], lr: float, momentum: float) -> None:
+    def _step(self, params: list[Tensor], lr: float, momentum: float) -> None:
         """One step of parameters of one shape, in few kernels: there may be hundreds of small ones."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        grads, averages = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
+        averages = [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(averages, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, averages, momentum)  # Nesterov
         matrices = orthogonalize(torch.stack(ahead).flatten(2))
@@ -61,6 +64,8 @@ class EMA:
     """An exponential moving average of a model's state dict, under the same names.
 
     It follows faster at first: after n updates the decay is at most (1 + n) / (10 + n).
+    `swa_utils.AveragedModel` keeps a whole second module instead, names its tensors differently from the weight files
+    and cannot start from a trained model's, so it would need more code around it than it replaces.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -100,12 +105,14 @@ class GradientClipper:
 
     def __init__(self, most: float = 1.0, spike: float = 10.0):
         self.most, self.spike = most, spike
-        self._usual = self._lost = None  # on the model's device, so that nothing waits for it
+        # On the model's device, so that nothing waits for it.
+        self._usual: Tensor | None = None
+        self._lost: Tensor | None = None
 
     def __call__(self, parameters: Iterable[nn.Parameter]) -> None:
-        parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        parameters = list(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.most)
-        if self._usual is None:
+        if self._usual is None or self._lost is None:
             self._usual, self._lost = torch.full_like(norm, torch.inf), torch.zeros_like(norm)
         good = norm.isfinite() & (norm <= self.spike * self._usual)
         known = self._usual.isfinite()
@@ -114,7 +121,8 @@ class GradientClipper:
         )
         self._lost += ~good
         for parameter in parameters:
-            parameter.grad.masked_fill_(~good, 0)
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(~good, 0)
 
     @property
     def lost(self) -> int:

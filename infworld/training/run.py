@@ -68,7 +68,8 @@ class Log:
     def __init__(self, folder: Path, began: float):
         """began: `time.monotonic()` of minute 0."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.began, self.reports = folder, began, []
+        self.folder, self.began = folder, began
+        self.reports: list[dict] = []
 
     def add(self, event: str, **values) -> None:
         """One line: the event, the minutes so far and the values, with 5 digits. Events "report" make the curves."""

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import infworld.vae
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
+from infworld.measures import psnr
 from infworld.training.data import first_seed, to_frames, to_video
-from infworld.training.measures import psnr
 from infworld.training.optim import EMA, GradientClipper, Muon, lr_at
 from infworld.training.render import render
 from infworld.training.run import Log, autocast, finish, from_rank_0, peak_gib, set_up_devices

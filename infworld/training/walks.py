@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from infworld.training.worlds import FIELD_OF_VIEW, TURN
+from infworld.training.worlds import FIELD_OF_VIEW, TURN, VIEW_DIRECTIONS
 
 Segment = tuple[int, int, int]
 
@@ -24,7 +24,7 @@ QUARTER = round(math.pi / 2 / TURN)  # frames: 80
 CIRCLE = 4 * QUARTER
 MAX_PITCH_FRAMES = 24  # random looks up and down stay within this many frames of level, clear of the pitch limit
 
-_VIEW_RISE = (0, 1, -1, 0, 0, 1, 1, -1, -1, 0)
+_VIEW_RISE = tuple(int(up) for _, up in VIEW_DIRECTIONS)
 
 
 def _pause(rng: random.Random, most: int = 24) -> list[Segment]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from infworld import camera
+from infworld.camera import DEFAULT as CAMERA
 from infworld.training.palettes import PALETTES, Palette, palette_tensor, rgb
 from infworld.training.solids import (
     BUILT,
@@ -33,30 +35,18 @@ from infworld.training.solids import (
 TRAIN_SEEDS = range(0, 10_000_000)
 EVAL_SEEDS = range(10_000_000, 11_000_000)
 
-TURN = math.radians(1.125)  # radians a frame: 80 frames are a quarter turn, 320 a full circle
-PITCH = math.radians(0.75)  # radians a frame
-PITCH_LIMIT = math.radians(22.5)
-STEP = 0.04  # units a frame
+TURN = math.radians(CAMERA.turn_degrees)  # a frame
+PITCH = math.radians(CAMERA.pitch_degrees)  # a frame
+PITCH_LIMIT = math.radians(CAMERA.pitch_limit)
+STEP = CAMERA.step  # units a frame
 EYE_HEIGHT = 0.6  # units
-FIELD_OF_VIEW = math.radians(80.0)  # horizontal
+FIELD_OF_VIEW = math.radians(CAMERA.fov_degrees)  # horizontal
 WALK_RADIUS = 7.5  # units: the walkable disc
 BODY_RADIUS = 0.3  # units: how close the camera gets to a landmark
 
-_DIAGONAL = math.sqrt(0.5)
 # (forward, left) and (yaw, pitch) of the ten indices of spec section 3; uncertain (9) stands still.
-MOVE_DIRECTIONS = (
-    (0.0, 0.0),
-    (1.0, 0.0),
-    (-1.0, 0.0),
-    (0.0, 1.0),
-    (0.0, -1.0),
-    (_DIAGONAL, _DIAGONAL),
-    (_DIAGONAL, -_DIAGONAL),
-    (-_DIAGONAL, _DIAGONAL),
-    (-_DIAGONAL, -_DIAGONAL),
-    (0.0, 0.0),
-)
-VIEW_DIRECTIONS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 0))
+MOVE_DIRECTIONS = tuple((ahead, -aside) for aside, ahead in camera.MOVE_DIRECTIONS.tolist())
+VIEW_DIRECTIONS = tuple((-right, up) for right, up in camera.VIEW_DIRECTIONS.tolist())
 
 RIDGE_SAMPLES = 256  # directions in which the height of the mountains is kept
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from unittest import mock
 
 import torch
@@ -88,10 +89,10 @@ def vae_ways(bench: Benchmark) -> None:
         for tile in (1, 2, 4):
             with bench.peak_memory(f"choice: peak memory, decode {tile} latents at a time"):
                 bench.seconds(
-                    f"choice: decode a chunk, {tile} latents at a time", lambda n=tile: vae.decode(latents, tile=n)
+                    f"choice: decode a chunk, {tile} latents at a time", partial(vae.decode, latents, tile=tile)
                 )
         for tile in (1, 4):
-            bench.seconds(f"choice: encode a chunk, {tile} latents at a time", lambda n=tile: vae.encode(video, tile=n))
+            bench.seconds(f"choice: encode a chunk, {tile} latents at a time", partial(vae.encode, video, tile=tile))
         with torch.backends.cudnn.flags(benchmark=True, allow_tf32=True):
             bench.seconds("choice: decode a chunk, cuDNN searching", lambda: vae.decode(latents), "after the search", 1)
         with mock.patch.object(infworld.vae, "_convolve_3d", infworld.vae._convolve_by_frame):

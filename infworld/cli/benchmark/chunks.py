@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from infworld.cli.benchmark.harness import Benchmark, film_histories, guidance_of, relative_error
+from infworld.cli.benchmark.record import total
 from infworld.config import FRAMES_PER_LATENT
 from infworld.memory import MAX_SINGLE_PASS, memory_latents
 from infworld.presets import EXACT, PRESETS
@@ -29,22 +30,22 @@ def chunk_seconds(bench: Benchmark, way: str, history: int, steps: float | None 
     decode, encode = record[f"{way}: decode a chunk"], record[f"{way}: encode a chunk"]
     if way == "exact":
         prepare = next(filter(None, (record[f"exact: prepare, history {h}"] for h in alike)), None)
-        parts = [prepare, decode, encode]
+        once = total([prepare, decode, encode])
     else:  # the whole history again, in proportion to its frames
         frames = 1 + (history - 1) * FRAMES_PER_LATENT
-        parts = [decode, encode and encode * frames / (bench.config.chunk_frames + 1)]
-    return None if step is None or None in parts else (steps or bench.steps) * step + sum(parts)
+        once = total([decode, encode and encode * frames / (bench.config.chunk_frames + 1)])
+    return total([once, step and step * (steps or bench.steps)])
 
 
 def film_sum(bench: Benchmark) -> None:
     """The whole film, chunk by chunk from the parts measured above."""
     for way in ("naive", "exact"):
         chunks = [chunk_seconds(bench, way, h) for h in film_histories(bench.config, bench.chunks)]
-        name = f"{way}: film"
-        if None in chunks:
+        name, film = f"{way}: film", total(chunks)
+        if film is None:
             bench.record.leave_out(name, "a figure that it rests on is not there")
         else:
-            bench.record.put(name, sum(chunks), "s", f"summed over {len(chunks)} chunks from their measured parts")
+            bench.record.put(name, film, "s", f"summed over {len(chunks)} chunks from their measured parts")
 
 
 def faster_presets(bench: Benchmark) -> None:
@@ -68,14 +69,15 @@ def faster_presets(bench: Benchmark) -> None:
             error = relative_error(chunk.latents, bench.exact_latents)
             note = "of the chunk's latents, random weights: no measure of quality"
             bench.record.put(f"{preset.name}: deviation from exact", error, "", note)
-        if None not in chunks:
+        if (film := total(chunks)) is not None:
             note = f"summed over {len(chunks)} chunks from the parts of exact"
-            bench.record.put(f"{preset.name}: film", sum(chunks), "s", note)
+            bench.record.put(f"{preset.name}: film", film, "s", note)
 
 
 def film_measured(bench: Benchmark) -> None:
     """The film itself, as far as time allows; chunks of the longest memory cost the same and may be counted by one."""
-    session, taken, done = bench.session(1), [], 0
+    session, done = bench.session(1), 0
+    taken: list[float] = []
     chunks = film_histories(bench.config, bench.chunks)
     for history in chunks:
         if taken and taken[-1] * 1.2 > bench.record.left:

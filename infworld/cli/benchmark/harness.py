@@ -50,18 +50,18 @@ class Benchmark:
             "film": f"{1 + self.chunks * self.config.chunk_frames} frames",
             "longest history": self.histories[0],
         }
-        about = {"command": shlex.join(["infworld", "benchmark", *without_out(args.command)])}
-        about |= {"machine": machine(self.device), "settings": settings}
+        command = shlex.join(["infworld", "benchmark", *without_out(args.command)])
+        about = {"command": command, "machine": machine(self.device), "settings": settings}
         self.record = Record(Path(args.out), args.budget, about)
 
     @property
     def steps(self) -> int:
         return self.config.val_scheduler_cfg.num_sampling_steps
 
-    def seconds(self, name: str, run: Callable[[], object], note: str = "", repeats: int = REPEATS) -> float | None:
+    def seconds(self, name: str, run: Callable[[], object], note: str = "", repeats: int = REPEATS) -> None:
         """Times `run`: once to warm up, then the median of as many repeats as there is time for."""
         if not self.record.allows(name, 0):
-            return None
+            return
         first = self.once(run)
         repeats = min(repeats, int(self.record.left / first))
         if repeats < 1:
@@ -69,7 +69,6 @@ class Benchmark:
         times = [self.once(run) for _ in range(repeats)]
         median = statistics.median(times)
         self.record.put(name, median, "s", note, (max(times) - min(times)) / median if repeats > 1 else None)
-        return median
 
     def once(self, run: Callable[[], object]) -> float:
         """Seconds from start to end, the device's work included."""

@@ -13,6 +13,7 @@ from infworld.dit import InfiniteWorldTransformer
 from infworld.presets import EXACT
 from infworld.sampler import guide
 from infworld.session import Session
+from infworld.settings import FilmSettings
 from infworld.text import TextEmbedding
 from infworld.vae import PIXELS_PER_LATENT, VideoVAE, build_vae
 from infworld.world import World
@@ -52,8 +53,9 @@ def noise_session(world: World, size: tuple[int, int], history: int) -> Session:
     config = world.config
     made = (history - 1) // (config.chunk_latents - 1)
     pixels = torch.randint(256, (*size, 3), generator=generator(), dtype=torch.uint8).numpy()
-    settings = {"negative_prompt": "blur", "preset": EXACT.name}
-    session = world.start(pixels, f"forward {(made + 1) * config.chunk_frames}", "a walk", **settings)
+    actions = f"forward {(made + 1) * config.chunk_frames}"
+    settings = FilmSettings.for_model(config, actions, "a walk", negative_prompt="blur", preset=EXACT.name)
+    session = world.start(pixels, settings)
     return dataclasses.replace(
         session,
         history=noise(config, size, history),

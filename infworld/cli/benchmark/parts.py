@@ -90,9 +90,9 @@ def share_of_ceilings(bench: Benchmark) -> None:
     for name, amount in zip(("matrix products", "attention"), work, strict=True):
         record.put(f"work: {name} of a step, longest history", amount, "TFLOP", "counted")
     best = max(filter(None, (record[f"ceiling: attention, {b}"] for b in ("flash", "cudnn"))), default=None)
-    seconds = record[f"exact: step, history {bench.histories[0]}"]
-    if best and seconds:
-        floor = work[0] / record["ceiling: matrix product"] + work[1] / best
+    product, seconds = record["ceiling: matrix product"], record[f"exact: step, history {bench.histories[0]}"]
+    if best and product and seconds:
+        floor = work[0] / product + work[1] / best
         note = f"{floor:.3g} s if both ran at this run's ceilings and all else took no time"
         record.put("exact: share of the ceilings in a step, longest history", 100 * floor / seconds, "%", note)
 

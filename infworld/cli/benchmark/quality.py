@@ -11,7 +11,7 @@ from torch import Tensor
 from infworld.checkpoint import load_strict, read_tensors
 from infworld.cli.benchmark.harness import Benchmark, film_histories, guidance_of, naive_attention, relative_error
 from infworld.cli.benchmark.model import noise, noise_session, plain_velocity, random_world
-from infworld.cli.benchmark.record import name_of
+from infworld.cli.benchmark.record import name_of, total
 from infworld.config import PROJECT_ROOT, ModelConfig, TextConfig, TransformerConfig, load_config
 from infworld.pictures import prepare_image
 from infworld.sampler import sample, schedule
@@ -42,8 +42,8 @@ def errors(bench: Benchmark) -> None:
 
     history = film_histories(bench.config, 2)[-1]
     name, steps = f"error of a chunk, {name_of(bench.dtype)}", [f"{w}: step, history {history}" for w in WAYS]
-    each = [bench.record[step] for step in steps]
-    if bench.record.allows(name, None if None in each else 1.1 * bench.steps * sum(each)):
+    both = total([bench.record[step] for step in steps])
+    if bench.record.allows(name, both and 1.1 * bench.steps * both):
         error = chunk_error(bench, bench.world, bench.session(history))
         bench.record.put(name, error, "", f"history {history}, {bench.steps} steps, guidance {guidance_of(bench):g}")
 

@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -95,12 +96,17 @@ def goals(results: dict) -> list[tuple[str, float, float, bool]]:
     step, film = (
         [figures.get(f"{way}: {what}") for way in ("naive", "exact")] for what in (f"step, history {longest}", "film")
     )
-    compiled_step = [step[0], figures.get(f"compiled: step, history {longest}")]
+    compiled_step = figures.get(f"compiled: step, history {longest}")
     found = [
-        ("steady step, naive / exact", ratio(step), 2.8, True),
-        ("steady step, naive / exact compiled", ratio(compiled_step), 2.8, True),
-        ("film, naive / exact", ratio(film), 3.0, True),
-        ("film, naive / fast", ratio([film[0], figures.get("fast: film")]), 10.0, True),
+        ("steady step, naive / exact", ratio(*step), 2.8, True),
+        (
+            "steady step, naive / exact compiled",
+            ratio(step[0], compiled_step),
+            2.8,
+            True,
+        ),
+        ("film, naive / exact", ratio(*film), 3.0, True),
+        ("film, naive / fast", ratio(film[0], figures.get("fast: film")), 10.0, True),
         ("peak GPU memory of a chunk, GiB", figures.get("exact: peak memory of a chunk"), 24.0, False),
         ("error of a chunk's latents, bfloat16", figures.get("error of a chunk, bfloat16"), 2e-2, False),
         ("error of a chunk's latents, float32", figures.get("error of a chunk, float32 at small size"), 1e-4, False),
@@ -113,8 +119,14 @@ def goals(results: dict) -> list[tuple[str, float, float, bool]]:
     ]
 
 
-def ratio(values: list[float | None]) -> float | None:
-    return None if None in values else values[0] / values[1]
+def ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a / b
+
+
+def total(parts: Sequence[float | None]) -> float | None:
+    """Their sum, or None if one is missing."""
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
 def table(results: dict) -> str:

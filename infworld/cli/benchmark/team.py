@@ -45,7 +45,7 @@ def main() -> None:
             steps = find_preset(name).sampler_steps(config.val_scheduler_cfg)
             measured = session.replace_settings(preset=name, steps=min(steps, args.steps or steps))
             alone = measure(one, measured, f"{name}, one", steps)
-            if team:
+            if team and together:
                 ours = measure(together, measured, f"{name}, {team.size}", steps)
                 error = float((ours - alone).norm() / alone.norm())
                 if team.is_rank0:
