@@ -149,7 +149,7 @@ def test_films_with_whole_memory_are_the_worlds_own(short_world, picture):
 def test_memory_cut_to_the_last_frame_sees_only_it(short_world, picture, monkeypatch):
     """The compressor gets one latent for every chunk; noise and actions are those of the whole film."""
     seen, asked = [], []
-    encoder, actions = short_world.transformer.latent_encoder, short_world.transformer.action_encoder
+    encoder, actions = short_world.transformer.latent_encoder.conv_in, short_world.transformer.action_encoder
     encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2]))
     actions.register_forward_pre_hook(lambda module, args: asked.append(args[1][0].tolist()))
     case = Case("a", picture, ActionScript.parse("right 8, left 8, right 8"))

@@ -51,7 +51,7 @@ def arena(hall: Hall) -> None:
             return (hall.next(voter) or {}) | {"note": EXPIRED}
         return hall.view(token) or hall.next(voter) or {"note": DONE}
 
-    at_once = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+    at_once: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
     duel = Duel(elem_id="duel")
     duel.ask(ask, None, duel, **at_once)
     duel.vote(vote, None, duel, **at_once)

@@ -104,4 +104,4 @@ class Votes:
     def _select(self, where: str, *values: str) -> list[Vote]:
         with self._lock:
             rows = self._connection.execute(f"SELECT * FROM votes {where} ORDER BY time, rowid", values).fetchall()
-        return [Vote(*row[:-1], bool(row[-1])) for row in rows]
+        return [Vote(*[*row[:-1], bool(row[-1])]) for row in rows]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from infworld.world import World
 
 DRIFTS = ("sharpness", "contrast", "saturation", "colour shift")
 CEILING_FRAMES = 21  # that go through the VAE: 6 latents
-Measures = dict[str, float | str | list]
+Measures = dict[str, Any]  # numbers, lists of numbers by chunk, words
 
 
 def round_trip(world: World) -> Callable[[np.ndarray], np.ndarray]:
@@ -52,7 +53,7 @@ def measure(take: Take, frames: np.ndarray, world: World) -> Measures:
     ends = random_floor(frames), round_trip_ceiling(frames[:CEILING_FRAMES], round_trip(world))
     if take.kind == "mirror":
         return _likeness("mirror", mirror(frames, chunk), ends)
-    returns = revisit_closure(frames, take.actions, chunk)
+    returns = revisit_closure(frames, take.actions, chunk, world.config.camera)
     found = _likeness("return", returns, ends) | _stability(frames, chunk)
     for gap, group in by_gap(returns).items():
         found |= _likeness(f"return after {gap}", group, ends)
@@ -168,7 +169,7 @@ def gaps(films: Sequence[Film]) -> dict[int, dict[str, Figure]]:
     return found
 
 
-def obedience(films: Sequence[Film]) -> list[dict[str, object]]:
+def obedience(films: Sequence[Film]) -> list[Measures]:
     """By action: what is expected, and obeyed, sign and steadiness in percent, means over pictures."""
     actions: dict[str, list[Measures]] = {}
     for film in films:

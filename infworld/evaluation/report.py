@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure as Plot
+from matplotlib.ticker import MaxNLocator
 
 from infworld.evaluation.measure import DRIFTS, Film, Row, figures, gaps, obedience
 from infworld.evaluation.run import Evaluation, write_text
@@ -150,6 +151,7 @@ def _plot(title: str, x: str, y: str):
     plot = Plot(figsize=(5.2, 3.2), layout="constrained")
     axes = plot.subplots()
     axes.set(title=title, xlabel=x, ylabel=y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # chunks
     axes.spines[["top", "right"]].set_visible(False)
     return plot, axes
 

@@ -83,7 +83,7 @@ class FilmFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         with Mp4Writer(path, fps) as mp4:
             mp4.write(frames)
-        returns = revisit_closure(frames, take.actions, world.config.chunk_frames)
+        returns = revisit_closure(frames, take.actions, world.config.chunk_frames, world.config.camera)
         far = max(returns, key=lambda found: found.gap, default=None)
         entry = {
             "case": take.case.name,

@@ -13,6 +13,7 @@ from infworld.evaluation.cases import Case
 from infworld.metrics.memory import inverse
 from infworld.progress import Progress
 from infworld.session import Session
+from infworld.settings import FilmSettings
 from infworld.world import World
 
 WHOLE, LAST = "whole", "last"  # memory: of all frames, or of the last one alone
@@ -75,10 +76,10 @@ def plan(cases: tuple[Case, ...], scope: Scope, chunk: int, seed: int) -> list[T
         length = min(scope.walk_chunks, -(-len(case.actions) // chunk))
         there = ActionScript.from_pairs([pair for pair in case.actions.pairs() if pair != NO_OP][:chunk]).cut(chunk)
         for memory in scope.memories:
-            common = {"case": case, "seed": seed + index, "memory": memory}
-            takes.append(Take("walk", actions=case.actions.cut(length * chunk), chunks=length, **common))
+            walk = Take("walk", case, case.actions.cut(length * chunk), length, seed + index, memory)
+            takes.append(walk)
             if set(there.pairs()) != {NO_OP}:
-                takes.append(Take("mirror", actions=there + inverse(there), chunks=2, **common))
+                takes.append(dataclasses.replace(walk, kind="mirror", actions=there + inverse(there), chunks=2))
     for index, case in enumerate(cases[: scope.action_pictures]):
         for move, view in scope.actions:
             held = ActionScript((Segment(move, view, chunk),))
@@ -91,7 +92,8 @@ def plan(cases: tuple[Case, ...], scope: Scope, chunk: int, seed: int) -> list[T
 def film(world: World, take: Take, choices: dict, heard: Callable[[Progress], None] | None = None) -> np.ndarray:
     """All frames of a take, the picture first: (1 + chunks * chunk, H, W, 3) uint8. choices: preset, steps, guidance,
     as `World.start` takes them."""
-    session = world.start(take.case.picture, take.actions, take.case.prompt, seed=take.seed, **choices)
+    settings = FilmSettings.for_model(world.config, take.actions, take.case.prompt, seed=take.seed, **choices)
+    session = world.start(take.case.picture, settings)
     frames = [session.picture]
     for _ in range(take.chunks):
         chunk = world.next_chunk(session, heard)

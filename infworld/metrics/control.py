@@ -41,10 +41,10 @@ class Control:
 
 def flows(frames: np.ndarray, interval: int = 1) -> Iterator[np.ndarray]:
     """Optical flow (H, W, 2) in pixels, x right and y down, from each `interval`-th frame to the next such."""
-    method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    method = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames[::interval]]
     for first, second in zip(grey, grey[1:], strict=False):
-        yield method.calc(first, second, None)
+        yield method.calc(first, second, None)  # type: ignore[call-overload]  # it makes room for the flow itself
 
 
 def motion(frames: np.ndarray) -> Motion:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from infworld.actions import MOVES, VIEWS, ActionScript, Segment
-from infworld.camera import revisits, walk
-from infworld.metrics.similarity import best_match, psnr, ssim
+from infworld.camera import DEFAULT, revisits, walk
+from infworld.config import CameraConfig
+from infworld.measures import psnr, ssim
+from infworld.metrics.similarity import best_match
 
 REACH = 4  # frames before and after that a return may come and still be found
 OPPOSITES = {"forward": "back", "left": "right", "up": "down"}
@@ -50,13 +52,15 @@ def mirror(frames: np.ndarray, chunk: int, every: int = 4, reach: int = REACH) -
     return [_compare(frames, i, last - i, chunk, reach) for i in range(0, last // 2, every)]
 
 
-def revisit_closure(frames: np.ndarray, actions: ActionScript, chunk: int, reach: int = REACH) -> list[Return]:
+def revisit_closure(
+    frames: np.ndarray, actions: ActionScript, chunk: int, camera: CameraConfig = DEFAULT, reach: int = REACH
+) -> list[Return]:
     """Every return of the walk to a view that it had left, found by dead reckoning (`camera.revisits`).
 
-    The earliest view of a place is what later ones are compared with, so that gaps grow with the film.
+    Of equal views the earliest is what later ones are compared with, so that gaps grow with the film.
     """
-    poses = walk(actions, len(frames))
-    return [_compare(frames, first, again, chunk, reach) for first, _, again in revisits(poses, MANY)]
+    poses = walk(actions, len(frames), camera)
+    return [_compare(frames, first, again, chunk, reach) for first, _, again in revisits(poses, MANY, camera)]
 
 
 def by_gap(returns: list[Return]) -> dict[int, list[Return]]:
@@ -68,8 +72,8 @@ def by_gap(returns: list[Return]) -> dict[int, list[Return]]:
 
 
 def _compare(frames: np.ndarray, first: int, again: int, chunk: int, reach: int) -> Return:
-    a, b = frames[first : first + 1], frames[again : again + 1]
+    a, b = frames[first], frames[again]
     # Not past the middle, where a return would be compared with itself.
     within = min(reach, max(0, (again - first - 1) // 2))
     best = best_match(frames, first, frames[again], within)
-    return Return(first, again, (again - first) / chunk, float(psnr(a, b)[0]), float(ssim(a, b)[0]), best)
+    return Return(first, again, (again - first) / chunk, float(psnr(a, b)), float(ssim(a, b)), best)

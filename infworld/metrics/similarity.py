@@ -5,26 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from skimage.metrics import structural_similarity
 
-MAX_PSNR = 60.0  # dB, of equal pictures
+from infworld.measures import psnr
+
 FLOOR_PAIRS = 64
-
-
-def psnr(frames: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio, 10 log10(255^2 / MSE), of each frame, (T,) dB, at most `MAX_PSNR`.
-
-    frames, reference: (T, H, W, 3) uint8; either may have one frame only, which is compared with all.
-    """
-    error = np.square(frames.astype(np.float32) - reference).mean(axis=(1, 2, 3))
-    return np.minimum(10 * np.log10(255**2 / np.maximum(error, 1e-9)), MAX_PSNR)
-
-
-def ssim(frames: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Structural similarity of each frame, (T,), 1 for equal pictures: Gaussian window of 1.5 pixels, mean over
-    channels (Wang et al. 2004, by scikit-image). frames, reference: (T, H, W, 3) uint8."""
-    settings = {"gaussian_weights": True, "use_sample_covariance": False, "data_range": 255, "channel_axis": -1}
-    return np.array([structural_similarity(*pair, **settings) for pair in zip(frames, reference, strict=True)])
 
 
 def best_match(frames: np.ndarray, at: int, target: np.ndarray, reach: int) -> float:

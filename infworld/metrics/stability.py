@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from infworld.metrics.similarity import psnr
+from infworld.measures import psnr
 
 SEAM_REACH = 16  # steps on either side of a border that it is compared with
 STILL = 0.05  # levels of 255: steps below this are rounding
@@ -52,7 +52,7 @@ def drift(frames: np.ndarray, chunk: int) -> dict[str, np.ndarray]:
 
 def still_likeness(frames: np.ndarray) -> float:
     """PSNR in dB of the last frame against the picture: how far a film under no-op has gone from where it began."""
-    return float(psnr(frames[-1:], frames[:1])[0])
+    return float(psnr(frames[-1], frames[0]))
 
 
 def seams(frames: np.ndarray, chunk: int) -> np.ndarray:

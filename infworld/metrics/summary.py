@@ -19,7 +19,7 @@ class Figure:
     films: int
 
 
-def summarize(values: Sequence[float]) -> Figure:
+def summarize(values: Sequence[float | None]) -> Figure:
     """Mean of one value per film, NaN left out, with the percentile bootstrap over films (2000 resamples, seed 0)."""
     found = np.array([value for value in values if value is not None and np.isfinite(value)], dtype=float)
     if len(found) < 2:
