@@ -52,7 +52,13 @@ _BOUNDS = {
     **{"dim_mult": (1, 64), "num_res_blocks": (0, 64), "latents_mean": (-1e6, 1e6), "latents_std": (1e-6, 1e6)},
     **{"model_max_length": (1, 65_536), "vocab": (1, 10_000_000), "num_buckets": (2, 4096)},
     **{"shift": (1e-3, 1000), "num_sampling_steps": (1, 1000), "text_cfg_scale": (-100, 100)},
-    **{"num_frames": (-math.inf, 1001), "chunk_lengths": (4, 1000), "fps": (1, 240), "trained_chunks": (1, 10_000), "max_chunks": (1, 10_000)},
+    **{
+        "num_frames": (-math.inf, 1001),
+        "chunk_lengths": (4, 1000),
+        "fps": (1, 240),
+        "trained_chunks": (1, 10_000),
+        "max_chunks": (1, 10_000),
+    },
     "buckets": (-math.inf, 4096),
 }
 MAX_BYTES, MAX_DEPTH, MAX_ENTRIES = 100_000, 16, 1000  # of a config file, of its nesting, of a list in it

@@ -1,7 +1,7 @@
 """Memory, noisy latents, actions, text -> velocity: the diffusion transformer (spec section 7).
 
-A memory token never depends on the noise or the timestep, so the memory's way through the blocks is computed once
-per chunk and text (`encode_memory`) and each sampler step (`denoise`) reads it. `forward` does both: the plain
+A memory token never depends on the noise or the timestep, so its tokens at the input of every block are computed
+once per chunk and text (`encode_memory`) and each sampler step (`denoise`) reads it. `forward` does both: the plain
 reference, and what training uses.
 """
 
@@ -40,7 +40,7 @@ class TextContext:
 class MemoryStream:
     """What the noisy tokens read of the memory: its tokens (B, M h w / 4, dim) as they enter each block.
 
-    `tokens` can be gone through any number of times; where they are not kept on the GPU, each is good until the next.
+    `tokens` can be iterated any number of times; where they are not kept on the GPU, each is valid until the next.
     """
 
     tokens: Iterable[Tensor]
@@ -89,7 +89,7 @@ class InfiniteWorldTransformer(nn.Module):
     def encode_memory(
         self, memory: Tensor, context: TextContext, keep: str = "gpu", layout: TokenLayout = LOCAL
     ) -> MemoryStream:
-        """The memory latents' (B, 16, M, h, w) way through all blocks, modulated for timestep 0.
+        """The memory latents (B, 16, M, h, w) through all blocks, modulated for timestep 0.
 
         keep: "gpu", "cpu" or "recompute", see `KEEP`. layout: where the tokens are.
         """
@@ -132,8 +132,8 @@ class InfiniteWorldTransformer(nn.Module):
 
         The first calls take up to a minute, longer with gradients.
         """
-        # Fused so, the gradients of shifts, scales and gates that are parts of one tensor come out wrong: they are what
-        # happened to be in memory (pytorch issue 193061). The option is there from torch 2.10 on.
+        # This fusion leaves the gradients of shifts, scales and gates, which are slices of one tensor, uninitialised
+        # (pytorch issue 193061). The option is there from torch 2.10 on.
         fused = "triton.mix_order_reduction"
         options = {fused: False} if fused in torch._inductor.list_options() else {}
         for block in self.blocks:
@@ -141,9 +141,9 @@ class InfiniteWorldTransformer(nn.Module):
             block.noisy_step = torch.compile(block.noisy_step, fullgraph=True, options=options)
 
     def offload_blocks(self) -> None:
-        """Moves the blocks to the CPU's memory, from where they pass through the model's device one after the other.
+        """Moves the blocks to the CPU's memory, from where they are streamed through the model's device one by one.
 
-        They compute the same, and are compiled no more.
+        Results stay the same; compiled steps are dropped.
         """
         if isinstance(self.blocks, StreamedBlocks):
             return

@@ -1,13 +1,13 @@
-"""The released weights: found on this machine, or downloaded from the Hub. Before `rollout`, which loads them.
+"""The released weights: found on this machine, or downloaded from the Hub. `loading` loads them.
 
 Files are looked for where the config says, then in the folder of `weights_folder`, then in the Hub's cache, where
-`preload_from_hub` puts them when a Space is built. What is nowhere is downloaded to `weights_folder`: `checkpoints/`
+`preload_from_hub` puts them when a Space is built. What is missing is downloaded to `weights_folder`: `checkpoints/`
 in a clone, because that is where the config and a person look; else a folder below HF_HOME, which is the user's own and
-which a Space's persistent storage keeps. Never to the Hub's cache: a file that is there is used from there, so none is
-stored twice.
+which a Space's persistent storage keeps. Nothing is downloaded to the Hub's cache, but files that are
+there are used, so that none is stored twice.
 
-The first download of a repository resolves `main` to one commit and writes it down in `.hub.json` beside the files;
-everything after that, also a download taken up again, comes from that commit. `revision` or INFWORLD_REVISION choose
+The first download of a repository resolves `main` to one commit and records it in `.hub.json` beside the files;
+later and resumed downloads use that commit. `revision` or INFWORLD_REVISION choose
 another one of the main repository. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean to
 huggingface_hub.
 """
@@ -55,11 +55,11 @@ RECORD = ".hub.json"
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """What a `fetch` does: the config as it will be, with absolute paths, and the files that have to come first."""
+    """What a `fetch` does: the config as it will be, with absolute paths, and the files to download for it."""
 
     config: ModelConfig
     files: tuple[HubFile, ...]
-    damages: tuple[str, ...] = ()  # what is wrong with files that are there
+    damages: tuple[str, ...] = ()  # descriptions of damaged files
 
 
 def weights_folder() -> Path:
@@ -77,7 +77,7 @@ def weights_folder() -> Path:
 def find(config: ModelConfig) -> ModelConfig | None:
     """The config with absolute paths if every file that it names is on this machine, else None.
 
-    Looks at names only: quick, without network and without torch. `check` looks into the files.
+    Only looks at names: fast, without network or torch. `check` looks into the files.
     """
     places = {key: _locate(config, key, name, weights_folder()) for key, name in _named(config).items()}
     return _placed(config, places) if all(places.values()) else None
@@ -92,16 +92,16 @@ def fetch(
 ) -> ModelConfig:
     """The config with absolute paths, after what is missing or damaged has been downloaded and all was checked.
 
-    progress: called a few times per second; what it raises stops the download, which can be taken up again.
+    progress: called a few times per second; an exception from it stops the download, which can be resumed.
     revision: commit, tag or branch of the main repository (None: INFWORLD_REVISION, else the commit that was
     downloaded before, else `main` of today). to: folder to download to (None: `weights_folder()`).
-    Raises HubError for what the Hub, the network or the disk did not give, ValueError for files that do not fit.
+    Raises HubError for failures of the Hub, the network or the disk, ValueError for files that do not fit the config.
     """
     folder = _folder(to)
     todo = plan(config, revision=revision, to=folder)
     if todo.files:
         with locked(folder):
-            todo = plan(config, revision=revision, to=folder)  # another process may have been at it until now
+            todo = plan(config, revision=revision, to=folder)  # another process may have downloaded them meanwhile
             for damage in todo.damages:
                 log.warning("%s", damage)
             check_space(todo.files)
@@ -114,9 +114,9 @@ def fetch(
 
 
 def plan(config: ModelConfig, *, revision: str | None = None, to: str | Path | None = None) -> DownloadPlan:
-    """What `fetch` with these arguments would download; asks the Hub if that is anything. Raises the same errors.
+    """What `fetch` would download with these arguments; asks the Hub if anything is missing. Raises the same errors.
 
-    A damaged file counts as missing. Where a revision is asked for, so does a file of another content than it has.
+    A damaged file counts as missing, and so does a file whose content differs from a revision that is given.
     """
     folder = _folder(to)
     revision = revision or os.environ.get("INFWORLD_REVISION") or None
@@ -178,7 +178,7 @@ def check(config: ModelConfig) -> None:
 
 
 def _named(config: ModelConfig) -> dict[str, str]:
-    """The file or folder that the config names for each of its parts. ValueError for one that is left empty."""
+    """The file or folder that the config names for each of its parts. Raises ValueError for an empty one."""
     text = config.text_encoder_cfg
     named = {
         "transformer": config.checkpoint_path,
@@ -224,12 +224,12 @@ def _locate(config: ModelConfig, key: str, name: str, folder: Path) -> Path | No
 
 
 def _is_there(key: str, place: Path) -> bool:
-    """A tokenizer folder is complete with its config: it is the last file that a download in order of names brings."""
+    """A tokenizer folder is complete if its config is there, the last file in order of names and so of a download."""
     return (place / "tokenizer_config.json" if key == TOKENIZER else place).is_file()
 
 
 def _match(key: str, name: str, paths: Iterable[str]) -> list[str]:
-    """The files of a repository that a config's name stands for: those with most of the path's end in common.
+    """The files of a repository that a config's name stands for: those whose paths have the longest common ending.
 
     The repositories keep the same files in different folders: `models/google/umt5-xxl/` here, `google/umt5-xxl/` there.
     """
@@ -273,7 +273,7 @@ def _is_cached(place: Path) -> bool:
 
 
 def _read(key: str, path: Path):
-    """The tensors of a file, mapped and not read, or the tokenizer. ValueError for a damaged one."""
+    """The tensors of a file, mapped and not read, or the tokenizer. Raises ValueError for a damaged one."""
     from infworld.checkpoint import read_tensors
     from infworld.text import load_tokenizer
 
@@ -292,9 +292,9 @@ def _damage(key: str, path: Path) -> str | None:
 
 
 class _Listings:
-    """What the repositories have at one commit each; asked for when it is needed, and once.
+    """The repositories' files at one commit each, listed once when first needed.
 
-    revisions: by repository; one that is not named is taken as `main` is now.
+    revisions: by repository; the others are taken at the current `main`.
     """
 
     def __init__(self, revisions: dict[str, str]):
@@ -302,7 +302,7 @@ class _Listings:
         self._known: dict[str, tuple[str, dict]] = {}
 
     def files(self, key: str, name: str, target: Path) -> list[HubFile]:
-        """The files of a part, from the first repository that has it. HubError if none does."""
+        """The files of a part, from the first repository that has it. Raises HubError if none does."""
         for repo in (REPO, FALLBACK_REPO):
             commit, entries = self._listing(repo)
             if paths := _match(key, name, entries):

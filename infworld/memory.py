@@ -21,7 +21,7 @@ MapWindows = Callable[[Callable[[Tensor], Tensor], list[Tensor]], Iterable[Tenso
 
 
 class MemoryCompressor(nn.Module):
-    """Squeezes any number of history latents into at most 20, a quarter of them in time up to 80 latents."""
+    """Compresses any number of history latents into at most 20; up to 80 latents, fourfold in time."""
 
     def __init__(self, channels: int = 16, hidden: int = 256, num_heads: int = 8):
         super().__init__()

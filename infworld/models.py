@@ -1,4 +1,4 @@
-"""Which model runs: what is on this machine, what is downloaded, what is taken when nobody chooses. Above `hub`."""
+"""Which model runs: those on this machine, what is downloaded, and the default. Above `hub`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from infworld.devices import pick_device
 log = logging.getLogger(__name__)
 
 RELEASED, SMALL = "infinite-world", "tiny"
-# Bytes of a GPU that the released model fits on without being asked for: the cards that are sold as 24 GB.
+# GPU memory in bytes from which the released model is the default: cards sold as 24 GB.
 FITTING = 22 * 2**30
 FITTING_CAPABILITY = (8, 0)  # from here on GPUs compute in bfloat16
 
@@ -24,7 +24,7 @@ FITTING_CAPABILITY = (8, 0)  # from here on GPUs compute in bfloat16
 def default_model(device: str = "auto") -> str:
     """INFWORLD_MODEL; else the released model where its weights are here and a GPU that it fits on; else the small one.
 
-    Raises ValueError for a device that is not there.
+    Raises ValueError for an unavailable device.
     """
     if chosen := os.environ.get("INFWORLD_MODEL"):
         return chosen
@@ -41,7 +41,7 @@ def fits(device: torch.device) -> bool:
 def prepare(name: str | Path) -> ModelConfig:
     """The config of a model, with all its files on this machine: found, or downloaded with a bar in the console.
 
-    Raises FileNotFoundError or ValueError for a config that cannot be, HubError for a download that cannot be.
+    Raises FileNotFoundError or ValueError for an invalid config, HubError for a failed download.
     """
     config = load_config(name)
     if found := hub.find(config):

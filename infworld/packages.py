@@ -1,7 +1,8 @@
-"""A block's two steps compiled ahead of time, for where torch.compile cannot work (ZeroGPU) or takes too long.
+"""A block's two steps compiled ahead of time, where torch.compile does not work (ZeroGPU) or takes too long.
 
-A package is native code for one kind of device and one version of torch. It holds no weights, so that one serves all
-blocks of a model; lengths of memory, noise and text are free. `make` writes it, `apply` finds one that fits.
+A package is native code for one kind of device and one version of torch. It holds no weights, so that one package
+serves all blocks of a model; the lengths of memory, noise and text may vary. `make` writes it, `apply` finds one that
+fits.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from infworld.vae import PIXELS_PER_LATENT
 log = logging.getLogger(__name__)
 
 STEPS = {"memory_step": 1, "noisy_step": 2}  # of a block; how many tensors of tokens each takes
-RECORD = "blocks.json"  # says what a package was made for, and that it is complete
+RECORD = "blocks.json"  # records what a package was made for; written last, so that it marks a complete package
 # By how much of the largest value compiled steps may deviate: rounding, and no more.
 ALLOWED = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# What a compiler for this CPU may make use of, by the beginnings of the kernel's names for it.
+# Prefixes of the kernel's names for the instruction sets that a compiler may use.
 INSTRUCTIONS = ("sse", "ssse", "avx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "adx", "amx", "asimd", "sve")
 _USELESS = "the blocks compiled ahead of time do not work here, so on without: %s"
 
@@ -48,10 +49,10 @@ def folder_name(name: str, device: torch.device) -> str:
 def make(config: ModelConfig, device: torch.device, dtype: torch.dtype, folder: Path) -> float:
     """Compiles the steps of the model's blocks into `folder`, which takes about a minute and no weights.
 
-    Returns by how much of the largest value the result deviates from what is not compiled. ValueError where that is
-    more than rounding; what was in the folder is then no package any more.
+    Returns the largest deviation from uncompiled blocks, relative to the largest value. Raises ValueError where that is
+    more than rounding; the folder then holds no package any more.
     """
-    import spaces  # patches torch on ZeroGPU, and else is needed nowhere in this library
+    import spaces  # patches torch on ZeroGPU; not needed elsewhere in this library
 
     sizes = config.model_cfg
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,9 +79,9 @@ def make(config: ModelConfig, device: torch.device, dtype: torch.dtype, folder: 
 
 
 def apply(transformer: InfiniteWorldTransformer, places: Iterable[Path]) -> bool:
-    """Lets the blocks take their steps by a package, if there is one that fits; whether there is.
+    """Makes the blocks use a fitting package; returns whether there is one.
 
-    places: folders to look in. A package that is damaged, or that fails later, is logged in one line, and the blocks do
+    places: folders to look in. A package that is damaged, or fails later, is logged in one line, and the blocks work
     without it.
     """
     try:
@@ -93,7 +94,7 @@ def apply(transformer: InfiniteWorldTransformer, places: Iterable[Path]) -> bool
         if folder is None:
             return False
         codes = {step: _Code(_package(folder, step)) for step in STEPS}
-    except Exception as error:  # of whatever kind: the blocks need no package
+    except Exception as error:  # of any kind: blocks work without a package
         log.warning(_USELESS, error)
         return False
     for step, code in codes.items():
@@ -117,12 +118,12 @@ class _Code:
     def __call__(self, weights: dict[str, Tensor], *inputs: Any) -> Tensor:
         device = torch.cuda.device(inputs[0].device) if inputs[0].is_cuda else nullcontext()
         with device, self._one_at_a_time:
-            # A dict that it has not seen, or it would not look where the weights are now.
+            # A new dict, or it would not notice where the weights are now.
             return self._context.run(self._model, dict(weights), True, *inputs)
 
 
 class _Step:
-    """Stands in for a block's step and leaves to that what the package was not made for."""
+    """Takes the place of a block's step, which still handles what the package was not made for."""
 
     def __init__(self, block: Block, step: str, code: _Code):
         self._own = getattr(block, step)
@@ -138,7 +139,7 @@ class _Step:
             return self._own(*inputs)
         try:
             return self._code(self._weights, *inputs[: self._count])
-        except Exception as error:  # of whatever kind: the block's own step will do, or say it better
+        except Exception as error:  # of any kind: the block's own step works, or reports it better
             self._code.works = False
             log.warning(_USELESS, error)
             return self._own(*inputs)
@@ -149,7 +150,7 @@ def _package(folder: Path, step: str) -> Path:
 
 
 def _fitting(wanted: dict[str, Any], records: Iterable[Path]) -> Path | None:
-    """The folder of the first whole package that was made, by its record, for what is wanted."""
+    """The folder of the first complete package whose record matches what is wanted."""
     for path in records:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -170,7 +171,7 @@ def _fitting(wanted: dict[str, Any], records: Iterable[Path]) -> Path | None:
 
 
 def _fingerprint(sizes: TransformerConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What has to be the same where a package is made and where it is used, JSON values.
+    """What must be equal where a package is made and where it is used, as JSON values.
 
     The CPU's instructions count for a GPU's package too, whose kernels are called by code for the CPU; those of the
     package have to be among those of the machine.

@@ -32,7 +32,7 @@ class Preset:
         return min(own, max(self.min_steps, math.ceil(self.steps * own)))
 
     def passes(self, steps: int, guidance: float) -> int:
-        """How often the transformer runs for a chunk of so many steps: what its time goes with."""
+        """How often the transformer runs for a chunk of `steps` steps, to which its time is proportional."""
         return steps if guidance == 1 else steps + math.ceil(steps / self.guidance_interval)
 
 

@@ -81,7 +81,7 @@ class Session:
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **settings))
 
     def save(self, path: str | Path) -> None:
-        """Writes one `.safetensors` file. ValueError if it cannot be written."""
+        """Writes one `.safetensors` file. Raises ValueError if it cannot be written."""
         values = {"model": self.model, "num_frames": self.num_frames, **vars(self.settings)}
         values["actions"] = [[s.move, s.view, s.frames] for s in self.settings.actions.segments]
         save_tensors(path, self._tensors(), {"format": SESSION_FORMAT, "session": json.dumps(values)})

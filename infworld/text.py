@@ -1,10 +1,10 @@
 """Prompt -> text embedding: the released model's umT5 through transformers, and our own small encoder of bytes.
 
-Both clean the text, pad it to `model_max_length` and give the raw output with its mask; what the transformer does
-with the padding is its own affair (spec section 5), and nothing in it depends on what stands there.
+Both clean the text, pad it to `model_max_length` and return the raw output with its mask. How padding is treated is up
+to the transformer (spec section 5); its result does not depend on the padding's values.
 
-umT5 is four times as large as the rest of the model and needed for a moment only: `UMT5OnDemand` reads it when a text
-comes that it has not seen, and remembers on disk what it made of each.
+umT5 is four times as large as the rest of the model and needed only briefly: `UMT5OnDemand` loads it for texts that it
+has not seen before and caches their embeddings on disk.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from infworld.config import PROJECT_ROOT, ModelConfig, TextConfig
 
 log = logging.getLogger(__name__)
 
-UMT5_MAX_DISTANCE = 128  # of the relative positions; further apart counts as this far
+UMT5_MAX_DISTANCE = 128  # of the relative positions; larger distances count as this one
 START = 256  # first id of every byte text, so that an empty one has something to attend to; also the padding
 BYTE_VOCAB = START + 1
 INIT_STD = 0.02
@@ -42,7 +42,7 @@ PLACEMENTS = ("auto", "gpu", "cpu")
 FILM_ROOM = 12 * 2**30  # bytes of GPU memory that a film of the released model takes beside its weights, at most
 ENCODING_ROOM = 2**30  # bytes that umT5 takes beside its weights
 EMBEDDINGS_KEPT = 500  # on disk; 16 kB a token each
-_SAMPLES, _SAMPLE = 64, 4096  # how many bytes of a weight file, and in how many places, tell it from another
+_SAMPLES, _SAMPLE = 64, 4096  # bytes that are hashed of a weight file, at so many places, to identify it
 
 # Released name -> transformers' name of the umT5 encoder's tensors, outside and inside `blocks.N.`.
 _UMT5_NAMES = {"token_embedding": "embed_tokens", "norm": "final_layer_norm"}
@@ -84,7 +84,8 @@ def clean_text(text: str) -> str:
 def load_text_encoder(
     config: ModelConfig, device: str | torch.device, dtype: torch.dtype
 ) -> UMT5TextEncoder | ByteTextEncoder:
-    """The text encoder of a model with its weights. FileNotFoundError or ValueError names a file that is not right."""
+    """The text encoder of a model with its weights. Raises FileNotFoundError or ValueError naming a missing or
+    unsuitable file."""
     text, path = config.text_encoder_cfg, _weights(config)
     if text.type == "bytes":
         return load_strict(lambda: ByteTextEncoder(text), read_tensors(path), where=path, device=device, dtype=dtype)
@@ -100,7 +101,7 @@ def open_text_encoder(
 ) -> UMT5OnDemand | ByteTextEncoder:
     """A model's text encoder for filming: umT5 on demand (`placement`: see there), or the small encoder itself.
 
-    Errors as of `load_text_encoder`; whatever can be seen without reading 11 GB is seen here.
+    Raises the errors of `load_text_encoder`, as far as they show without reading 11 GB.
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"the text encoder's placement must be auto, gpu or cpu, not {placement!r}")
@@ -110,11 +111,11 @@ def open_text_encoder(
 
 
 class UMT5OnDemand:
-    """umT5 that is in memory only while a new text needs it; embeddings are kept on disk, so that none is made twice.
+    """umT5, in memory only while a new text needs it; embeddings are cached on disk.
 
-    placement: "auto" encodes on `device` if umT5 fits there now, and stays if it leaves room for a film; else on the
-    CPU. "gpu": loaded now, for good (as ZeroGPU wants it). "cpu": never on the GPU, and never larger in memory than
-    its file, of which the system keeps as much as it has room for.
+    placement: "auto" encodes on `device` if umT5 fits there, and stays loaded if that leaves room for a film; otherwise
+    it encodes on the CPU. "gpu": loaded at once and kept, as ZeroGPU requires. "cpu": never on the GPU; the file is
+    memory-mapped, so that the system may drop its pages.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype, placement: str = "auto"):
@@ -142,11 +143,11 @@ class UMT5OnDemand:
         return TextEmbedding(hidden, mask)
 
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
-        """Hidden states (tokens, C) float32 of each text, on the CPU; remembered."""
+        """Hidden states (tokens, C) float32 of each text, on the CPU; cached."""
         if self._encoder is None:
             self._encoder = self._load(place(self._placement, self._device, self._bytes))
         found = {}
-        for text in texts:  # one by one, as one that is remembered must not depend on others
+        for text in texts:  # one by one, as a cached embedding must not depend on the rest of a batch
             encoded = self._encoder.encode([text])
             found[text] = encoded.hidden[0, : int(encoded.mask.sum())].cpu()
             _remember(self._file(text), found[text])
@@ -172,7 +173,7 @@ class UMT5OnDemand:
         try:
             hidden = read_tensors(path)["hidden"]
             os.utime(path)
-        except (OSError, ValueError, KeyError):  # not there, or cut off
+        except (OSError, ValueError, KeyError):  # missing or truncated
             return None
         return hidden
 
@@ -182,7 +183,7 @@ class UMT5OnDemand:
 
     @cached_property
     def _identity(self) -> str:
-        """Tells this encoder from any other, by its files' content; a copy elsewhere is the same."""
+        """Identifies this encoder by its files' content, wherever they are stored."""
         digest = hashlib.sha256(str(self._config.text_encoder_cfg.model_max_length).encode())
         size = self._path.stat().st_size
         with self._path.open("rb") as file:
@@ -202,7 +203,7 @@ def place(placement: str, device: torch.device, size: int) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still have of a GPU, those that torch keeps without need included."""
+    """GPU memory in bytes that this process can still allocate, including what torch has cached but does not use."""
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
     allowed = total * torch.cuda.get_per_process_memory_fraction(device) - allocated
@@ -210,7 +211,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def embeddings_folder() -> Path:
-    """Where text embeddings are remembered: below XDG_CACHE_HOME, else ~/.cache, else (without a home) the project."""
+    """Where text embeddings are cached: below XDG_CACHE_HOME, else ~/.cache, else (without a home) the project."""
     try:
         home = Path.home()
     except RuntimeError:
@@ -219,7 +220,7 @@ def embeddings_folder() -> Path:
 
 
 def _remember(path: Path, hidden: Tensor) -> None:
-    """Keeps an embedding, and of all only the latest."""
+    """Caches an embedding and removes the oldest ones beyond the limit."""
     try:
         save_tensors(path, {"hidden": hidden})
         files = sorted(path.parent.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
@@ -245,7 +246,7 @@ class UMT5TextEncoder(nn.Module):
     def encode(self, texts: list[str]) -> TextEmbedding:
         """Cleans, tokenises to exactly `model_max_length` (longer text is cut) and encodes. Padding comes out zero.
 
-        Only as much as there is text goes through the encoder: padding is masked in it, and masked again afterwards.
+        Only the text itself goes through the encoder, since padding is masked there anyway.
         """
         tokens = self.tokenizer(
             [clean_text(text) for text in texts],
@@ -443,5 +444,5 @@ class ByteBlock(nn.Module):
 
 
 def _cut(text: str, length: int) -> bytes:
-    """The first bytes of a text, at most `length`, without half a character at the end."""
+    """The first bytes of a text, at most `length`, ending with a whole character."""
     return text.encode("utf-8", errors="replace")[:length].decode("utf-8", errors="ignore").encode("utf-8")

@@ -1,7 +1,7 @@
-"""One file from the Hub to the disk: resumed, hashed, with patience and plain errors. Knows no model; `hub` calls it.
+"""Downloads one file from the Hub: resumable, hashed, retried, with clear errors. Knows no model; `hub` calls it.
 
-huggingface_hub's own download goes on within one call, but begins a file anew after its process has died (in 2.4 it
-deletes the part it had). At 11 GB that matters: the bytes are fetched here, with the client's session and its headers.
+huggingface_hub's own download resumes within one call, but starts a file over when its process has died (2.4 deletes
+the partial file). At 11 GB that matters, so the bytes are fetched here, with the client's session and headers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TIMEOUT = 30  # seconds without a byte
 PAUSES = (1, 2, 4, 8, 16)  # seconds before another try, as long as nothing arrives
 LONGEST_PAUSE = 120  # seconds that a download waits when the Hub asks to slow down
 
-# What goes wrong on the way: the client's own base class, from httpx or httpx2 as its version has it.
+# Network errors: the client's base class, from httpx or httpx2, depending on its version.
 NETWORK_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OfflineModeIsEnabled)
 OTHER_FOLDER = "choose another folder with INFWORLD_CHECKPOINTS (infworld download: --to)"
 _BLOCK = 1 << 20
@@ -39,12 +39,12 @@ _REPORT_EVERY = 0.2  # seconds
 
 
 class HubError(OSError):
-    """What the Hub, the network or the disk did not give; the message names the way out."""
+    """A failure of the Hub, the network or the disk; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file to download: where on the Hub, its size in bytes, its hash, and where it goes.
+    """One file to download: its place on the Hub, size in bytes, hash and target path.
 
     digest: sha256 of a large file, git's blob SHA-1 of a small one: what the Hub lists for it.
     """
@@ -58,7 +58,7 @@ class HubFile:
 
     @property
     def part(self) -> Path:
-        """The unfinished file; another content, another name, so that two are never mixed."""
+        """The partial file. Its name depends on the content, so that two are never mixed."""
         return self.target.with_name(f".{self.target.name}.{self.digest[:12]}.part")
 
     @property
@@ -69,7 +69,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Transfer:
-    """How far a download is: bytes of all files together, bytes per second, seconds left (None: not known yet)."""
+    """Progress of a download: bytes of all files together, bytes per second, seconds left (None: not known yet)."""
 
     file: str
     done: int
@@ -99,7 +99,7 @@ def size_text(size: float) -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One download at a time into a folder; another process waits and then finds the files there."""
+    """Allows one download at a time into a folder; another process waits and then finds the files."""
     with explained_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".hub.lock").touch()
@@ -108,7 +108,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_space(files: Iterable[HubFile]) -> None:
-    """HubError if a disk has not room for all that goes there, with ROOM to spare."""
+    """Raises HubError if a disk has no room for the files that go there, with ROOM to spare."""
     needed: dict[int, list[HubFile]] = {}
     for file in files:
         needed.setdefault(_existing(file.target).stat().st_dev, []).append(file)
@@ -137,7 +137,7 @@ def _existing(path: Path) -> Path:
 
 
 def download(file: HubFile, meter: TransferProgress) -> None:
-    """Brings one file to its place, whole and with the right hash or not at all; goes on from its part."""
+    """Downloads one file to its target, complete and with the right hash or not at all; resumes from a partial file."""
     with explained_disk(file.target.parent):
         file.target.parent.mkdir(parents=True, exist_ok=True)
         if file.part.is_file() and file.part.stat().st_size > file.size:
@@ -175,7 +175,8 @@ def download(file: HubFile, meter: TransferProgress) -> None:
 
 
 def _blocks(file: HubFile, start: int) -> Iterator[bytes]:
-    """The bytes of a file from `start` on. The client's errors; HubError if the Hub has another size than it lists."""
+    """The bytes of a file from `start` on. Raises the client's errors, and HubError if the size differs from the listed
+    one."""
     url = hf_hub_url(file.repo, file.path, revision=file.commit)
     headers = build_hf_headers() | {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
     with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
@@ -189,7 +190,7 @@ def _blocks(file: HubFile, start: int) -> Iterator[bytes]:
                     f"{file.path} in {file.repo} has {size:,} bytes, not {file.size:,} as listed: it changed, or a "
                     "proxy stands in for it; try again later"
                 )
-        skip = 0 if ranged else start  # a server that knows no ranges sends the whole file
+        skip = 0 if ranged else start  # a server without range requests sends the whole file
         for block in response.iter_bytes():
             yield block[skip:]
             skip = max(0, skip - len(block))
@@ -213,13 +214,13 @@ def is_same(path: Path, size: int, digest: str) -> bool:
 
 
 def _hash_rest(file: BinaryIO, digest) -> None:
-    """Hashes from where the stream stands to its end."""
+    """Hashes from the stream's position to its end."""
     while block := file.read(_BLOCK):
         digest.update(block)
 
 
 class TransferProgress:
-    """Tells `progress` how far all files together are; the speed is that of the last seconds."""
+    """Reports the progress of all files together; the speed is that of the last seconds."""
 
     def __init__(self, files: Iterable[HubFile], progress: Callable[[Transfer], None] | None):
         self._progress = progress
@@ -255,7 +256,7 @@ class TransferProgress:
 
 
 class RetryPolicy:
-    """Waits after an error that may pass, longer each time as long as nothing arrives; raises HubError for others."""
+    """Waits after a transient error, longer each time while nothing arrives; raises HubError for permanent ones."""
 
     def __init__(self, explain: Callable[[Exception], str], pauses: tuple[int, ...] = PAUSES):
         self._explain, self._pauses = explain, pauses
@@ -282,7 +283,7 @@ def status_of(error: Exception) -> int | None:
 
 
 def _asked_pause(error: Exception) -> int:
-    """Seconds that the Hub asks to wait, by `Retry-After` or its own `RateLimit` header; 0 if it does not ask."""
+    """Seconds that the Hub asks clients to wait, by `Retry-After` or its own `RateLimit` header; 0 without either."""
     if not isinstance(error, HfHubHTTPError) or status_of(error) not in (429, 503):
         return 0
     headers = error.response.headers
@@ -298,7 +299,7 @@ def _reason(error: Exception) -> str:
 
 
 def explain(error: Exception, repo: str, revision: str | None = None) -> str:
-    """What happened and the way out, for an error of the client. Says nothing of what was sent, so never a token."""
+    """What happened and what to do, for an error of the client. Never contains what was sent, such as a token."""
     page, status = f"{constants.ENDPOINT}/{repo}", status_of(error)
     if isinstance(error, OfflineModeIsEnabled):
         return f"{repo} is out of reach while HF_HUB_OFFLINE is set: unset it, or put the files in place yourself"
@@ -326,7 +327,7 @@ def explain(error: Exception, repo: str, revision: str | None = None) -> str:
 
 @contextmanager
 def explained_disk(folder: Path) -> Iterator[None]:
-    """Turns what the disk refuses into a HubError."""
+    """Turns errors of the disk into HubErrors."""
     try:
         yield
     except HubError:

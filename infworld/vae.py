@@ -1,10 +1,10 @@
 """Causal video VAE: between video (B 3 T H W in [-1, 1]) and latents (B 16 T' H/8 W/8), spec section 4.
 
 The first frame makes the first latent, every four further frames one more. All time padding is on the left, so a clip
-can be continued: each pass hands on the last frames that the temporal layers saw, their cache, as an explicit `state`.
-Between two calls the large cache, those of the encoder's layers that see every frame, are left out of it: the clip's
-last 19 frames, which make them again, are a nineteenth of their size.
-Inside this file frames lie as B T H W C, the memory order in which convolutions, norms and attention are fastest.
+can be continued: each pass hands on the last frames that the temporal layers saw, the feature cache, as an explicit
+`state`. Between two calls the large entries, of the encoder's layers that see every frame, are left out: they are
+recomputed from the clip's last 19 frames, which are a nineteenth of their size. Inside this file frames lie as B T H W
+C, the memory order in which convolutions, norms and attention are fastest.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from infworld.config import FRAMES_PER_LATENT, RELEASED_LATENTS_MEAN, RELEASED_L
 
 PIXELS_PER_LATENT = 8  # along height and width
 FRAMES = "frames"  # name of a clip's last frames in an encoder's state
-OLD_STATE_FRAMES = 20  # that must follow a state without them, so that the next state has them all
+OLD_STATE_FRAMES = 20  # that must follow an older state, so that the next one has all frames it needs
 
 # Numbers in one full-resolution activation of one pass; some ten such activations are alive at once.
 # A CPU is fastest near its caches; a GPU wants large passes, but the transformer shares its memory.
@@ -28,7 +28,8 @@ PASS_SIZE_GPU = 2**28
 
 
 class PictureShard(Protocol):
-    """Some rows of a picture (B T H W C), where other devices have the others. All of them call these together."""
+    """Some rows of a picture (B T H W C) whose other rows are on other devices; all devices call these methods
+    together."""
 
     def with_neighbours(self, x: Tensor) -> Tensor:
         """x with one more row above and below: the neighbours', or zeros at the picture's edges."""
@@ -81,7 +82,7 @@ class VideoVAE(nn.Module):
         rows are split over devices; then video, state and results are this one's rows.
         Returns the normalised mean latents, B z_dim T' H/8 W/8 with T' = 1 + n or n, in the dtype of `video`, and the
         state to continue with: named tensors in the dtype of the weights, detached. A state may come from a VAE of
-        another dtype or device, or be an earlier version's, which had all cache in it.
+        another dtype or device, or be an earlier version's, which held the whole cache.
         Raises ValueError for any other shape and for a state of another batch or picture size.
         """
         _check_video(video, state)
@@ -177,7 +178,7 @@ class Encoder(nn.Module):
         return conv(norm(x), cache)
 
     def state(self, frames: Tensor, cache: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a clip, of which these are the last frames (B T H W 3), is continued with after a pass left `cache`."""
+        """The state to continue a clip with, from its last frames (B T H W 3) and the feature cache after a pass."""
         convolutions = self._full_rate_convolutions()
         kept = {name: features for name, features in cache.items() if name not in map(_cache_key, range(convolutions))}
         return {FRAMES: frames[:, -(1 + 2 * convolutions) :].detach().clone(), **kept}
@@ -252,7 +253,7 @@ class FeatureCache:
         self._layer = 0
 
     def swap(self, x: Tensor, frames: int) -> Tensor | None:
-        """Puts the last `frames` frames of this pass's x (B T H W C) in place of those of the last pass.
+        """Replaces the last pass's frames by the last `frames` frames of this pass's x (B T H W C).
 
         Returns the latter, None at the start of a clip, where zeros stand in if x is too short.
         """
@@ -362,7 +363,7 @@ class Upsample(nn.Module):
         first, rest = x[:, :1], x[:, 1:]
         if rest.shape[1]:
             return torch.cat([first, self._pairs(rest, cache)], dim=1)
-        cache.swap(rest, 2)  # the first latent leaves no trace: the second one sees zeros
+        cache.swap(rest, 2)  # the first latent is not cached: the second one sees zeros
         return first
 
     def _pairs(self, x: Tensor, cache: FeatureCache) -> Tensor:

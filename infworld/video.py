@@ -164,7 +164,7 @@ def concat_mp4(paths: Iterable[str | os.PathLike], out: str | os.PathLike) -> Pa
 
 
 def read_mp4(path: str | os.PathLike) -> np.ndarray:
-    """All frames of a film: uint8, T H W 3. ValueError if it cannot be read."""
+    """All frames of a film: uint8, T H W 3. Raises ValueError if it cannot be read."""
     from imageio_ffmpeg import read_frames
 
     if not Path(path).is_file():

@@ -218,7 +218,7 @@ class World:
             yield Chunk(index, frames, latents.float(), time.monotonic() - began, session)
 
     def check_session(self, session: Session) -> None:
-        """Raises ValueError if the session is another model's or does not hang together."""
+        """Raises ValueError if the session is inconsistent or of another model."""
         check_session(session, self.config)
 
     def _make_chunk(
@@ -251,7 +251,7 @@ class World:
             raise NotEnoughMemory(TOO_LITTLE) from error
 
     def memory_estimate(self) -> MemoryEstimate:
-        """What a film takes by the sums of `budget`."""
+        """Estimate of the memory that a film takes."""
         return MemoryEstimate.of(self.config, self.transformer, self.vae)
 
     def apply_plan(self, plan: MemoryPlan) -> None:
@@ -318,8 +318,8 @@ class World:
         step by step: what a preset saves depends on the steps before. frames, compressed: as for `iterate_chunk`.
 
         Both on the model's device: (1, 16, 21, h, w) and a scalar. Everything that does not depend on them is computed
-        here, once: the compressed memory, each text's keys and values, and the memory's way through the transformer
-        for each text.
+        here, once: the compressed memory, each text's keys and values, and the memory's tokens at every block for
+        each text.
         """
         model, device, settings = self.transformer, self.device, session.settings
         preset, prompts = find_preset(settings.preset), _prompts(session)

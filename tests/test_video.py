@@ -1,6 +1,7 @@
 """Films out: every film can be played and holds what was written."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -135,3 +136,52 @@ def test_what_is_no_film_cannot_be_joined_or_read(tmp_path):
         video.read_mp4(tmp_path / "text.mp4")
     with pytest.raises(FileNotFoundError):
         video.read_mp4(tmp_path / "gone.mp4")
+
+
+def tags(path):
+    """Primaries, transfer, matrix and full range of an mp4: its `colr` box (ISO 14496-12, section 12.1.5)."""
+    data = path.read_bytes()
+    box = data.index(b"colrnclx") + 8
+    return [int.from_bytes(data[box + 2 * i : box + 2 * i + 2], "big") for i in range(3)] + [data[box + 6] >> 7]
+
+
+@pytest.mark.parametrize("ffmpeg", ["own", "system"])
+def test_colours_are_tagged_so_that_every_player_shows_them_alike(tmp_path, monkeypatch, ffmpeg):
+    """All BT.709 (1), limited range: with the ffmpeg that comes along, and with the system's, if there is one."""
+    if ffmpeg == "system":
+        if shutil.which("ffmpeg") is None:
+            pytest.skip("no ffmpeg on PATH")
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", shutil.which("ffmpeg"))
+    pieces = [video.write_mp4(tmp_path / f"{i}.mp4", moving(), fragmented=True) for i in range(2)]
+    for path in (
+        *pieces,
+        video.write_mp4(tmp_path / "film.mp4", moving()),
+        video.concat_mp4(pieces, tmp_path / "j.mp4"),
+    ):
+        assert tags(path) == [1, 1, 1, 0]
+
+
+def test_an_ffmpeg_that_is_not_there_is_named_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/such/ffmpeg")
+    with pytest.raises(OSError, match="/no/such/ffmpeg"):
+        video.Mp4Writer(tmp_path / "film.mp4")
+
+
+def test_films_written_at_once_under_one_name_are_both_whole(tmp_path):
+    one, two = (video.Mp4Writer(tmp_path / "film.mp4") for _ in range(2))
+    for _ in range(3):
+        one.write(moving())
+        two.write(moving(4))
+    one.close()
+    assert len(video.read_mp4(tmp_path / "film.mp4")) == 36
+    two.close()
+    assert len(video.read_mp4(tmp_path / "film.mp4")) == 12
+    assert os.listdir(tmp_path) == ["film.mp4"]
+
+
+@pytest.mark.parametrize("name", ["a:b.mp4", "%d it's.mp4", f"{'x' * 251}.mp4"])
+def test_any_name_is_written_joined_and_read(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    video.write_mp4(name, moving())
+    (tmp_path / "folder").mkdir()
+    assert len(video.read_mp4(video.concat_mp4([name, name], f"folder/{name}"))) == 24

@@ -41,7 +41,7 @@ class Studio:
         return Job(film, film.previous().model, 1, settings, redo=True)
 
     def resume(self, path: str | Path) -> tuple[Job, Session]:
-        """The film of a session file, which is to be shown. ValueError for one of a model that is not here."""
+        """The film of a session file, which is to be shown. Raises ValueError if its model is not available."""
         session = Session.load(path)
         config = self.models.config(session.model)
         check_session(session, config)

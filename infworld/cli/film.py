@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,7 @@ class FilmPlan:
         else:
             picture, settings = load_image(args.image), FilmSettings.for_model(config, **asked(args))
         frames = 1 + 2 * config.chunk_frames if args.frames is None else args.frames
-        config.chunks_for(frames)
+        chunks_to_make(config, frames, 1 if session is None else session.num_frames)
         if session is not None and (session.num_frames > frames or (session.num_frames == frames and out.exists())):
             raise ValueError(
                 f"the session has {session.num_frames} frames already: ask for more with --frames; or write these "
@@ -92,7 +92,7 @@ class FilmPlan:
 
     def chunks_after(self, session: infworld.Session) -> int:
         """How many chunks are still to be made."""
-        return self.config.chunks_for(self.frames) - len(session.chunk_latents)
+        return chunks_to_make(self.config, self.frames, session.num_frames)
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -103,9 +103,9 @@ class FilmPlan:
             yield
 
     def next_command(self, session_path: Path, frames: int) -> str:
-        """The command that goes on from a session of so many frames: up to what was asked for, or two chunks more."""
-        with suppress(ValueError):  # a film of the greatest length: it can only be written again
-            frames = self.frames if frames < self.frames else self._longer(frames)
+        """The command that goes on from a session when the mp4 has so many frames: to the length that was asked for,
+        or two chunks more."""
+        frames = self.frames if frames < self.frames else self._longer()
         args, program = self.args, ["infworld", "generate"]
         if parallel.world_size() > 1 and args.jobs is None:
             program = ["torchrun", "--nproc-per-node", str(parallel.world_size()), "-m", *program]
@@ -116,10 +116,19 @@ class FilmPlan:
             words += [] if value is None else [name, _word(value)]
         return shlex.join([*program, *words, *(["--compile"] if args.compile else [])])
 
-    def _longer(self, frames: int) -> int:
-        longer = frames + 2 * self.config.chunk_frames
-        self.config.chunks_for(longer)
-        return longer
+    def _longer(self) -> int:
+        return min(self.frames + 2 * self.config.chunk_frames, self.config.max_frames)
+
+
+def chunks_to_make(config: ModelConfig, frames: int, made: int) -> int:
+    """Chunks from a film of `made` frames to one of `frames`. Raises ValueError if they are not whole chunks."""
+    per_chunk = config.chunk_frames
+    if (made - 1) % per_chunk == 0:
+        return config.chunks_for(frames) - (made - 1) // per_chunk
+    if type(frames) is not int or not made <= frames <= config.max_frames or (frames - made) % per_chunk:
+        near = f"{made + per_chunk} or {made + 2 * per_chunk}"
+        raise ValueError(f"the session has {made} frames and goes on by {per_chunk}: ask for {near}, not {frames!r}")
+    return (frames - made) // per_chunk
 
 
 def _word(value: object) -> str:

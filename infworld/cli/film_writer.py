@@ -22,8 +22,8 @@ class FilmWriter:
     """Writes each chunk's session, then its frames, in a thread of its own, which the next chunk does not wait for.
 
     What goes wrong there is raised by the next `write`, or by `finish`; then `rescue` keeps what can be kept.
-    next_command: the command that goes on from a session file with so many frames. must_save: a session that cannot
-    be saved is an error; else the film goes on without one, and `rescue` tries again.
+    next_command: the command that goes on from a session file when the mp4 has so many frames. must_save: a session
+    that cannot be saved is an error; else the film goes on without one, and `rescue` tries again.
     """
 
     def __init__(
@@ -98,7 +98,11 @@ class FilmWriter:
         if self._saved is None:
             return problems
         path, frames = self._saved
-        return [*problems, f"{path} goes on from frame {frames}", f"go on with: {self._next_command(path, frames)}"]
+        return [
+            *problems,
+            f"{path} goes on from frame {frames}",
+            f"go on with: {self._next_command(path, self._film.frames)}",
+        ]
 
 
 def _elsewhere(path: Path) -> Path:
