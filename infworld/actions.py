@@ -107,7 +107,7 @@ class ActionScript:
     def from_pairs(pairs: Iterable[tuple[int, int]]) -> ActionScript:
         """From one (move, view) index pair per frame; equal neighbours become one segment."""
         runs = ((pair, sum(1 for _ in run)) for pair, run in groupby(islice(pairs, MAX_FRAMES + 1)))
-        return ActionScript(Segment(int(move), int(view), frames) for (move, view), frames in runs)
+        return ActionScript(Segment(int(move), int(view), frames) for (move, view), frames in runs)  # type: ignore[arg-type]
 
     @staticmethod
     def from_list(actions: Iterable) -> ActionScript:
@@ -145,7 +145,7 @@ class ActionScript:
         """From text: comma- or line-separated `words frames`, as in `forward 80, right 40, strafe left+up 12`."""
         _check_length(len(text))
         parts = (part.strip() for part in re.split(r"[,;\n]", _plain(text)))
-        return ActionScript(_parse_segment(part) for part in parts if part)
+        return ActionScript(_parse_segment(part) for part in parts if part)  # type: ignore[arg-type]
 
     def text(self) -> str:
         """The text form, which `parse` reads back. *Uncertain* is a label only and has no words: it reads `wait`."""

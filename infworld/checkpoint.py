@@ -184,7 +184,7 @@ def _write(
     file.write(struct.pack("<Q", len(text)) + text)
     for name in names:
         for piece in _pieces(tensors[name]):
-            progress(file.write(piece.to("cpu", dtypes[name]).view(torch.uint8).numpy()))
+            progress(file.write(piece.to("cpu", dtypes[name]).view(torch.uint8).numpy().data))
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows: two runs with one output are not noticed, and the later one's file stays
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _SHORT = 40  # characters of a name that the names made from it keep, so that they fit where the name itself fits
 _LONGEST = 255  # bytes of a name, on nearly all file systems

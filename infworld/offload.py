@@ -72,7 +72,7 @@ def copied_ahead(
     copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def wait(stream: torch.cuda.Stream | None, other: torch.cuda.Stream | None) -> None:
-        if stream is not None:
+        if stream is not None and other is not None:
             stream.wait_stream(other)
 
     def fetch(i: int) -> None:

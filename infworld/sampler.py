@@ -64,7 +64,7 @@ def guided(positive: Velocity, negative: Velocity, scale: float, every: int = 1)
     slowly, is taken to be what it was.
     """
     steps = itertools.count()
-    difference = None
+    difference = torch.zeros(())  # before the first step, which always asks
 
     def velocity(z: Tensor, timestep: Tensor) -> Tensor:
         nonlocal difference

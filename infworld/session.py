@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from statistics import mode
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ class Session:
         noise go on as they are: `with_seed` begins anew.
         """
         session = self.with_actions(ActionScript.from_pairs(settings.actions.pairs(self.num_frames - 1)))
-        kept = {"actions": session.settings.actions, "seed": self.settings.seed}
+        kept: dict[str, Any] = {"actions": session.settings.actions, "seed": self.settings.seed}
         return dataclasses.replace(self, settings=dataclasses.replace(settings, **kept))
 
     def with_actions(self, actions) -> Session:
@@ -182,7 +182,8 @@ def _read_values(text: str) -> tuple[str, int, FilmSettings]:
         raise ValueError(f"num_frames is {reprlib.repr(num_frames)}")
     if not isinstance(segments, list) or not all(isinstance(s, list) and len(s) == 3 for s in segments):
         raise ValueError("its actions are not a list of [move, view, frames]")
-    return model, num_frames, FilmSettings(actions=ActionScript(Segment(*s) for s in segments), **values)
+    actions = ActionScript(Segment(*segment) for segment in segments)
+    return model, num_frames, FilmSettings(actions=actions, **values)
 
 
 def _check_kinds(dtypes: dict[str, str]) -> None:

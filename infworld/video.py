@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
@@ -46,7 +47,7 @@ class Mp4Writer:
         self._command = _ffmpeg()
         self._size: tuple[int, int] | None = None
         self._process: subprocess.Popen | None = None
-        self._log = None
+        self._log: IO[bytes]  # of ffmpeg, as long as there is a process
         self._closed = False
 
     def __enter__(self) -> Mp4Writer:

@@ -10,11 +10,11 @@ import dataclasses
 import gc
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -103,7 +103,7 @@ class World:
         guidance: float | None = None,
         preset: str | None = None,
         chunk_frames: int | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk]:
         """Films a walk from a picture, yielding each chunk as soon as it is finished.
 
         image: PIL picture, array (H W 3 uint8) or path. actions: list of {"move", "view"} per frame, ActionScript,
@@ -114,11 +114,12 @@ class World:
         guidance the model's own. Raises ValueError for bad input before anything is computed.
         """
         chunks = self.config.chunks_for(num_frames, chunk_frames)
-        choices = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "preset": preset}
+        choices: dict[str, Any] = {"negative_prompt": negative_prompt, "steps": steps}
+        choices |= {"guidance": guidance, "preset": preset}
         settings = FilmSettings.for_model(self.config, actions, prompt, seed=seed, **choices)
         return self.extend(self.start(image, settings), chunks, callback, frames=chunk_frames)
 
-    def start(self, image, settings: FilmSettings | None = None, *args, **choices) -> Session:
+    def start(self, image, settings: Any = None, *args, **choices) -> Session:
         """A film of one frame, the picture (as for `rollout`). In place of settings: the arguments of
         `FilmSettings.for_model` after the config."""
         if not isinstance(settings, FilmSettings):
@@ -138,7 +139,7 @@ class World:
 
     def extend(
         self, session: Session, chunks: int, callback: Callback | None = None, *, frames: int | None = None
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk]:
         """Adds chunks of `frames` new frames each (None: 80) to a film; each Chunk's session can be saved, or extended
         again. callback: as for `rollout`."""
         with closing(self._iterate(session, chunks, frames)) as results:
@@ -154,7 +155,7 @@ class World:
             for result in results:
                 if isinstance(result, Progress) and callback is not None:
                     callback(result)
-        return result
+        return result  # type: ignore[return-value]  # the last one is the Chunk
 
     def iterate_chunk(
         self,
@@ -163,7 +164,7 @@ class World:
         frames: int | None = None,
         noise: Tensor | None = None,
         compressed: CompressedHistory | None = None,
-    ) -> Iterator[Progress | Chunk]:
+    ) -> Generator[Progress | Chunk]:
         """The next chunk step by step: a Progress after each stage and step, and at last the Chunk.
 
         frames: new ones, a multiple of 4 up to 80 (None: 80). noise: (1, 16, 1 + frames / 4, h, w) in place of what the
@@ -188,21 +189,21 @@ class World:
         frames: int | None = None,
         noise: Tensor | None = None,
         compressed: CompressedHistory | None = None,
-    ) -> Iterator[Progress | Chunk]:
+    ) -> Generator[Progress | Chunk]:
         self.check_session(session)
         results = self._make_chunks(session, chunks, self.config.check_chunk_frames(frames), noise, compressed)
         return results if self.team is None else self.team.synced_iterator(results)
 
     def _make_chunks(
         self, session: Session, chunks: int, frames: int, noise: Tensor | None, compressed: CompressedHistory | None
-    ) -> Iterator[Progress | Chunk]:
+    ) -> Generator[Progress | Chunk]:
         tracker = ProgressTracker(chunks, session, frames)
         for _ in range(chunks):
             chunk = yield from self._make_chunk(session, tracker, noise, compressed)
             session = chunk.session
             yield chunk
 
-    def replay(self, session: Session) -> Iterator[Chunk]:
+    def replay(self, session: Session) -> Generator[Chunk]:
         """The film so far once more, decoded from its stored latents.
 
         Pixels may differ by rounding, as the stored latents are float16.
@@ -210,7 +211,7 @@ class World:
         shown = self._replay(session)
         return shown if self.team is None else self.team.synced_iterator(shown)
 
-    def _replay(self, session: Session) -> Iterator[Chunk]:
+    def _replay(self, session: Session) -> Generator[Chunk]:
         self.check_session(session)
         for index, latents in enumerate(session.chunk_latents):
             began = time.monotonic()
@@ -351,7 +352,8 @@ class World:
             return lambda z, timestep: guide(*branches.both(of_texts[0](z, timestep)), settings.guidance)
         if len(of_texts) == 1:
             return of_texts[0]
-        return guided(*of_texts, settings.guidance, preset.guidance_interval)
+        positive, negative = of_texts
+        return guided(positive, negative, settings.guidance, preset.guidance_interval)
 
     @torch.inference_mode()
     def _encode(self, video: Tensor, state: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -39,7 +39,6 @@ GROUP = 3  # requests of one client that vanishes
 ASKED_AGAIN = 5  # films that are asked for once more, alone, after the load
 PAGE_SECONDS = 3.0  # a page load may take, under load too
 MEMORY_GROWTH = 0.15  # of the memory after the warm-up: what may have been added in the end
-SWEEP = 5  # seconds between two looks of the server for old uploads
 CLIENT = {"verbose": False, "analytics_enabled": False, "httpx_kwargs": {"timeout": 60}}
 PATIENCE = 2400  # seconds that any wait of this script may last
 
@@ -141,19 +140,13 @@ class Server:
 
 
 def serve(model: str, films: Path, temp: Path, lifetime: float, port: int) -> None:
-    """In the server's process: the page as `app.py` starts it, but films and uploads live short, and Gradio looks for
-    old uploads more often than once an hour."""
+    """In the server's process: the page as `app.py` starts it, but films and uploads live short."""
     os.environ |= {"TMPDIR": str(temp), "GRADIO_TEMP_DIR": str(temp), "GRADIO_ANALYTICS_ENABLED": "False"}
     sys.path.insert(0, str(ROOT))
-    import gradio as gr
-
     import infworld
     from infworld.app import server
 
-    def hasty_blocks(blocks=gr.Blocks, **options) -> gr.Blocks:
-        return blocks(**options | {"delete_cache": (SWEEP, lifetime)})
-
-    gr.Blocks, server.LIFETIME = hasty_blocks, lifetime
+    server.LIFETIME = server.UPLOADS_LIFETIME = lifetime
     server.serve(infworld.load(model, "cpu"), films, server_name="127.0.0.1", server_port=port, quiet=True)
 
 

@@ -161,7 +161,7 @@ def serve_models():
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         where = {"server_name": "127.0.0.1", "server_port": port}
-        page = server.serve(models, films, hall, prevent_thread_lock=True, quiet=True, **where)
+        page = server.serve(models, films, hall=hall, prevent_thread_lock=True, quiet=True, **where)
         pages.append(page)
         return page.local_url
 

@@ -41,6 +41,7 @@ from infworld.app.model_pool import ModelPool, SingleModelPool
 from infworld.app.player import film_value
 from infworld.app.runner import Ended, Job, Loading, NewChunk, Runner, RunProgress, Update, Waiting
 from infworld.app.studio import Studio
+from infworld.app.sweeper import Sweeper
 from infworld.camera import revisits, walk
 from infworld.config import load_config
 from infworld.memory_plan import NotEnoughMemory
@@ -232,6 +233,40 @@ def test_a_resumed_film_that_was_stopped_is_shown_in_full_when_it_goes_on(runner
     assert [piece.index for piece in job.film.pieces()] == [0, 1, 2, 3]
 
 
+def test_a_film_of_shorter_chunks_is_resumed_and_goes_on(runner, studio, picture, world, tmp_path):
+    (short,) = world.extend(world.start(picture, SETTINGS), 1, frames=40)
+    short.session.save(tmp_path / "short.safetensors")
+    job, session = studio.resume(tmp_path / "short.safetensors")
+    make(runner, job)
+    news = make(runner, studio.go_on(job.film, 2, session.settings))
+    assert [piece.frames for piece in job.film.pieces()] == [41, 80, 80] and job.film.num_frames == 201
+    assert [item.frames for item in news if isinstance(item, RunProgress)][-1] == 80
+
+
+@pytest.mark.parametrize(
+    "when", ["before its frames", "after its frames", "made again", "made again, after its frames"]
+)
+def test_a_chunk_that_was_computed_when_the_server_was_killed_is_used(runner, studio, picture, world, when):
+    again = "again" in when
+    film, whole = new_film(runner, studio, picture, 161 if again else 81), new_film(runner, studio, picture, 241)
+    chunk = world.next_chunk(film.previous().with_seed(7) if again else film.session())
+    film._keep(chunk.session, film._next)
+    if "after" in when:
+        film.add_frames(chunk)
+    make(runner, studio.go_on(film, 1, SETTINGS))
+    assert [piece.index for piece in film.pieces()] == [0, 1, 2] and film.num_frames == 241
+    assert np.array_equal(film.session().history[:, :, :41], chunk.session.history) and not film._next.exists()
+    frames = read_mp4(film.finish()["film"])[81:161]
+    assert np.corrcoef(frames[..., 1].ravel(), chunk.frames[..., 1].ravel())[0, 1] > 0.9
+    assert again or np.array_equal(film.session().history, whole.session().history)
+
+
+def test_finished_chunks_can_be_downloaded_while_the_next_is_made(page, picture):
+    updates = shown(page, page.begin, None, str(picture), 241, "small", *PAGE_SETTINGS)
+    links = [update[page.downloads] for update in updates[1:-1] if page.downloads in update]
+    assert len(links) == 3 and all("session.safetensors" in link and ".mp4" in link for link in links)
+
+
 # ----------------------------------------------------------------------------------------------------------- the queue
 
 
@@ -407,7 +442,7 @@ def test_a_film_has_no_folder_before_it_begins(runner, studio, picture):
 def test_the_sweeper_sweeps_by_itself(tmp_path):
     store = FilmStore(tmp_path / "films", lifetime=0.5, fps=30)
     film = begun(store)
-    store.keep_sweeping()
+    Sweeper(store, tmp_path / "uploads", 60).start()
     until(lambda: not film.folder.exists(), 10)
 
 
@@ -643,7 +678,7 @@ def test_a_quota_error_leaves_the_film_and_continue(page, runner, studio, pictur
         return iterate_chunk(session)
 
     monkeypatch.setattr(world, "iterate_chunk", refused)
-    first, *_, settled = shown(page, page.begin, str(picture), 401, "small", *PAGE_SETTINGS)
+    first, *_, settled = shown(page, page.begin, None, str(picture), 401, "small", *PAGE_SETTINGS)
     film = first[page.film]
     assert "161 frames" in settled[page.status] and "exceeded your free GPU quota" in settled[page.status]
     assert settled[page.more]["interactive"] and settled[page.generate]["interactive"]
@@ -661,9 +696,9 @@ def test_too_little_memory_is_said_and_the_page_goes_on(page, picture, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(world, "iterate_chunk", full)
-        *_, settled = shown(page, page.begin, str(picture), 81, "small", *PAGE_SETTINGS)
+        *_, settled = shown(page, page.begin, None, str(picture), 81, "small", *PAGE_SETTINGS)
     assert "There is too little GPU memory" in settled[page.status]
-    *_, settled = shown(page, page.begin, str(picture), 81, "small", *PAGE_SETTINGS)
+    *_, settled = shown(page, page.begin, None, str(picture), 81, "small", *PAGE_SETTINGS)
     assert "81 frames" in settled[page.status]
 
 
@@ -678,7 +713,7 @@ def test_a_closed_event_cancels_its_run_wherever_it_is(page, runner, picture, he
     """Gradio closes the generator of a page that is gone: after its first update, or a later one."""
 
     async def close_after(number: int):
-        updates = page.filming(page.begin)(str(picture), 81, "small", *PAGE_SETTINGS)
+        updates = page.filming(page.begin)(None, str(picture), 81, "small", *PAGE_SETTINGS)
         for _ in range(number):
             last = await anext(updates)
         film = last.get(page.film)
@@ -818,7 +853,7 @@ def test_a_film_goes_on_with_the_model_that_began_it(two, two_runner, two_page, 
     assert again.settings.preset == "fast"
     driven_on = page.drive_on(film, {"script": "left 80", "number": 1}, None, "other", *chosen).job
     assert (driven_on.model, driven_on.settings.steps) == ("small", 2)
-    assert page.begin(picture, 81, "other", *chosen).job.model == "other"
+    assert page.begin(None, picture, 81, "other", *chosen).job.model == "other"
     assert app.for_film(settings, session, "small") == settings
 
 
@@ -857,7 +892,7 @@ def test_a_session_brings_its_model_back(two, two_runner, two_page, picture):
         two.begin(picture, 81, dataclasses.replace(SETTINGS, guidance=2.0, preset="balanced"), "other"),
     )
     make(two_runner, job)
-    resumed = page.resume(job.film.session_path)
+    resumed = page.resume(None, job.film.session_path)
     assert resumed.job.model == "other" and resumed.job.settings is None
     resumed = resumed.update
     assert resumed[page.preset]["value"] == "balanced" == job.film.session().settings.preset
@@ -872,9 +907,9 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_and_not_the_page(two_page, p
     page = two_page
     with monkeypatch.context() as patch:
         patch.setattr(model_pool.infworld, "load", broken)
-        *_, settled = shown(page, page.begin, str(picture), 81, "other", *PAGE_SETTINGS)
+        *_, settled = shown(page, page.begin, None, str(picture), 81, "other", *PAGE_SETTINGS)
     assert "World.safetensors is truncated" in settled[page.status]
-    *_, settled = shown(page, page.begin, str(picture), 81, "small", *PAGE_SETTINGS)
+    *_, settled = shown(page, page.begin, None, str(picture), 81, "small", *PAGE_SETTINGS)
     assert "81 frames" in settled[page.status]
 
 

@@ -360,6 +360,7 @@ def test_a_wrong_session_file_is_said_and_the_film_stays(open_page, picture, tmp
 
 
 def test_a_closed_page_ends_its_run(open_page, picture, world, monkeypatch):
+    monkeypatch.setattr("infworld.app.page.LINGER", 0.5)
     made, iterate_chunk = [], world.iterate_chunk
     monkeypatch.setattr(world, "iterate_chunk", lambda *arguments: made.append(1) or iterate_chunk(*arguments))
     page = open_page()

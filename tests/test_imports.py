@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "infworld"
 # From the leaves upwards. Modules of one layer may import each other, as long as there is no circle.
 LAYERS = (
-    {"config", "actions", "camera", "video", "pictures", "picture_files", "measures"},
+    {"config", "actions", "camera", "files", "video", "pictures", "picture_files", "measures"},
     {"layers", "offload", "memory", "dit", "vae", "text", "sampler", "presets", "checkpoint", "devices"},
     {"settings", "session", "progress"},
     {"metrics", "arena"},

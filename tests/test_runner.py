@@ -189,3 +189,76 @@ def test_films_are_made_after_their_folder_was_cleaned_away(serve_models, world,
     client = Client(serve_models(world, films), verbose=False)
     films.rmdir()
     assert len(read_mp4(client.predict(handle_file(picture), "", 81, 0, "", api_name="/film"))) == 81
+
+
+# ------------------------------------------------------------------------------------------------------- hasty persons
+
+
+@pytest.fixture
+def quick(serve, films) -> str:
+    return serve(films)
+
+
+def test_one_page_makes_one_film_at_a_time(client, picture, slow, films):
+    image = client.upload(picture)
+    events = [client.start("generate", picture=image) for _ in range(5)]
+    events.append(client.start("drive", "drive", picture=image, drive={"script": "", "number": 1}))
+    until(lambda: sum("process_completed" in client.said(event) for event in events) == 5)
+    refused = [event for event in events if "process_completed" in client.said(event)]
+    assert all("in the making already" in client.said(event) for event in refused)
+    (event,) = set(events) - set(refused)
+    client.wait_for(event, "step 1 of 2")
+    assert len(list(films.iterdir())) == 1
+    client.wait(client.start("stop"))
+    assert "Stopped" in json.dumps(client.wait(event))
+
+
+def test_stop_while_a_new_film_waits_gives_the_last_one_back(serve_models, world, films, picture):
+    slow = Slow(world, 0.0)
+    address = serve_models(slow.world, films)
+    client, other = PageClient(address), PageClient(address)
+    event = generate(client, picture, frames=81)
+    assert client.wait(event)["success"]
+    (film,) = films.iterdir()
+    slow.step = STEP
+    blocker = generate(other, picture)
+    other.wait_for(blocker, "step 1 of 2")
+    event = generate(client, picture)
+    client.wait_for(event, "1 film is made first")
+    client.wait(client.start("stop"))
+    last = json.dumps(client.wait(event))
+    assert "Stopped" in last and "81 frames" in client.said(event) and film.name in client.said(event)
+    assert len(list(films.iterdir())) == 2
+    other.wait(other.start("stop"))
+    other.wait(blocker)
+    slow.step = 0.0
+    event = client.start("more", extra=1)  # the film is the page's again
+    assert client.wait(event)["success"] and "161 frames" in client.said(event)
+
+
+def test_one_program_cannot_fill_the_queue_and_cheap_events_are_never_refused(client, address, picture):
+    from gradio_client import Client, handle_file
+
+    greedy = Client(address, verbose=False)
+    jobs = [greedy.submit(handle_file(picture), "", 4001, 0, "", api_name="/film") for _ in range(80)]
+    until(lambda: sum(job.done() for job in jobs) == 72, 60)
+    assert all("8 films in the making already" in str(job.exception()) for job in jobs if job.done())
+    assert client.wait(client.start("picture", "change", picture=client.upload(picture)))["success"]
+    event = generate(client, picture)
+    client.wait_for(event, "8 films are made first")
+    client.wait(client.start("stop"))
+    assert client.wait(event)["success"]
+    for job in jobs:
+        job.cancel()
+
+
+def test_of_many_pages_at_once_each_gets_its_own_downloads(quick, picture, films):
+    clients = [PageClient(quick) for _ in range(42)]
+    image = clients[0].upload(picture)
+    events = [client.start("generate", picture=image, frames=81) for client in clients]
+    found = set()
+    for client, event in zip(clients, events, strict=True):
+        assert client.wait(event, 300)["success"]
+        assert "Done" in client.said(event) and "Download" in client.said(event)
+        found |= {film.name for film in films.iterdir() if film.name in client.said(event)}
+    assert len(found) == 42 == len(list(films.iterdir()))

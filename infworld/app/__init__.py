@@ -1,1 +1,5 @@
-"""Parts of the page: Gradio components and what fills them. They know `infworld.actions`; only `app.py` uses them."""
+"""The page, of Gradio, and what makes its films. Nothing else of the package imports it."""
+
+from infworld.app import environment
+
+environment.prepare()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -61,10 +61,10 @@ class Report:
 
 Task = Opening | Session | Replay
 Result = Session | Report | Chunk
-Compute = Callable[[Task], Iterator[Result]]
+Compute = Callable[[Task], Generator[Result]]
 
 
-def perform(world: World, task: Task) -> Iterator[Result]:
+def perform(world: World, task: Task) -> Generator[Result]:
     """Opening: the session of the picture, then as for it. Session: Reports, then the next Chunk. Replay: Chunks.
 
     Closing the iterator ends the work after the step it is in.
@@ -89,7 +89,7 @@ def on_gpu(world: World) -> Compute:
         return gpu_seconds(task, world)
 
     @spaces.GPU(duration=seconds)
-    def compute(task: Task) -> Iterator[Result]:
+    def compute(task: Task) -> Generator[Result]:
         yield from perform(world, task)
 
     return compute
@@ -149,7 +149,7 @@ def leading(world: World) -> Compute:
         last = None  # until the task has been done, on all ranks alike
         team.broadcast_from_rank0(lambda: made)
 
-    def led(task: Task) -> Iterator[Result]:
+    def led(task: Task) -> Generator[Result]:
         nonlocal last
         if isinstance(task, Opening):
             order(task)
@@ -163,7 +163,7 @@ def leading(world: World) -> Compute:
         if isinstance(task, Session):  # not before the end, without which the other ranks have no session either
             last = result.session
 
-    def compute(task: Task) -> Iterator[Result]:
+    def compute(task: Task) -> Generator[Result]:
         """An error that the other ranks do not have too leaves them waiting for ever: then all processes end."""
         try:
             yield from led(task)
@@ -180,12 +180,12 @@ def follow(team: Team, world_of: Callable[[str], World]) -> None:
     last: Session | None = None
     while True:
         try:
-            order = team.broadcast_from_rank0(lambda: None)
+            order: Any = team.broadcast_from_rank0(lambda: None)
         except Abandoned:
             return
         # What ends rank 0's work ends it here too: bad input is bad, and too little memory too little, on all ranks.
         with suppress(Abandoned, ValueError, NotEnoughMemory):
-            task = dataclasses.replace(last, **order.changes) if order.task is None else order.task
+            task = order.task or dataclasses.replace(last, **order.changes)  # type: ignore[type-var]
             last = _do(world_of(order.model), task) or last
 
 

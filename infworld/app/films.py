@@ -6,24 +6,25 @@ mp4 per chunk), the session to go on from, the one before the last chunk, and wh
 
 from __future__ import annotations
 
-import logging
 import os
+import re
 import secrets
 import shutil
-import threading
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from infworld.app.folders import make_private, old_files
 from infworld.session import Session
 from infworld.video import concat_mp4, read_mp4, write_mp4
 from infworld.world import Chunk
 
-log = logging.getLogger(__name__)
-
 _PREFIX = "film-"
+PART_LIFETIME = 600  # seconds after which a file that is not whole belongs to nobody
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,16 @@ class Film:
         return sum(piece.frames for piece in self.pieces())
 
     @property
+    def has_begun(self) -> bool:
+        return self.session_path.is_file()
+
+    @property
     def can_redo(self) -> bool:
         return self._previous.is_file()
 
     def session(self) -> Session:
         """The session to go on from. ValueError when there is none, as the film has expired."""
-        if not self.session_path.is_file():
+        if not self.has_begun:
             raise ValueError("this film has expired; if you have downloaded its session, resume from that file")
         return Session.load(self.session_path)
 
@@ -82,25 +87,60 @@ class Film:
         return self.folder / "previous.safetensors"
 
     @property
+    def _next(self) -> Path:
+        return self.folder / "next.safetensors"
+
+    @property
     def _pieces(self) -> Path:
         return self.folder / "pieces"
 
-    def begin(self, session: Session) -> None:
-        """Makes the folder, and keeps the session of a film that has no chunk here yet."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    def picture(self) -> np.ndarray | None:
+        """The picture that the film was begun with, uint8 H W 3; None for a film that was resumed from a file."""
+        if not self._picture.is_file():
+            return None
+        with Image.open(self._picture) as picture:
+            return np.array(picture.convert("RGB"))
+
+    @property
+    def _picture(self) -> Path:
+        return self.folder / "picture.png"
+
+    def begin(self, session: Session, picture: np.ndarray | None = None) -> None:
+        """Makes the folder, and keeps the session of a film that has no chunk here yet, and its picture."""
+        make_private(self.folder.parent)  # it may have been cleaned away
+        make_private(self.folder)
+        if picture is not None:
+            Image.fromarray(picture).save(self._picture)
         self._keep(session, self.session_path)
 
     def add(self, chunk: Chunk) -> None:
         """Keeps a finished chunk: frames and session. It follows the last piece, or takes its place (made again)."""
-        after = self.folder / "next.safetensors"
-        self._keep(chunk.session, after)
+        self._keep(chunk.session, self._next)
         replaced = [piece for piece in self.pieces() if piece.index >= chunk.index]
         self.add_frames(chunk)
         for piece in replaced:
             piece.path.unlink()
-        if not replaced and self.session_path.exists():
-            os.replace(self.session_path, self._previous)
-        os.replace(after, self.session_path)
+        self._go_on_from_next(made_again=bool(replaced))
+
+    def recover(self) -> None:
+        """Takes up a chunk that was computed when the server was killed; its frames are not there, or not all."""
+        if not self._next.is_file():
+            return
+        index = len(Session.load(self._next).chunk_latents) - 1
+        for piece in self.pieces():
+            if piece.index >= index:
+                piece.path.unlink()
+        self._go_on_from_next(made_again=index < len(self.session().chunk_latents))
+
+    def _go_on_from_next(self, made_again: bool) -> None:
+        """At no moment is there no session."""
+        if not made_again and self.has_begun:
+            self._previous.unlink(missing_ok=True)
+            try:
+                os.link(self.session_path, self._previous)
+            except OSError:  # the file system has no links
+                shutil.copyfile(self.session_path, self._previous)
+        os.replace(self._next, self.session_path)
 
     def add_frames(self, chunk: Chunk) -> None:
         """Keeps the frames alone, of a chunk whose session is here already (`World.replay`)."""
@@ -146,33 +186,35 @@ class FilmStore:
     seconds."""
 
     def __init__(self, root: str | os.PathLike, lifetime: float, fps: int):
-        self.root = Path(root).resolve()
+        self.root = Path(root).parent.resolve() / Path(root).name
         self.lifetime = lifetime
         self.fps = fps
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_private(self.root)
 
     def new(self) -> Film:
         """A film that has not begun: nothing is on the disk yet."""
         return Film(self.root / f"{_PREFIX}{secrets.token_urlsafe(18)}", self.fps)
 
-    def sweep(self) -> int:
-        """Removes the expired films; returns how many."""
-        oldest = time.time() - self.lifetime
-        old = [Film(folder, self.fps) for folder in self.root.glob(f"{_PREFIX}*") if _last_change(folder) < oldest]
-        for film in old:
-            film.remove()
-        return len(old)
+    def find(self, name: object) -> Film | None:
+        """The film of this folder's name, which comes from a browser; None for what cannot be one."""
+        if not isinstance(name, str) or not re.fullmatch(_PREFIX + r"[\w-]{24}", name, re.ASCII):
+            return None
+        return Film(self.root / name, self.fps)
 
-    def keep_sweeping(self) -> None:
-        """Sweeps from now on in the background, until the program ends."""
-
-        def sweeper() -> None:
-            while True:
-                time.sleep(max(1.0, self.lifetime / 10))
-                if removed := self.sweep():
-                    log.info("removed %d old films", removed)
-
-        threading.Thread(target=sweeper, name="film sweeper", daemon=True).start()
+    def sweep(self, in_use: Set[Film] = frozenset()) -> int:
+        """Removes the expired films that are not in use, and what a killed server has left in the others; returns how
+        many films."""
+        oldest, removed = time.time() - self.lifetime, 0
+        films = {Film(folder, self.fps) for folder in self.root.glob(f"{_PREFIX}*")}
+        for film in films - in_use:
+            if _last_change(film.folder) < oldest:
+                film.remove()
+                removed += 1
+            else:
+                for part in old_files(film.folder, min(PART_LIFETIME, self.lifetime)):
+                    if part.name.startswith(".") and ".part" in part.name:
+                        part.unlink(missing_ok=True)
+        return removed
 
 
 def _last_change(folder: Path) -> float:

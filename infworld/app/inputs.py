@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from html import escape
 from pathlib import Path
@@ -46,6 +47,7 @@ def uploaded(payload: Any) -> str | None:
     path = Path(payload.path or "").resolve()
     if not path.is_relative_to(Path(get_upload_folder()).resolve()) or not path.is_file():
         raise gr.Error(NOT_UPLOADED, print_exception=False)
+    os.utime(path)  # in use, so that it is kept from now on
     return str(path)
 
 

@@ -80,7 +80,7 @@ class ModelPool:
             placement = "gpu" if ON_ZERO_GPU else "auto"
             world = infworld.load(config, self._device, text_placement=placement, team=self._team)
             self._loaded = world, _compute_of(world)
-        return self._loaded
+        return self._loaded  # type: ignore[return-value]
 
 
 class SingleModelPool(ModelPool):

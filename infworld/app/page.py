@@ -11,11 +11,10 @@ import asyncio
 import dataclasses
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -23,15 +22,16 @@ from gradio.context import LocalContext
 from PIL import Image
 
 from infworld.actions import ActionScript
-from infworld.app import runner, status
+from infworld.app import status
 from infworld.app.drive import Drive, driven
 from infworld.app.editor import ActionEditor, script_of
 from infworld.app.films import Film
 from infworld.app.gallery import Gallery, find_examples
 from infworld.app.inputs import Argument, CheckedBlocks, Picture, SessionUpload, script, text, whole_number
 from infworld.app.memory_check import memory_check
+from infworld.app.modules import read_static
 from infworld.app.player import FilmPlayer, film_value, still_value
-from infworld.app.runner import Ended, Job, Loading, NewChunk, Run, Runner, RunProgress, Waiting
+from infworld.app.runner import Ended, Job, Loading, NewChunk, Run, Runner, RunProgress, Visitor, Waiting
 from infworld.app.studio import Studio
 from infworld.config import PROJECT_ROOT, ModelConfig
 from infworld.devices import device_name
@@ -41,10 +41,9 @@ from infworld.presets import PRESETS, find_preset
 from infworld.session import Session
 from infworld.settings import MAX_PROMPT, MAX_STEPS, FilmSettings
 
-STATIC = Path(__file__).resolve().parent / "static"
 EXAMPLES = PROJECT_ROOT / "examples"
-UPLOADS_LIFETIME = 12 * 3600  # seconds; longer than a full queue, as a program's picture is read when its turn comes
 RANDOM_SEEDS = 2**31  # short enough to write down
+LINGER = 30.0  # seconds that a run goes on when its page is gone: time to come back after a cut, or a reload
 
 MEMORY_HINT = (
     '<div class="memory"><p>When the film comes back to a view, its first look and its return are shown here side by '
@@ -89,8 +88,11 @@ class Page:
 
     def blocks(self) -> gr.Blocks:
         """The whole page, ready to launch."""
-        with CheckedBlocks(title="Infinite-World", fill_width=True, delete_cache=(3600, UPLOADS_LIFETIME)) as blocks:
+        with CheckedBlocks(title="Infinite-World", fill_width=True) as blocks:
             self.film = gr.State(None)  # a Film
+            # The film's name, with which a page that was cut off or loaded again finds it. It is no secret from the
+            # browser's owner, so that the key need not be one; it has to outlive the server.
+            self.remembered = gr.BrowserState(None, storage_key="infinite-world-film", secret="infinite-world")
             self._header()
             with gr.Row(elem_id="stage"):
                 with gr.Column(scale=4, min_width=300):
@@ -98,7 +100,7 @@ class Page:
                 with gr.Column(scale=7, min_width=300):
                     self._screen()
             self._plan()
-            self._wire()
+            self._wire(blocks)
             self._doors()
         return blocks
 
@@ -130,7 +132,9 @@ class Page:
         )
         with gr.Row():
             sources = ["upload", "clipboard", "webcam"]
-            self.image = Picture(label="Picture", sources=sources, height=220, buttons=[], elem_id="picture")
+            self.image = Picture(
+                label="Picture", format="png", sources=sources, height=220, buttons=[], elem_id="picture"
+            )
             self.preview = gr.Image(
                 label="What the model sees", interactive=False, height=220, buttons=[], visible=False, elem_id="preview"
             )
@@ -196,11 +200,20 @@ class Page:
         with gr.Accordion("Memory check", open=True, elem_id="memory-panel"):
             self.memory = gr.HTML(MEMORY_HINT, apply_default_css=False, elem_id="memory")
 
-    def _wire(self) -> None:
+    def _wire(self, blocks: gr.Blocks) -> None:
         settings = [self.editor, self.prompt, self.negative_prompt, self.seed, self.randomise]
         settings += [self.steps, self.guidance, self.preset]
         self.buttons = [self.generate, self.stop, self.more, self.redo, self.extra, self.session_file]
-        filming = [self.film, self.seed, self.status, self.player, self.downloads, self.editor, self.drive]
+        filming = [
+            self.film,
+            self.remembered,
+            self.seed,
+            self.status,
+            self.player,
+            self.downloads,
+            self.editor,
+            self.drive,
+        ]
         filming += self.buttons
         chosen = [self.running, self.negative_prompt, self.steps, self.guidance, self.preset]
         # The queue is the runner's alone. Gradio's is gone through all the same: errors of events outside of it are
@@ -218,14 +231,18 @@ class Page:
         resumed = [*filming, self.prompt, self.randomise, self.model, *chosen]
         for event, begin, inputs, outputs in (
             (self.generate.click, self.begin, [self.image, self.frames, self.model, *settings], filming),
-            (self.more.click, self.go_on, [self.film, self.extra, self.model, *settings], filming),
-            (self.redo.click, self.make_again, [self.film, self.model, *settings], filming),
-            (self.session_file.upload, self.resume, self.session_file, resumed),
-            (self.drive.drive, self.drive_on, [self.film, self.drive, self.image, self.model, *settings], filming),
+            (self.more.click, self.go_on, [self.extra, self.model, *settings], filming),
+            (self.redo.click, self.make_again, [self.model, *settings], filming),
+            (self.session_file.upload, self.resume, [self.session_file], resumed),
+            (self.drive.drive, self.drive_on, [self.drive, self.image, self.model, *settings], filming),
         ):
-            event(self.filming(begin), inputs, outputs, **at_once).then(
+            event(self.filming(begin), [self.film, *inputs], outputs, **at_once).then(
                 self.check_memory, self.film, self.memory, **at_once
             )
+        found = [*resumed, self.image, self.frames]
+        blocks.load(self.come_back, self.remembered, found, **at_once).then(
+            self.check_memory, self.film, self.memory, **at_once
+        )
         self.stop.click(self.stop_filming, self.film, [self.status, self.stop], **at_once)
 
     def _doors(self) -> None:
@@ -298,7 +315,7 @@ class Page:
     def plan_length(self, frames: int) -> Update:
         return {self.editor: gr.update(num_frames=int(frames))}
 
-    def begin(self, image: str | None, frames: int, model: str, *settings: Any) -> Begun:
+    def begin(self, film: Film | None, image: str | None, frames: int, model: str, *settings: Any) -> Begun:
         """A new film of the picture."""
         if image is None:
             raise ValueError("Choose a picture first: upload one, or take an example.")
@@ -324,14 +341,14 @@ class Page:
         """One more chunk, of what was driven; the first one of a film is made by the plan."""
         step = self.config.chunk_frames
         if film is None or not film.num_frames:
-            return self.begin(image, 1 + step, model, *settings)
+            return self.begin(film, image, 1 + step, model, *settings)
         session = film.session()
         wanted = for_film(self._settings(*settings), session, model)
         actions = session.with_actions(driven(value, step)).settings.actions
         job = self.studio.go_on(film, 1, dataclasses.replace(wanted, actions=actions))
         return Begun(job, {self.editor: gr.update(value=actions, num_frames=session.num_frames + step)})
 
-    def resume(self, path: str) -> Begun:
+    def resume(self, film: Film | None, path: str) -> Begun:
         """The film of an uploaded session file, with its model."""
         job, session = self.studio.resume(path)
         fields = {
@@ -356,39 +373,86 @@ class Page:
         seed = random.randrange(RANDOM_SEEDS) if randomise or seed is None else seed
         return FilmSettings(script_of(actions), prompt, negative, seed, steps, float(guidance), preset)
 
-    def filming(self, begin: Callable[..., Begun]) -> Callable[..., AsyncIterator[Update]]:
+    def filming(self, begin: Callable[..., Begun]) -> Callable[..., AsyncGenerator[Update]]:
         """The handler that has done what `begin` asks for, and shows each step and each new piece of the film.
 
-        Closing it, as Gradio does when the page is closed, cancels the run.
+        Closing it, as Gradio does when the page is closed, cancels the run if the page does not come back. A new film
+        that was stopped before it began leaves the page with the film that it had.
         """
 
-        async def handler(*values: Any) -> AsyncIterator[Update]:
+        async def handler(film: Film | None, *values: Any) -> AsyncGenerator[Update]:
+            visitor = visitor_of_event(most=1)
             with plainly():
-                begun = await asyncio.to_thread(begin, *values)
-                run = self.runner.submit(begun.job)
+                begun = await asyncio.to_thread(begin, film, *values)
+                run = self.runner.submit(begun.job, visitor)
             try:
                 yield self._busy(begun.job) | begun.update
-                async with aclosing(run.updates()) as updates:
+                async with aclosing(self._watch(run, film)) as updates:
                     async for update in updates:
-                        if isinstance(update, Ended):
-                            yield await asyncio.to_thread(self.settle, begun.job.film, update)
-                        else:
-                            yield self._shown(run, update)
+                        yield update
             finally:
-                run.cancel()
+                run.leave(LINGER)
 
         return handler
+
+    async def _watch(self, run: Run, before: Film | None) -> AsyncGenerator[Update]:
+        """What a run does, until it is over and settled."""
+        async with aclosing(run.updates(linger=LINGER)) as updates:
+            async for update in updates:
+                if isinstance(update, Ended):
+                    yield await asyncio.to_thread(self.settle, run.job.film, update, before)
+                elif isinstance(update, NewChunk):
+                    yield await asyncio.to_thread(self._grown, run.job.film)
+                else:
+                    yield {self.status: STOPPING if run.is_cancelled else status.of(update)}
+
+    async def come_back(self, name: Any) -> AsyncGenerator[Update]:
+        """The film that this browser has made last, with its plan, and its progress if it is in the making."""
+        film = self.studio.store.find(name)
+        run = film and self.runner.run_of(film)
+        if not film or not (run or film.has_begun):
+            yield {self.film: None}  # Gradio takes nothing at all for a reason to empty every part
+        else:
+            yield await asyncio.to_thread(self._found, film, run)
+            if run:
+                async with aclosing(self._watch(run, None)) as updates:
+                    async for update in updates:
+                        yield update
+
+    @plainly()
+    def _found(self, film: Film, run: Run | None) -> Update:
+        job = run.job if run else Job(film, film.session().model, 0)
+        settings = job.settings or film.session().settings
+        config = self.models.config(job.model)
+        planned = film.num_frames if job.picture is None else 1 + job.chunks * config.chunk_frames
+        update = self._busy(job) if run else self.settle(film, Ended(stopped=not film.num_frames))
+        update |= {
+            self.editor: gr.update(value=settings.actions, num_frames=planned),
+            self.prompt: settings.prompt,
+            self.model: job.model,
+            self.seed: settings.seed,
+        }
+        update |= self._chosen(config, settings)
+        picture = film.picture() if job.picture is None else job.picture
+        if picture is not None:
+            update[self.image] = picture
+        if run and film.num_frames:
+            update |= self._grown(film)
+        elif run and picture is not None:
+            update[self.player] = still_value(Image.fromarray(picture))
+        if job.picture is not None:
+            update[self.frames] = planned
+        return update
 
     def _busy(self, job: Job) -> Update:
         """A run has begun, or waits for its turn."""
         busy = {part: gr.update(interactive=part is self.stop) for part in self.buttons}
         seed = {self.seed: job.settings.seed} if job.settings else {}
-        return {self.film: job.film, self.downloads: ""} | seed | busy
+        return {self.film: job.film, self.remembered: job.film.folder.name, self.downloads: ""} | seed | busy
 
-    def _shown(self, run: Run, update: runner.Update) -> Update:
-        if isinstance(update, NewChunk):
-            return {self.player: film_value(run.job.film)}
-        return {self.status: STOPPING if run.is_cancelled else status.of(update)}
+    def _grown(self, film: Film) -> Update:
+        """A chunk more, which can be downloaded at once."""
+        return {self.player: film_value(film), self.downloads: status.downloads(film.finish())}
 
     @plainly()
     def stop_filming(self, film: Film | None) -> Update:
@@ -398,11 +462,16 @@ class Page:
         return {self.status: STOPPING, self.stop: gr.update(interactive=False)}
 
     @plainly()
-    def settle(self, film: Film, ended: Ended) -> Update:
-        """After a run, however it ended: the whole film, its files, and what can be done next."""
-        frames, can_go_on = film.num_frames, film.session_path.is_file()
+    def settle(self, film: Film, ended: Ended, before: Film | None = None) -> Update:
+        """After a run, however it ended: the whole film, its files, and what can be done next. before: the film that
+        the page had."""
+        if before and not film.has_begun:
+            film = before
+        frames, can_go_on = film.num_frames, film.has_begun
         outcome = sentence(ended.error) if ended.error else "stopped" if ended.stopped else "done"
-        update = {
+        update: Update = {
+            self.film: film,
+            self.remembered: film.folder.name,
             self.status: status.ended(outcome, frames, film.fps),
             self.generate: gr.update(interactive=True),
             self.stop: gr.update(interactive=False),
@@ -453,8 +522,9 @@ class Page:
             preset: exact, or balanced or fast, which are faster and less exact; empty for the model's own.
         """
         with plainly(to_program=True):
+            visitor = visitor_of_event()
             job = await asyncio.to_thread(self._asked, image, actions, frames, seed, prompt, model, preset)
-            run = self.runner.submit(job)
+            run = self.runner.submit(job, visitor)
         try:
             async with aclosing(run.updates()) as updates:
                 async for update in updates:
@@ -486,6 +556,14 @@ class Page:
             preset=text("preset", preset) or None,
         )
         return self.studio.begin(image, whole_number("frames", frames), settings, config.name)
+
+
+def visitor_of_event(**limits: int) -> Visitor | None:
+    """Who fired the present event."""
+    request = LocalContext.request.get(None)
+    if request is None:
+        return None
+    return Visitor(request.session_hash or "", request.client.host if request.client else "", **limits)
 
 
 def client_is_gone() -> bool:
@@ -535,7 +613,3 @@ def longest(config: ModelConfig) -> int:
     """The most frames that the page offers: the trained horizon."""
     rollout = config.validation_data
     return 1 + config.chunk_frames * min(rollout.trained_chunks, rollout.max_chunks)
-
-
-def read_static(name: str) -> str:
-    return (STATIC / name).read_text(encoding="utf-8")

@@ -8,14 +8,17 @@ it, and only then does the next one begin.
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import closing, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 import numpy as np
 
@@ -29,6 +32,8 @@ from infworld.settings import FilmSettings
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 64  # runs
+MAX_PER_SESSION = 8  # runs of one program
+MAX_PER_ADDRESS = MAX_WAITING // 2  # runs of everybody who comes from one address, unless it is this machine
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +50,21 @@ class Job:
     settings: FilmSettings | None = None
     picture: np.ndarray | None = None
     redo: bool = False
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """Whose run it is: Gradio's session and the address it comes from. most: runs that the session may have at once."""
+
+    session: str
+    address: str
+    most: int = MAX_PER_SESSION
+
+    @property
+    def is_local(self) -> bool:
+        with suppress(ValueError):
+            return ip_address(self.address).is_loopback
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------- updates
@@ -85,7 +105,7 @@ class RunProgress:
         if progress.remaining is None and self.chunk == 1:
             return None
         done = self.seconds - progress.seconds
-        per_chunk = done / (self.chunk - 1) if self.chunk > 1 else progress.seconds + progress.remaining
+        per_chunk = done / (self.chunk - 1) if self.chunk > 1 else progress.seconds + (progress.remaining or 0.0)
         rest = per_chunk - progress.seconds if progress.remaining is None else progress.remaining
         return max(0.0, rest) + per_chunk * (self.chunks - self.chunk)
 
@@ -120,8 +140,9 @@ Update = Waiting | Loading | RunProgress | NewChunk | Ended
 class Run:
     """A job in the runner's queue, or in the making. Made by `Runner.submit`."""
 
-    def __init__(self, job: Job, runner: Runner):
+    def __init__(self, job: Job, visitor: Visitor | None, runner: Runner):
         self.job = job
+        self.visitor = visitor
         self._runner = runner
         self._context = copy_context()  # of the request, from which ZeroGPU reads whose quota it is
         self._updates: list[Update] = []
@@ -142,9 +163,19 @@ class Run:
         self._cancelled.set()
         self._runner._drop(self)
 
-    async def updates(self, pause: float = 1.0) -> AsyncIterator[Update]:
+    def leave(self, linger: float) -> None:
+        """Cancels the run in `linger` seconds, if nobody reads its updates then. Called in an event loop."""
+
+        def cancel() -> None:
+            if not self._listeners:
+                self.cancel()
+
+        if not self.is_over:
+            asyncio.get_running_loop().call_later(linger, cancel)
+
+    async def updates(self, pause: float = 1.0, linger: float = 0.0) -> AsyncGenerator[Update]:
         """What happens, from the run's beginning to its `Ended`; where nothing does, every `pause` seconds where it
-        stands. Closing the iterator before that cancels the run.
+        stands. Closing the iterator before that cancels the run, unless another one is open `linger` seconds later.
         """
         listener = asyncio.get_running_loop(), asyncio.Event()
         self._listeners.append(listener)
@@ -166,7 +197,7 @@ class Run:
                     await asyncio.wait_for(listener[1].wait(), pause)
         finally:
             self._listeners.remove(listener)
-            self.cancel()
+            self.leave(linger) if linger else self.cancel()
 
     def _tell(self, update: Update) -> None:
         self._updates.append(update)
@@ -189,14 +220,17 @@ class Runner:
         self._thread = threading.Thread(target=self._work, name="runner", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> Run:
-        """Puts a job at the queue's end. Raises ValueError if the queue is full, or the film has a run already."""
+    def submit(self, job: Job, visitor: Visitor | None = None) -> Run:
+        """Puts a job at the queue's end. Raises ValueError if the queue is full, the film has a run already, or the
+        visitor too many."""
         with self._changed:
             if self.run_of(job.film):
                 raise ValueError("this film is being made already: wait for it, or stop it first")
             if len(self._queue) >= self.max_waiting:
                 raise ValueError(f"{len(self._queue)} films are waiting already, which is the most: try again later")
-            run = Run(job, self)
+            if visitor:
+                self._check_share(visitor)
+            run = Run(job, visitor, self)
             self._queue.append(run)
             self._changed.notify_all()
         return run
@@ -205,6 +239,11 @@ class Runner:
         """The run that is making this film, or waits to."""
         with self._changed:
             return next((run for run in self._runs() if run.job.film == film), None)
+
+    def films(self) -> set[Film]:
+        """The films that are being made, or wait to be."""
+        with self._changed:
+            return {run.job.film for run in self._runs()}
 
     def close(self) -> None:
         """Cancels everything, and waits for the thread to end. Not to be called by a request."""
@@ -215,6 +254,15 @@ class Runner:
         for run in runs:
             run.cancel()
         self._thread.join()
+
+    def _check_share(self, visitor: Visitor) -> None:
+        """Raises ValueError for a visitor who has as many runs as one may have."""
+        others = [run.visitor for run in self._runs() if run.visitor]
+        if sum(other.session == visitor.session for other in others) >= visitor.most:
+            films = "a film" if visitor.most == 1 else f"{visitor.most} films"
+            raise ValueError(f"you have {films} in the making already: wait for it, or stop it first")
+        if sum(other.address == visitor.address for other in others) >= MAX_PER_ADDRESS and not visitor.is_local:
+            raise ValueError(f"{MAX_PER_ADDRESS} films of your address are waiting already: try again later")
 
     def _runs(self) -> list[Run]:
         return [*filter(None, [self._current]), *self._queue]
@@ -263,6 +311,7 @@ class Runner:
             ended = Ended(error=error)
         else:
             ended = Ended(stopped=stopped)
+        release_memory()
         with self._changed:  # whoever hears of the end may submit the film's next job
             self._current = None
         run._tell(ended)
@@ -281,12 +330,13 @@ class Runner:
         log.info("%s: %d chunks in %.1f s, peak memory %s", run.job.model, run.job.chunks, seconds, memory)
         return False
 
-    def _updates_of(self, job: Job) -> Iterator[Update]:
+    def _updates_of(self, job: Job) -> Generator[Update]:
         """Does a job, one GPU call per chunk. What is finished is in the film's folder before it is told."""
         if not self.models.is_loaded(job.model):
             yield Loading(job.model)
         compute = self.models.compute(job.model)
         if job.picture is None:
+            job.film.recover()
             yield from self._show(job.film, compute)
         task, seed, began, frames = _first_task(job), job.settings and job.settings.seed, time.monotonic(), 0
         for number in range(1, job.chunks + 1):
@@ -294,18 +344,18 @@ class Runner:
             with closing(compute(task)) as results:
                 for result in results:
                     if isinstance(result, Session):
-                        job.film.begin(result)
+                        job.film.begin(result, job.picture)
                     elif isinstance(result, Report):
                         seconds = time.monotonic() - began
                         yield RunProgress(job.model, number, job.chunks, frames, seconds, seed, result)
                     else:
                         job.film.add(result)
-                        frames += self.models.config(job.model).chunk_frames
+                        frames += len(result.frames) - (result.index == 0)  # which begins with the picture
                         task = result.session
                         self._chunk_seconds[job.model] = time.monotonic() - chunk_began
                         yield NewChunk(result.index)
 
-    def _show(self, film: Film, compute) -> Iterator[Update]:
+    def _show(self, film: Film, compute) -> Generator[Update]:
         """Decodes the chunks that the film's session has and its folder has no frames of."""
         session, there = film.session(), len(film.pieces())
         if there < len(session.chunk_latents):
@@ -314,6 +364,13 @@ class Runner:
                     if chunk.index >= there:
                         film.add_frames(chunk)
                         yield NewChunk(chunk.index)
+
+
+def release_memory() -> None:
+    """Gives the system back what films have left in this process, which the C library else keeps in many pieces."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _first_task(job: Job) -> Task | None:

@@ -11,54 +11,89 @@ import argparse
 import importlib.util
 import logging
 import math
-import tempfile
+import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import spaces  # noqa: F401  (patches torch on a ZeroGPU Space, so before anything touches CUDA)
+from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
 
 from infworld import parallel
 from infworld.app.compute import follow
 from infworld.app.films import FilmStore
+from infworld.app.folders import own_folder
+from infworld.app.guard import LOOPBACK, Guard, Stored
 from infworld.app.model_pool import ModelPool, SingleModelPool
-from infworld.app.page import Page, read_static
+from infworld.app.modules import read_static
+from infworld.app.page import Page
 from infworld.app.runner import MAX_WAITING, Runner
 from infworld.app.studio import Studio
+from infworld.app.sweeper import Sweeper
 from infworld.arena.hall import Hall
 from infworld.config import ModelConfig
 from infworld.devices import pick_device
 from infworld.models import available, default_model, prepare
 from infworld.world import World
 
-FILMS = Path(tempfile.gettempdir()) / "infinite-world-films"
 LIFETIME = 2 * 3600  # seconds that a film is kept after the last change to it
+UPLOADS_LIFETIME = 12 * 3600  # seconds after they were last used
 UPLOAD_ROOM = 100 * 2**20  # bytes of an upload that any model allows: enough for every picture that is accepted
 # Events that Gradio has going at once, as each run that waits is one: far above what the runner lets wait.
 MAX_EVENTS = 2 * MAX_WAITING
+MAX_SESSIONS = 512  # pages whose state is kept, the last used: Gradio holds up to a megabyte for each
+UPLOADS = 10  # times the largest upload: all uploads together
+UPLOADS_OF_ONE = 3  # times the largest upload: of one address between two sweeps
+MAX_OPEN_FILES = 65_536
 
 
-def serve(models: ModelPool | World, films: Path = FILMS, hall: Hall | None = None, **launching: Any) -> gr.Blocks:
-    """Builds and launches the page for one or more models; films go below `films`. Returns the running page.
-
-    hall: the arena to add as another page.
-    """
+def serve(
+    models: ModelPool | World,
+    films: Path | None = None,
+    allow_hosts: Sequence[str] = (),
+    hall: Hall | None = None,
+    **launching: Any,
+) -> gr.Blocks:
+    """Builds and launches the page for one or more models; films go below `films`, by default a folder of this user's
+    own. allow_hosts: names that the server answers to besides this machine's own. hall: the arena to add as another
+    page. Returns the running page."""
     models = SingleModelPool(models) if isinstance(models, World) else models
-    store = FilmStore(films, LIFETIME, models.config(models.first).validation_data.fps)
-    store.keep_sweeping()
+    store = FilmStore(films or own_folder("films"), LIFETIME, models.config(models.first).validation_data.fps)
     runner = Runner(models)
     blocks = Page(Studio(models, store), runner).blocks()
     if hall is not None:
         from infworld.app.arena_page import add_arena  # needs the extra "arena"
 
         add_arena(blocks, hall)
+
+    largest = max(upload_limit(models.config(name)) for name in models.names)
+    stored = Stored(UPLOADS * largest, UPLOADS_OF_ONE * largest)
+
+    def swept(removed: set[str], size: int) -> None:
+        for known in blocks.temp_file_sets:
+            known.difference_update(removed)
+        stored.reset(size)
+
+    Sweeper(store, Path(get_upload_folder()), UPLOADS_LIFETIME, runner.films, swept).start()
+    guard = Middleware(
+        Guard,
+        hosts=hosts_of(launching.get("server_name"), allow_hosts),
+        cross_site="SPACE_ID" in os.environ,  # there a proxy stands before it, and nothing is behind it but films
+        upload=largest + 2**20,
+        stored=stored,
+        connections=raise_open_files() // 2,
+    )
     blocks.launch(
         theme=theme(),
         css=read_static("page.css"),
         allowed_paths=[str(store.root), *([str(hall.stage)] if hall else [])],
-        max_file_size=max(upload_limit(models.config(name)) for name in models.names),
+        max_file_size=largest,
+        app_kwargs={"middleware": [guard]},
         max_threads=MAX_EVENTS,
+        state_session_capacity=MAX_SESSIONS,
         mcp_server=importlib.util.find_spec("mcp") is not None,
         ssr_mode=False,
         footer_links=["api", "settings"],
@@ -67,6 +102,26 @@ def serve(models: ModelPool | World, films: Path = FILMS, hall: Hall | None = No
     if not launching.get("prevent_thread_lock"):
         runner.close()
     return blocks
+
+
+def hosts_of(server_name: str | None, allowed: Sequence[str]) -> set[str] | None:
+    """The names that a server answers to; None for all, where it listens to other machines and was told none."""
+    name = server_name or os.environ.get("GRADIO_SERVER_NAME", LOOPBACK[1])
+    return {*LOOPBACK, name, *allowed} if allowed or name in LOOPBACK else None
+
+
+def raise_open_files() -> int:
+    """As many open files and connections as this process may have; returns how many."""
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return MAX_OPEN_FILES
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return most
+    return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 def upload_limit(config: ModelConfig) -> int:
@@ -99,18 +154,28 @@ def main() -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--host", help="address to listen on: 0.0.0.0 for all (default: only this machine)")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--port", type=port, help="default: the first free one from 7860 on")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that the server answers to, as that of a proxy before it (default: localhost and 127.0.0.1; with "
+        "--host 0.0.0.0 all)",
+    )
     parser.add_argument("--arena", type=Path, metavar="FILMS", help="add the arena for these films (docs/measuring.md)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    host = f"[{args.host}]" if args.host and ":" in args.host and not args.host.startswith("[") else args.host
+    launching = {"server_name": host, "server_port": args.port, "allow_hosts": args.allow_host}
     try:
         device = parallel.device_of_rank(args.device)
         with open_arena(args.arena) as hall, parallel.join_team(pick_device(device)) as team:
             models = load_models(args.model, device, team)
             if team is None:
-                serve(models, hall=hall, server_name=args.host, server_port=args.port)
+                serve(models, hall=hall, **launching)
             elif team.is_rank0:
-                serve(models, hall=hall, server_name=args.host, server_port=args.port)
+                serve(models, hall=hall, **launching)
                 team.end()
             else:
                 follow(team, models.world)
@@ -125,6 +190,14 @@ def open_arena(films: Path | None) -> AbstractContextManager[Hall | None]:
     from infworld.app.arena_page import open_hall  # needs the extra "arena"
 
     return open_hall(films)
+
+
+def port(text: str) -> int:
+    """A port's number. Raises ValueError."""
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is no port: use 1 to 65535")
+    return number
 
 
 def load_models(name: str | None, device: str, team: parallel.Team | None) -> ModelPool:

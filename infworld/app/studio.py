@@ -9,6 +9,7 @@ import numpy as np
 from infworld.app.films import Film, FilmStore
 from infworld.app.model_pool import ModelPool
 from infworld.app.runner import Job
+from infworld.config import ModelConfig
 from infworld.pictures import crop_image
 from infworld.session import Session, check_session
 from infworld.settings import FilmSettings
@@ -33,7 +34,7 @@ class Studio:
         """More chunks for a film, with its own seed."""
         session = film.session()
         config = self.models.config(session.model)
-        config.chunks_for(session.num_frames + chunks * config.chunk_frames)
+        check_length(config, session.num_frames + chunks * config.chunk_frames)
         return Job(film, session.model, chunks, session.with_settings(settings).settings)
 
     def redo(self, film: Film, settings: FilmSettings) -> Job:
@@ -45,8 +46,13 @@ class Studio:
         session = Session.load(path)
         config = self.models.config(session.model)
         check_session(session, config)
-        if session.chunk_latents:
-            config.chunks_for(session.num_frames)
+        check_length(config, session.num_frames)
         film = self.store.new()
         film.begin(session)
         return Job(film, session.model, 0), session
+
+
+def check_length(config: ModelConfig, frames: int) -> None:
+    """Raises ValueError for a film that is too long. Its chunks may be of any length."""
+    if frames > config.max_frames:
+        raise ValueError(f"a film has at most {config.max_frames} frames, not {frames}")

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import Any, TextIO
 
 FAILED, INTERRUPTED = 2, 130  # exit codes; the second is what shells give to Ctrl-C
 
@@ -61,7 +61,7 @@ class StopSignals:
     def __init__(self):
         self._received: int | None = None
         self._deferring = False
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # no other one can set handlers
@@ -123,7 +123,7 @@ class Unfailing:
     def __init__(self, stream: TextIO | None, descriptor: int):
         self._stream = stream or open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         with suppress(AttributeError):
-            self._stream.reconfigure(errors="backslashreplace")
+            self._stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
 
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError, RuntimeError):

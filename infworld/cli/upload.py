@@ -21,6 +21,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, SpaceHardware, constants, get_token
 from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.hf_api import RepoFile
 
 from infworld.checkpoint import SUFFIXES
 from infworld.cli.console import exit_code
@@ -222,7 +223,7 @@ def holds_token(file: Upload) -> bool:
     if file.size > SEARCHED_BYTES:
         return False
     content, own = file.path.read_bytes(), get_token()
-    return TOKEN_TEXT.search(content) is not None or bool(own) and own.encode() in content
+    return TOKEN_TEXT.search(content) is not None or bool(own and own.encode() in content)
 
 
 def without_checkpoints(gitignore: Upload) -> Upload:
@@ -281,7 +282,7 @@ def make_repo(api: HfApi, repo: str, kind: str, args: argparse.Namespace) -> Non
 def on_hub(api: HfApi, repo: str, kind: str) -> dict[str, tuple[int, str]]:
     """Size and digest of every file that the repository has."""
     entries = api.list_repo_tree(repo, repo_type=kind, recursive=True)
-    files = (entry for entry in entries if hasattr(entry, "blob_id"))
+    files = (entry for entry in entries if isinstance(entry, RepoFile))
     return {entry.path: (entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id) for entry in files}
 
 
@@ -334,7 +335,7 @@ def batches(files: Iterable[Upload]) -> Iterator[list[Upload]]:
 def refusal(error: Exception, page: str) -> str:
     """What the Hub did not let pass, and the way out."""
     tokens = f"{constants.ENDPOINT}/settings/tokens"
-    known = {
+    known: dict[int | None, str] = {
         401: f"the token is not valid: make one that writes at {tokens}",
         402: f"{page} has to be paid for: add a way to pay, or choose another --hardware",
         403: f"the token may not write to {page}: make one that writes at {tokens}",

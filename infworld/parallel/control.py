@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
@@ -85,7 +85,7 @@ class Team:
     def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; where it raises, the others raise Abandoned."""
         if not self.is_rank0:
-            return self._link.receive()
+            return self._link.receive()  # type: ignore[return-value]
         try:
             value = make()
         except BaseException:
@@ -98,7 +98,7 @@ class Team:
         """`function` computed by rank 0 for every rank."""
         return lambda *arguments: self.broadcast_from_rank0(lambda: function(*arguments))
 
-    def synced_iterator(self, items: Iterator[T]) -> Iterator[T]:
+    def synced_iterator(self, items: Iterator[T]) -> Generator[T]:
         """The items, made by all ranks `together` as long as rank 0 asks for them."""
         done = object()
         try:
@@ -106,7 +106,7 @@ class Team:
                 self.broadcast_from_rank0(lambda: None)
                 if (item := self.together(lambda: next(items, done))) is done:
                     return
-                yield item
+                yield item  # type: ignore[misc]  # not `done`
         except GeneratorExit:
             if self.is_rank0:
                 self._link.send(False, None)
@@ -148,7 +148,7 @@ class Team:
 
     def _meet_again(self) -> None:
         """New process groups: a rank that has left an exchange of tensors can't be waited for in the old ones."""
-        self._everyone = self._pair = self._half = None
+        self._everyone = self._pair = self._half = None  # type: ignore[assignment]  # until _make_groups
         gc.collect()
         _abort_groups()
         gc.collect()
@@ -157,7 +157,7 @@ class Team:
         store = None
         if self.is_rank0:
             store = dist.TCPStore("127.0.0.1", 0, self.size, is_master=True, wait_for_workers=False)
-        port = self._link.meet(store and store.port)
+        port = self._link.meet(store.port if store else None)
         store = store or dist.TCPStore("127.0.0.1", port, self.size, is_master=False)
         _init_groups(self.device, store=store, rank=self._link.rank, world_size=self.size)
         self._make_groups()

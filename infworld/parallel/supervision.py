@@ -75,7 +75,7 @@ class Link:
             time.sleep(0.01)
         return self._exhausted >= self._round
 
-    def meet(self, address: str | None = None) -> str:
+    def meet(self, address: int | None = None) -> int:
         """The ranks begin the next round, where nothing of the last one is left. Rank 0 gives the address at which they
         find each other; returns it on all ranks."""
         if self.rank == 0:
@@ -83,7 +83,7 @@ class Link:
         else:
             address = self._addresses.get()
         self._round += 1
-        return address
+        return address  # type: ignore[return-value]  # rank 0 gave it
 
     def leave(self, failure: str | None = None) -> None:
         """Ends this process's part: as planned, or by an error, unless that is only how the loss of another shows."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from infworld.layers import TokenLayout
 from infworld.vae import PIXELS_PER_LATENT, VideoVAE
 
 
@@ -59,8 +60,8 @@ class RankGroup:
 
 
 @dataclass(frozen=True)
-class TokenShard:
-    """The transformer's tokens over several ranks: a `layers.TokenLayout`."""
+class TokenShard(TokenLayout):
+    """The transformer's tokens over several ranks."""
 
     ranks: RankGroup
 

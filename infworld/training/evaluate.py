@@ -1,8 +1,8 @@
 """Measures a trained tiny model against the truth, on worlds that training never drew.
 
-    python -m training.evaluate --model tiny --device cuda --out runs/evaluation
-    python -m training.evaluate --tests turn,circle --worlds 16      # only some tests
-    python -m training.evaluate --tests rollouts --worlds 6          # only the picture of the model's own films
+    infworld evaluate --model tiny --device cuda --out runs/evaluation
+    infworld evaluate --tests turn,circle --worlds 16      # only some tests
+    infworld evaluate --tests rollouts --worlds 6          # only the picture of the model's own films
 
 Writes evaluation.md (the table), evaluation.json (every mean with its interval) and one contact sheet per test.
 

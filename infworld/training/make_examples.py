@@ -1,7 +1,7 @@
 """Writes the example scenes: start pictures of worlds that training never drew, with actions that test the memory.
 
-python -m training.make_examples --out examples
-python -m training.make_examples --films docs/films.webp     # what the tiny model makes of the first four
+infworld train examples --out examples
+infworld train examples --films docs/films.webp     # what the tiny model makes of the first four
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Trains the tiny video VAE on frames from walks through procedural worlds.
 
-    python -m training.train_vae --minutes 8 --out runs/vae
+    infworld train vae --minutes 8 --out runs/vae
     torchrun --nproc-per-node N -m training.train_vae --minutes 8 --out runs/vae
-    python -m training.train_vae ... --resume runs/vae/resume.safetensors    # goes on where that run was stopped
+    infworld train vae ... --resume runs/vae/resume.safetensors    # goes on where that run was stopped
 
 Every report writes to the folder of `--out`: `vae.safetensors` (averaged weights in float16, for use: their latents
 have mean 0 and deviation 1), `resume.safetensors`, `train.jsonl`, `train.png` and `samples.png` (truth above result).

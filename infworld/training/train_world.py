@@ -1,8 +1,8 @@
 """Trains the tiny world model: transformer, memory compressor, action encoder and byte text encoder together.
 
     torchrun --nproc-per-node N -m training.train_world --vae checkpoints/tiny/vae.safetensors --minutes 20 --out runs/a
-    python -m training.train_world ... --resume runs/a/state.pt           # goes on where the run stopped
-    python -m training.train_world ... --resume runs/a/world.safetensors  # from weights alone
+    infworld train world ... --resume runs/a/state.pt           # goes on where the run stopped
+    infworld train world ... --resume runs/a/world.safetensors  # from weights alone
 
 Every sample is a chunk of a walk through a procedural world with the walk so far as history; chunks that come back to
 what was lost sight of are drawn more often. Flow matching; a share of the samples is pure noise, where nothing but the

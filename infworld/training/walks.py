@@ -78,7 +78,8 @@ def _far_return(rng: random.Random) -> list[Segment]:
     away = [(STILL, side, rng.randint(QUARTER // 2, 2 * QUARTER))]
     if rng.random() < 0.5:
         away.append((FORWARD, STILL, rng.randint(24, 90)))
-    elsewhere, long = [], rng.randint(240, 640)
+    elsewhere: list[tuple[int, int, int]] = []
+    long = rng.randint(240, 640)
     while sum(segment[2] for segment in elsewhere) < long:
         elsewhere += rng.choice((_retrace, _go_return, _turn_return))(rng)
     return away + elsewhere + inverse(away) + _pause(rng)

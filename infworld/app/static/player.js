@@ -13,12 +13,10 @@ let source = null;
 let buffer = null;
 let work = Promise.resolve(); // changes to the media source wait for each other
 
-function root() {
-  return (window.gradio_config?.root ?? "").replace(/\/$/, "");
-}
-
+// By path alone: behind a proxy the server may not know under which scheme and name it is reached.
 function address(path) {
-  return `${root()}/gradio_api/file=${path.split("/").map(encodeURIComponent).join("/")}`;
+  const root = new URL(window.gradio_config?.root ?? ".", location.href).pathname.replace(/\/$/, "");
+  return `${root}/gradio_api/file=${path.split("/").map(encodeURIComponent).join("/")}`;
 }
 
 const once = (target, name) => new Promise((done) => target.addEventListener(name, done, { once: true }));

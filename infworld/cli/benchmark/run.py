@@ -23,8 +23,7 @@ from infworld.cli.benchmark.choices import choices
 from infworld.cli.benchmark.chunks import faster_presets, film_measured, film_sum, whole_chunk
 from infworld.cli.benchmark.compiling import compiled, packaged
 from infworld.cli.benchmark.harness import Benchmark
-from infworld.cli.benchmark.parts import ceilings, other_steps, repeated_step, steady_step, vae_times
-from infworld.cli.benchmark.profiling import profile
+from infworld.cli.benchmark.parts import ceilings, other_steps, profile, repeated_step, steady_step, vae_times
 from infworld.cli.benchmark.quality import errors, vae_quality
 from infworld.cli.benchmark.record import table
 

@@ -1,0 +1,69 @@
+"""Folders below the system's temporary folder, which other users of the machine can write to as well."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+def own_folder(name: str) -> Path:
+    """A folder that is this user's alone, the same at every start; where somebody has taken its name, a new one."""
+    user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""
+    folder = Path(tempfile.gettempdir()).resolve() / f"infinite-world{user}-{name}"
+    try:
+        make_private(folder)
+    except OSError as error:
+        folder = Path(tempfile.mkdtemp(prefix=f"infinite-world-{name}-")).resolve()
+        log.warning("%s; using %s", error, folder)
+    return folder
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder that only this user can enter, or sees to it that it is one.
+
+    Raises PermissionError if it is a link, or somebody else's.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "getuid") and found.st_uid != os.getuid()):
+        raise PermissionError(f"{folder} is a link or not this user's own folder: remove it")
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        folder.chmod(0o700)
+
+
+def old_files(folder: Path, seconds: float) -> Iterator[Path]:
+    """The files anywhere below a folder that have not been written to for so long. Links are not followed."""
+    oldest = time.time() - seconds
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            with suppress(FileNotFoundError):
+                if path.lstat().st_mtime < oldest:
+                    yield path
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
+
+
+def remove_empty_folders(folder: Path) -> None:
+    """Removes the folders below this one that have nothing in them."""
+    for place, _, _ in os.walk(folder, topdown=False):
+        if place != str(folder):
+            with suppress(OSError):  # it has something
+                os.rmdir(place)

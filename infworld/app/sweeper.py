@@ -1,0 +1,71 @@
+"""Removes what has expired: films, uploads, and what a killed server has left of either."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from infworld.app.films import Film, FilmStore
+from infworld.app.folders import folder_size, make_private, old_files, remove_empty_folders
+
+log = logging.getLogger(__name__)
+
+
+class Sweeper:
+    """Sweeps films and the folder of uploads, whoever put something there. `in_use`: the films not to be touched.
+
+    swept: hears, after each sweep, which uploads were removed and how many bytes of them there are.
+    """
+
+    def __init__(
+        self,
+        store: FilmStore,
+        uploads: Path,
+        uploads_lifetime: float,
+        in_use: Callable[[], set[Film]] = set,
+        swept: Callable[[set[str], int], None] = lambda removed, size: None,
+    ):
+        self.store = store
+        self.uploads = uploads
+        self.uploads_lifetime = uploads_lifetime
+        self._in_use = in_use
+        self._swept = swept
+
+    def sweep(self) -> None:
+        """Once. What cannot be removed is logged, and does not keep the rest."""
+        for action in (self._sweep_films, self._sweep_uploads):
+            try:
+                action()
+            except Exception:  # whatever it is, the next time it may go
+                log.exception("sweeping failed")
+
+    def start(self) -> None:
+        """Sweeps from now on in the background, until the program ends."""
+        pause = max(0.5, min(self.store.lifetime, self.uploads_lifetime) / 10)
+
+        def work() -> None:
+            while True:
+                self.sweep()
+                time.sleep(pause)
+
+        threading.Thread(target=work, name="sweeper", daemon=True).start()
+
+    def _sweep_films(self) -> None:
+        if removed := self.store.sweep(self._in_use()):
+            log.info("removed %d films", removed)
+
+    def _sweep_uploads(self) -> None:
+        removed = set()
+        for path in old_files(self.uploads, self.uploads_lifetime):
+            with suppress(FileNotFoundError):
+                path.unlink()
+            removed.add(str(path))
+        if removed:
+            log.info("removed %d uploads", len(removed))
+            remove_empty_folders(self.uploads)
+        make_private(self.uploads)
+        self._swept(removed, folder_size(self.uploads))
