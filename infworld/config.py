@@ -23,7 +23,6 @@ PROJECT_ROOT = PACKAGE if INSTALLED else PACKAGE.parent
 MODELS = {"infinite-world": "infworld_config.yaml", "tiny": "tiny.yaml"}  # by name, in CONFIG_DIR
 FRAMES_PER_LATENT = 4  # of the causal VAE; the first latent stands for one frame alone
 NORM_GROUPS = 32  # of the memory compressor's group norms
-BUCKET_STEP = 16  # pixels per patch: 8 per latent, 2 latents per patch
 
 # Spec section 2: (height, width), widest first.
 RELEASED_BUCKETS = (
@@ -49,6 +48,7 @@ _BOUNDS = {
     **dict.fromkeys(("ffn_dim", "dim_ffn"), (1, 131_072)),
     **dict.fromkeys(("num_heads", "memory_num_heads", "num_layers"), (1, 256)),
     **dict.fromkeys(("in_channels", "out_channels", "z_dim"), (1, 1024)),
+    **dict.fromkeys(("fold", "patch"), (1, 16)),
     **{"dim_mult": (1, 64), "num_res_blocks": (0, 64), "latents_mean": (-1e6, 1e6), "latents_std": (1e-6, 1e6)},
     **{"model_max_length": (1, 65_536), "vocab": (1, 10_000_000), "num_buckets": (2, 4096)},
     **{"shift": (1e-3, 1000), "num_sampling_steps": (1, 1000), "text_cfg_scale": (-100, 100)},
@@ -98,6 +98,7 @@ class TransformerConfig(_Bounded):
     memory_num_heads: int = 8
     action_embed_dim: int = 256
     action_hidden_dim: int = 512
+    patch: int = 2  # latents a side that make a token
     model_type: str = "t2v"
 
     def __post_init__(self):
@@ -131,11 +132,19 @@ class VAEConfig(_Bounded):
     num_res_blocks: int = 2
     latents_mean: tuple[float, ...] = RELEASED_LATENTS_MEAN
     latents_std: tuple[float, ...] = RELEASED_LATENTS_STD
+    fold: int = 1  # pixels a side that the network takes as one
+
+    @property
+    def space(self) -> int:
+        """Pixels a side of a latent: 8."""
+        return self.fold * 2 ** (len(self.dim_mult) - 1)
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.dim_mult) != 4:
-            raise ValueError(f"dim_mult must have 4 entries, since a latent is 8 pixels wide, not {len(self.dim_mult)}")
+        if len(self.dim_mult) < 3:
+            raise ValueError(
+                f"dim_mult must have 3 entries or more, since time is halved twice, not {len(self.dim_mult)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -244,12 +253,18 @@ class ModelConfig(_Bounded):
         frames = self.validation_data.num_frames
         if frames <= 1 or frames % FRAMES_PER_LATENT != 1:
             raise ValueError(f"validation_data.num_frames must be 1 + 4n, n at least 1, not {frames}")
-        wrong = [b for b in self.buckets if len(b) != 2 or any(side <= 0 or side % BUCKET_STEP for side in b)]
+        step = self.token_pixels
+        wrong = [b for b in self.buckets if len(b) != 2 or any(side <= 0 or side % step for side in b)]
         if wrong or not self.buckets:
             raise ValueError(
-                f"buckets must be (height, width) pairs of positive multiples of {BUCKET_STEP}, "
+                f"buckets must be (height, width) pairs of positive multiples of {step}, "
                 f"not {wrong[0] if wrong else self.buckets}"
             )
+
+    @property
+    def token_pixels(self) -> int:
+        """Pixels a side of a token: 16, of 2 latents of 8."""
+        return self.vae_cfg.space * self.model_cfg.patch
 
     @property
     def chunk_frames(self) -> int:

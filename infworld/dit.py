@@ -22,7 +22,6 @@ from infworld.layers import EPS, LOCAL, Attending, Attention, TokenLayout, gated
 from infworld.memory import MemoryCompressor
 from infworld.offload import Recomputed, StreamedBlocks, StreamedTensors
 
-PATCH = 2  # latents are cut into patches of 1 x 2 x 2
 ACTION_GROUPS, ACTION_EPS = 2, 1e-5
 
 # Where a memory stream is kept: with the model, in the CPU's memory, or not at all and recomputed at each step.
@@ -38,7 +37,7 @@ class TextContext:
 
 @dataclass(frozen=True)
 class MemoryStream:
-    """What the noisy tokens read of the memory: its tokens (B, M h w / 4, dim) as they enter each block.
+    """What the noisy tokens read of the memory: its tokens (B, M h w / patch², dim) as they enter each block.
 
     `tokens` can be iterated any number of times; where they are not kept on the GPU, each is valid until the next.
     """
@@ -52,9 +51,9 @@ class InfiniteWorldTransformer(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        dim = config.dim
+        dim, patch = config.dim, (1, config.patch, config.patch)
         self.config = config
-        self.patch_embedding = nn.Conv3d(config.in_channels, dim, (1, PATCH, PATCH), stride=(1, PATCH, PATCH))
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, patch, stride=patch)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.caption_channels, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
@@ -63,7 +62,7 @@ class InfiniteWorldTransformer(nn.Module):
         self.action_encoder = ActionEncoder(dim, config.action_embed_dim, config.action_hidden_dim)
         self.latent_encoder = MemoryCompressor(config.out_channels, config.memory_hidden_dim, config.memory_num_heads)
         self.blocks = nn.ModuleList(Block(dim, config.ffn_dim, config.num_heads) for _ in range(config.num_layers))
-        self.head = Head(dim, config.out_channels * PATCH**2)
+        self.head = Head(dim, config.out_channels * config.patch**2)
 
     def forward(
         self, noisy: Tensor, timestep: Tensor, history: Tensor, move: Tensor, view: Tensor, text: Tensor, mask: Tensor
@@ -183,22 +182,23 @@ class InfiniteWorldTransformer(nn.Module):
         return x, linear_float32(self.time_projection[1], F.silu(x)).unflatten(1, (6, -1))
 
     def _patchify(self, latents: Tensor, mask_value: int) -> Tensor:
-        """(B, 16, T, h, w) -> tokens (B, T h w / 4, dim). Mask channels tell memory (1) from noise (0)."""
+        """(B, 16, T, h, w) -> tokens (B, T h w / patch², dim). Mask channels tell memory (1) from noise (0)."""
         b, c, t, h, w = latents.shape
         mask = latents.new_full((b, self.config.in_channels - c, t, h, w), mask_value)
         x = torch.cat([latents, mask], dim=1)
-        x = rearrange(x, "b c t (h p) (w q) -> b (t h w) (c p q)", p=PATCH, q=PATCH)
+        x = rearrange(x, "b c t (h p) (w q) -> b (t h w) (c p q)", p=self.config.patch, q=self.config.patch)
         return F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
     def _unpatchify(self, x: Tensor, shape: torch.Size) -> Tensor:
         t, h, w = shape[2:]
-        return rearrange(x, "b (t h w) (p q c) -> b c t (h p) (w q)", t=t, h=h // PATCH, w=w // PATCH, p=PATCH, q=PATCH)
+        p = self.config.patch
+        return rearrange(x, "b (t h w) (p q c) -> b c t (h p) (w q)", t=t, h=h // p, w=w // p, p=p, q=p)
 
     def _rope(self, latents: Tensor, frames: int) -> Tensor:
         """Rotary angles of the patches of so many latents of this size."""
-        h, w = latents.shape[3:]
+        h, w = (side // self.config.patch for side in latents.shape[3:])
         head_dim = self.config.dim // self.config.num_heads
-        return rope_3d(range(frames), h // PATCH, w // PATCH, head_dim, latents.device)
+        return rope_3d(range(frames), h, w, head_dim, latents.device)
 
 
 def _of_any_length(*tensors: Tensor) -> None:

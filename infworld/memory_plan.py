@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from infworld.config import FRAMES_PER_LATENT, ModelConfig
-from infworld.dit import PATCH, InfiniteWorldTransformer
+from infworld.dit import InfiniteWorldTransformer
 from infworld.memory import MAX_SINGLE_PASS, memory_latents
 from infworld.offload import SLOTS
-from infworld.vae import PIXELS_PER_LATENT, VideoVAE
+from infworld.vae import VideoVAE
 
 GB = 10**9
 TEXTS = 2  # the prompt and, with guidance, what to avoid
@@ -86,9 +86,9 @@ class MemoryEstimate:
         """The modules may be on `meta`; their dtypes count."""
         sizes, block = config.model_cfg, transformer.blocks[0]
         height, width = config.largest_bucket
-        area = height * width // PIXELS_PER_LATENT**2  # of a latent
+        area = height * width // config.vae_cfg.space**2  # of a latent
         number = transformer.patch_embedding.weight.itemsize
-        per_latent = area // PATCH**2 * sizes.dim * number
+        per_latent = area // sizes.patch**2 * sizes.dim * number
         noisy, memory = config.chunk_latents * per_latent, memory_latents(MAX_SINGLE_PASS) * per_latent
         angles = 4 * (noisy + memory) // number // sizes.num_heads
         weights = _bytes(block.parameters())
@@ -154,9 +154,10 @@ def _step(noisy: int, memory: int, widening: float) -> int:
 def _frames(config: ModelConfig, vae: VideoVAE, pixels: int) -> int:
     """Decoding or encoding a chunk; at full size one latent goes through at a time, the first two together."""
     number = vae.conv1.weight.itemsize
-    tile = vae.default_tile(torch.device("cuda"), pixels)
+    folded = pixels // vae.fold**2
+    tile = vae.default_tile(torch.device("cuda"), folded)
     frames = min(1 + FRAMES_PER_LATENT * tile, config.chunk_frames + 1)
-    frame, video = pixels * config.vae_cfg.dim * number, pixels * 3 * config.chunk_frames
+    frame, video = folded * config.vae_cfg.dim * number, pixels * 3 * config.chunk_frames
     decoding = frame * (4 * frames + 2 + DECODER_CACHE)
     encoding = frame * (4 * frames + 2 + ENCODER_CACHE) + video * (4 + number)
     return max(decoding, encoding)

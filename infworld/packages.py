@@ -25,10 +25,9 @@ from torch import Tensor
 
 from infworld import layers
 from infworld.config import ModelConfig, TransformerConfig
-from infworld.dit import PATCH, Block, InfiniteWorldTransformer
+from infworld.dit import Block, InfiniteWorldTransformer
 from infworld.layers import fastest_attention, rope_3d
 from infworld.memory import MAX_SINGLE_PASS, memory_latents
-from infworld.vae import PIXELS_PER_LATENT
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ def make(config: ModelConfig, device: torch.device, dtype: torch.dtype, folder: 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
     block = Block(sizes.dim, sizes.ffn_dim, sizes.num_heads).to(device, dtype).eval().requires_grad_(False)
-    grid = tuple(side // (PIXELS_PER_LATENT * PATCH) for side in config.largest_bucket)
+    grid = tuple(side // config.token_pixels for side in config.largest_bucket)
     any_length = torch.export.Dim.DYNAMIC
     with torch.no_grad(), fastest_attention(device):
         for step, tokens in STEPS.items():

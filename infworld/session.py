@@ -22,7 +22,7 @@ from infworld.checkpoint import save_tensors
 from infworld.config import FRAMES_PER_LATENT, ModelConfig, VAEConfig
 from infworld.presets import EXACT
 from infworld.settings import FilmSettings, check_seed
-from infworld.vae import PIXELS_PER_LATENT, FeatureCache, build_vae
+from infworld.vae import FeatureCache, build_vae
 
 SESSION_FORMAT = "infworld-session-1"
 MAX_VALUES = 1_000_000  # characters of a session file's JSON
@@ -146,7 +146,8 @@ def check_session(session: Session, config: ModelConfig) -> None:
         _, height, width, _ = shapes["picture"]
         if (height, width) not in config.buckets:
             raise ValueError(f"its picture has {height} x {width} pixels, which is no size of this model")
-        latents = config.vae_cfg.z_dim, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+        space = config.vae_cfg.space
+        latents = config.vae_cfg.z_dim, height // space, width // space
         _expect("history", shapes["history"], (1, latents[0], shapes["history"][2], *latents[1:]))
         for i in range(len(session.chunk_latents)):
             found = shapes[f"chunk_latents.{i}"]
@@ -244,7 +245,9 @@ def _encoder_states(vae_cfg: VAEConfig, height: int, width: int, length: int) ->
     versions) the features of the layers that see every frame."""
     with torch.device("meta"):
         encoder = build_vae(ModelConfig(vae_cfg=vae_cfg)).encoder
-        frames, cache = torch.empty(1, length, height, width, 3), FeatureCache()
+        fold = vae_cfg.fold
+        frames = torch.empty(1, length, height // fold, width // fold, 3 * fold**2)
+        cache = FeatureCache()
         encoder(frames, cache)
     states = encoder.state(frames, cache.state), cache.state
     return [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in states]

@@ -1,10 +1,11 @@
-"""Causal video VAE: between video (B 3 T H W in [-1, 1]) and latents (B 16 T' H/8 W/8), spec section 4.
+"""Causal video VAE: between video (B 3 T H W in [-1, 1]) and latents (B z_dim T' H/space W/space), spec section 4.
 
 The first frame makes the first latent, every four further frames one more. All time padding is on the left, so a clip
 can be continued: each pass hands on the last frames that the temporal layers saw, the feature cache, as an explicit
 `state`. Between two calls the large entries, of the encoder's layers that see every frame, are left out: they are
 recomputed from the clip's last 19 frames, which are a nineteenth of their size. Inside this file frames lie as B T H W
-C, the memory order in which convolutions, norms and attention are fastest.
+C, the memory order in which convolutions, norms and attention are fastest. A VAE
+with `fold` above 1 sees squares of that many pixels a side as the channels of one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,11 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from infworld.config import FRAMES_PER_LATENT, RELEASED_LATENTS_MEAN, RELEASED_LATENTS_STD, ModelConfig
 
-PIXELS_PER_LATENT = 8  # along height and width
 FRAMES = "frames"  # name of a clip's last frames in an encoder's state
 OLD_STATE_FRAMES = 20  # that must follow an older state, so that the next one has all frames it needs
 
@@ -42,7 +43,8 @@ class VideoVAE(nn.Module):
     """Encoder and decoder with the released tensor names.
 
     `latents_mean` and `latents_std`, one number per latent channel, normalise the latents. They are plain numbers and
-    not buffers, so that neither a build on the meta device nor a cast of the weights touches them.
+    not buffers, so that neither a build on the meta device nor a cast of the weights touches them. `fold`: pixels a
+    side of the squares that the network takes as one. `space`, pixels a side of a latent, is 8 for the released sizes.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class VideoVAE(nn.Module):
         num_res_blocks: int = 2,
         latents_mean: Sequence[float] = RELEASED_LATENTS_MEAN,
         latents_std: Sequence[float] = RELEASED_LATENTS_STD,
+        fold: int = 1,
     ):
         super().__init__()
         if not len(latents_mean) == len(latents_std) == z_dim:
@@ -60,13 +63,14 @@ class VideoVAE(nn.Module):
                 f"latents_mean and latents_std have {len(latents_mean)} and {len(latents_std)} numbers; "
                 f"z_dim is {z_dim}, so {z_dim} of each are needed"
             )
-        self.dim, self.z_dim = dim, z_dim
+        self.dim, self.z_dim, self.fold = dim, z_dim, fold
+        self.space = fold * 2 ** (len(dim_mult) - 1)
         self.latents_mean, self.latents_std = tuple(latents_mean), tuple(latents_std)
         widths = [dim * mult for mult in dim_mult]
-        self.encoder = Encoder(widths, 2 * z_dim, num_res_blocks)
+        self.encoder = Encoder(3 * fold**2, widths, 2 * z_dim, num_res_blocks)
         self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
         self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
-        self.decoder = Decoder(widths, z_dim, num_res_blocks + 1)
+        self.decoder = Decoder(widths, z_dim, 3 * fold**2, num_res_blocks + 1)
 
     def encode(
         self,
@@ -77,16 +81,16 @@ class VideoVAE(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Encodes a clip, or further frames of the clip whose `state` an earlier call returned.
 
-        video: B 3 T H W in [-1, 1], H and W multiples of 8; T = 1 + 4n without `state`, 4n with it.
+        video: B 3 T H W in [-1, 1], H and W multiples of `space`; T = 1 + 4n without `state`, 4n with it.
         tile: latents per pass, which never changes the result; by default bounded by memory. shard: for pictures whose
         rows are split over devices; then video, state and results are this one's rows.
-        Returns the normalised mean latents, B z_dim T' H/8 W/8 with T' = 1 + n or n, in the dtype of `video`, and the
-        state to continue with: named tensors in the dtype of the weights, detached. A state may come from a VAE of
-        another dtype or device, or be an earlier version's, which held the whole cache.
+        Returns the normalised mean latents, B z_dim T' H/space W/space with T' = 1 + n or n, in the dtype of `video`,
+        and the state to continue with: named tensors in the dtype of the weights, detached. A state may come from a VAE
+        of another dtype or device, or be an earlier version's, which held the whole cache.
         Raises ValueError for any other shape and for a state of another batch or picture size.
         """
-        _check_video(video, state)
-        x = video.movedim(1, -1).to(self.conv1.weight.dtype)
+        self._check_video(video, state)
+        x = self._fold(video).to(self.conv1.weight.dtype)
         tile = tile or self.default_tile(x.device, x[0, 0, ..., 0].numel() * len(x))
         carried = {name: tensor.to(x) for name, tensor in (state or {}).items()}
         seen = carried.pop(FRAMES, x[:, :0])
@@ -106,28 +110,30 @@ class VideoVAE(nn.Module):
         """Decodes a whole clip of normalised latents, B z_dim T' h w.
 
         tile, shard: as for `encode`.
-        Returns video, B 3 T 8h 8w with T = 1 + 4(T' - 1), in [-1, 1] and in the dtype of `latents`.
+        Returns video, B 3 T H W with T = 1 + 4(T' - 1) and H, W `space` times h, w, in [-1, 1] and in the dtype of
+        `latents`.
         Raises ValueError for another number of dimensions or channels and for no latents.
         """
         _check_latents(latents, self.z_dim)
         z = latents.movedim(1, -1)
         z = z * z.new_tensor(self.latents_std) + z.new_tensor(self.latents_mean)
         z = _pointwise(z.to(self.conv2.weight.dtype), self.conv2)
-        tile = tile or self.default_tile(z.device, z[0, 0, ..., 0].numel() * len(z) * PIXELS_PER_LATENT**2)
+        folded = z[0, 0, ..., 0].numel() * len(z) * (self.space // self.fold) ** 2
+        tile = tile or self.default_tile(z.device, folded)
         state, video = None, []
         for part in _split(z, first=1, size=tile):
             cache = FeatureCache(state, shard=shard)
             video.append(self.decoder(part, cache).clamp(-1, 1))
             state = cache.state
-        return torch.cat(video, dim=1).to(latents.dtype).movedim(-1, 1).contiguous()
+        return self._unfold(torch.cat(video, dim=1).to(latents.dtype)).contiguous()
 
     def encode_distribution(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the raw, not normalised latents of a whole clip, in one pass; for training.
 
-        video and errors as in `encode` without state. Returns two tensors B z_dim T' H/8 W/8.
+        video and errors as in `encode` without state. Returns two tensors B z_dim T' H/space W/space.
         """
-        _check_video(video, None)
-        x = self.encoder(video.movedim(1, -1), FeatureCache(keep=False))
+        self._check_video(video, None)
+        x = self.encoder(self._fold(video), FeatureCache(keep=False))
         mean, logvar = _pointwise(x, self.conv1).movedim(-1, 1).chunk(2, dim=1)
         return mean, logvar
 
@@ -137,12 +143,41 @@ class VideoVAE(nn.Module):
         Shapes and errors as in `decode`.
         """
         _check_latents(z, self.z_dim)
-        return self.decoder(_pointwise(z.movedim(1, -1), self.conv2), FeatureCache(keep=False)).movedim(-1, 1)
+        return self._unfold(self.decoder(_pointwise(z.movedim(1, -1), self.conv2), FeatureCache(keep=False)))
 
     def default_tile(self, device: torch.device, pixels: int) -> int:
-        """Latents per pass for pictures of so many pixels, all pictures of a batch together."""
+        """Latents per pass for pictures of `pixels` (folded) pixels, all pictures of a batch together."""
         pass_size = PASS_SIZE_CPU if device.type == "cpu" else PASS_SIZE_GPU
         return max(1, pass_size // (self.dim * pixels * FRAMES_PER_LATENT))
+
+    def _fold(self, video: Tensor) -> Tensor:
+        """B 3 T H W -> B T H/fold W/fold C."""
+        return rearrange(video, "b c t (h p) (w q) -> b t h w (c p q)", p=self.fold, q=self.fold)
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b t h w (c p q) -> b c t (h p) (w q)", p=self.fold, q=self.fold)
+
+    def _check_video(self, video: Tensor, state: dict[str, Tensor] | None) -> None:
+        if video.dim() != 5 or video.shape[1] != 3:
+            raise ValueError(f"video must be B 3 T H W, got {tuple(video.shape)}")
+        batch, _, frames, height, width = video.shape
+        if height % self.space or width % self.space or not height * width:
+            raise ValueError(f"video of {height}x{width}: crop height and width to multiples of {self.space}")
+        if state is None:
+            if frames % FRAMES_PER_LATENT != 1:
+                raise ValueError(f"a clip has 1 + {FRAMES_PER_LATENT}n frames, got {frames}")
+            return
+        if frames % FRAMES_PER_LATENT or not frames:
+            raise ValueError(f"a clip is continued by {FRAMES_PER_LATENT}n frames, got {frames}")
+        seen = state.get(FRAMES, state.get(_cache_key(0)))
+        folded = (height // self.fold, width // self.fold, 3 * self.fold**2)
+        if seen is None or seen.dim() != 5 or seen.shape[:1] + seen.shape[2:] != (batch, *folded):
+            shape = "nothing" if seen is None else tuple(seen.shape)
+            raise ValueError(f"state is of {shape}, not of a clip of batch {batch} and size {height}x{width}")
+        if FRAMES not in state and frames < OLD_STATE_FRAMES:
+            raise ValueError(
+                f"a state of an earlier version is continued by {OLD_STATE_FRAMES} frames or more, not {frames}"
+            )
 
 
 def build_vae(config: ModelConfig) -> VideoVAE:
@@ -152,11 +187,11 @@ def build_vae(config: ModelConfig) -> VideoVAE:
 
 
 class Encoder(nn.Module):
-    """B T H W 3 -> B T' h w out_dim. Space shrinks after each level but the last, time after the second and third."""
+    """B T H W in_dim -> B T' h w out_dim. Space shrinks after each level but the last, time after the two before it."""
 
-    def __init__(self, widths: Sequence[int], out_dim: int, blocks: int):
+    def __init__(self, in_dim: int, widths: Sequence[int], out_dim: int, blocks: int):
         super().__init__()
-        self.conv1 = CausalConv3d(3, widths[0], 3)
+        self.conv1 = CausalConv3d(in_dim, widths[0], 3)
         self.downsamples = nn.ModuleList()
         last = len(widths) - 1
         width = widths[0]
@@ -165,7 +200,7 @@ class Encoder(nn.Module):
                 self.downsamples.append(ResidualBlock(width, level_width))
                 width = level_width
             if level < last:
-                self.downsamples.append(Downsample(width, temporal=level > 0))
+                self.downsamples.append(Downsample(width, temporal=level >= last - 2))
         self.middle = nn.ModuleList([ResidualBlock(width, width), Attention(width), ResidualBlock(width, width)])
         self.head = nn.ModuleDict({"0": Norm(width), "2": CausalConv3d(width, out_dim, 3)})
         halved = next(i for i, layer in enumerate(self.downsamples) if getattr(layer, "time_conv", None) is not None)
@@ -178,7 +213,7 @@ class Encoder(nn.Module):
         return conv(norm(x), cache)
 
     def state(self, frames: Tensor, cache: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state to continue a clip with, from its last frames (B T H W 3) and the feature cache after a pass."""
+        """The state to continue a clip with, from its last frames (B T H W C) and the feature cache after a pass."""
         convolutions = self._full_rate_convolutions()
         kept = {name: features for name, features in cache.items() if name not in map(_cache_key, range(convolutions))}
         return {FRAMES: frames[:, -(1 + 2 * convolutions) :].detach().clone(), **kept}
@@ -203,11 +238,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """B T' h w in_dim -> B T H W 3. Space grows after each level but the last, time after the first and second."""
+    """B T' h w in_dim -> B T H W out_dim. Space grows after each level but the last, time after the first two."""
 
-    def __init__(self, widths: Sequence[int], in_dim: int, blocks: int):
+    def __init__(self, widths: Sequence[int], in_dim: int, out_dim: int, blocks: int):
         super().__init__()
-        width = widths[-1]
+        last, width = len(widths) - 1, widths[-1]
         self.conv1 = CausalConv3d(in_dim, width, 3)
         self.middle = nn.ModuleList([ResidualBlock(width, width), Attention(width), ResidualBlock(width, width)])
         self.upsamples = nn.ModuleList()
@@ -216,9 +251,9 @@ class Decoder(nn.Module):
                 self.upsamples.append(ResidualBlock(width, widths[level]))
                 width = widths[level]
             if level > 0:
-                self.upsamples.append(Upsample(width, temporal=level > 1))
+                self.upsamples.append(Upsample(width, temporal=level > last - 2))
                 width //= 2
-        self.head = nn.ModuleDict({"0": Norm(width), "2": CausalConv3d(width, 3, 3)})
+        self.head = nn.ModuleDict({"0": Norm(width), "2": CausalConv3d(width, out_dim, 3)})
 
     def forward(self, x: Tensor, cache: "FeatureCache") -> Tensor:
         x = self.conv1(x, cache)
@@ -445,28 +480,6 @@ def _split(x: Tensor, first: int, size: int) -> Iterator[Tensor]:
     while start < x.shape[1]:
         yield x[:, start:end]
         start, end = end, end + size
-
-
-def _check_video(video: Tensor, state: dict[str, Tensor] | None) -> None:
-    if video.dim() != 5 or video.shape[1] != 3:
-        raise ValueError(f"video must be B 3 T H W, got {tuple(video.shape)}")
-    batch, _, frames, height, width = video.shape
-    if height % PIXELS_PER_LATENT or width % PIXELS_PER_LATENT or not height * width:
-        raise ValueError(f"video of {height}x{width}: crop height and width to multiples of {PIXELS_PER_LATENT}")
-    if state is None:
-        if frames % FRAMES_PER_LATENT != 1:
-            raise ValueError(f"a clip has 1 + {FRAMES_PER_LATENT}n frames, got {frames}")
-        return
-    if frames % FRAMES_PER_LATENT or not frames:
-        raise ValueError(f"a clip is continued by {FRAMES_PER_LATENT}n frames, got {frames}")
-    seen = state.get(FRAMES, state.get(_cache_key(0)))
-    if seen is None or seen.dim() != 5 or seen.shape[:1] + seen.shape[2:] != (batch, height, width, 3):
-        shape = "nothing" if seen is None else tuple(seen.shape)
-        raise ValueError(f"state is of {shape}, not of a clip of batch {batch} and size {height}x{width}")
-    if FRAMES not in state and frames < OLD_STATE_FRAMES:
-        raise ValueError(
-            f"a state of an earlier version is continued by {OLD_STATE_FRAMES} frames or more, not {frames}"
-        )
 
 
 def _check_latents(latents: Tensor, z_dim: int) -> None:

@@ -123,7 +123,7 @@ def test_what_does_not_belong_is_named(load, text, message):
         ("vae_cfg: {z_dim: 4}", r"vae_cfg.z_dim \(4\).*must be equal"),
         ("vae_cfg: {latents_mean: [0]}", r"latents_mean \(1\).*must be equal"),
         ("vae_cfg: {latents_std: [0]}", "latents_std must be from 1e-06 to 1e\\+06, not 0.0"),
-        ("vae_cfg: {dim_mult: [1, 2]}", "dim_mult must have 4 entries"),
+        ("vae_cfg: {dim_mult: [1, 2]}", "dim_mult must have 3 entries or more"),
         ("vae_cfg: {dim_mult: [1, 2, 4, -4]}", "dim_mult must be from 1 to 64, not -4"),
         ("vae_cfg: {dim: 0}", "vae_cfg: dim must be from"),
         ("text_encoder_cfg: {model_max_length: 0}", "model_max_length must be from 1 to 65536, not 0"),
@@ -167,6 +167,16 @@ def test_files_that_are_no_config_are_named(tmp_path):
         load_config(tmp_path / "gone.yaml")
     with pytest.raises(ValueError, match="unknown model 'huge': use infinite-world, tiny or the path of a .yaml file"):
         load_config("huge")
+
+
+def test_buckets_are_made_of_tokens(load):
+    assert ModelConfig().token_pixels == 16
+    folded = "vae_cfg: {fold: 4, dim_mult: [1, 2, 3]}\nmodel_cfg: {patch: 1}\n"
+    assert load(folded + "buckets: [[48, 80]]").token_pixels == 16
+    coarse = load(folded.replace("patch: 1", "patch: 2") + "buckets: [[64, 96]]")
+    assert coarse.vae_cfg.space == 16 and coarse.token_pixels == 32
+    with pytest.raises(ValueError, match=r"multiples of 32, not \(48, 80\)"):
+        load(folded.replace("patch: 1", "patch: 2") + "buckets: [[48, 80]]")
 
 
 def test_a_chunk_is_80_frames_and_21_latents():

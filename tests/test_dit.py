@@ -1,6 +1,7 @@
 """The transformer: what is computed once per chunk equals what is computed anew; nothing leaks where it must not."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -158,3 +159,18 @@ def test_every_parameter_learns():
     x = {name: t.float() if t.is_floating_point() else t for name, t in inputs().items()}
     model(**x).square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@torch.no_grad()
+def test_a_token_may_be_one_latent():
+    torch.manual_seed(0)
+    model = InfiniteWorldTransformer(dataclasses.replace(SIZES, patch=1)).double().eval()
+    x = inputs()
+    velocity = model(**x)
+    assert velocity.shape == x["noisy"].shape
+    patches = model._patchify(x["noisy"], mask_value=0)
+    assert patches.shape == (1, LATENTS * HEIGHT * WIDTH, SIZES.dim)
+    moved = model._patchify(x["noisy"].roll(1, dims=4), mask_value=0).view(LATENTS, HEIGHT, WIDTH, -1)
+    assert difference(moved[:, :, 1:], patches.view(LATENTS, HEIGHT, WIDTH, -1)[:, :, :-1]) < 1e-12
+    head = torch.arange(LATENTS * HEIGHT * WIDTH * 16.0).view(1, -1, 16)
+    assert torch.equal(model._unpatchify(head, x["noisy"].shape)[0, 3, 1, 2, 4], head[0, (HEIGHT + 2) * WIDTH + 4, 3])

@@ -11,9 +11,10 @@ from infworld.config import RolloutConfig
 from infworld.measures import MAX_PSNR, psnr
 from infworld.text import load_text_encoder
 from infworld.training import evaluate, films, measures, report
-from infworld.training.data import to_frames, to_video
 from infworld.training.films import Film, make_bench, next_chunk, own_film, same_script
+from infworld.training.frames import to_frames, to_video
 from infworld.training.measures import Figure, summarize
+from infworld.training.pictures import make_atlas
 from infworld.training.render import render
 from infworld.training.worlds import EVAL_SEEDS, TURN, captions, spawn, walk
 from infworld.world import World
@@ -228,7 +229,8 @@ def test_every_test_runs_and_repeats(tmp_path, model, text_encoder):
     assert sheets["turn"] == (9 * WIDTH, 2 * 3 * (HEIGHT + report.LABEL_HEIGHT))  # 2 worlds in rows of threes
     assert sheets["rollouts"] == (17 * WIDTH, 2 * (HEIGHT + report.LABEL_HEIGHT))
     lines = (tmp_path / "a" / "evaluation.md").read_text().splitlines()
-    assert sum(row.what in line for row in report.ROWS for line in lines) >= len(report.ROWS)
+    rows = [row for row in report.ROWS if row.test in evaluate.TESTS]
+    assert sum(row.what in line for row in rows for line in lines) >= len(rows)
 
 
 def test_batches_change_no_figure_but_the_wrong_memory(model, text_encoder):
@@ -259,3 +261,49 @@ def test_wrong_input_is_named(model, text_encoder):
     with pytest.raises(ValueError, match="guidance"):
         make_bench(World(config, model.transformer, model.vae, text_encoder), text_encoder, SEEDS)
     assert "drift" not in evaluate.chosen_tests("") and "drift" in evaluate.chosen_tests("all")
+
+
+# --- photographs
+
+
+def photo_bench(model, text_encoder) -> films.PhotoBench:
+    """Two pictures of 2:1, of which the camera sees the middle two thirds; only beyond these they are red."""
+    pixels = torch.randint(0, 255, (2, 40, 80, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels[..., 0] = 0
+    pixels[:, :, :12] = pixels[:, :, -12:] = torch.tensor([255, 0, 0], dtype=torch.uint8)
+    atlas = make_atlas([Image.fromarray(p.numpy()) for p in pixels], (64, 128))
+    return films.make_photo_bench(model, text_encoder, atlas)
+
+
+def test_the_truth_is_right_on_photographs(model, text_encoder, monkeypatch):
+    bench = photo_bench(model, text_encoder)
+    for name, text in (
+        ("photo_turn", f"right {CHUNK // 8}"),
+        ("photo_return", f"right {CHUNK // 2}, left {CHUNK // 2}"),
+    ):
+        _, truth = evaluate._photo_walk(bench, text)
+        monkeypatch.setattr(evaluate, "next_chunk", lambda *_, truth=truth: to_video(truth))
+        figures, sheet = evaluate.run_test(name, [bench])
+        assert figures["value"].mean > 40 and figures["sharpness"].mean == pytest.approx(1, abs=0.02)
+        assert figures["value"].worlds == 2 and len(sheet) == 4
+
+
+def test_only_what_the_photograph_showed_is_measured(model, text_encoder, monkeypatch):
+    """With a turn of 24 degrees in a frame, a third of the picture is new and red."""
+    monkeypatch.setattr("infworld.training.worlds.TURN", 20 * TURN)
+    monkeypatch.setattr(evaluate, "TURN", 20 * TURN)
+    bench, parts = photo_bench(model, text_encoder), []
+    monkeypatch.setattr(evaluate, "_photo_outcome", lambda *args: parts.append(args))
+    evaluate.measure_photo_turn(bench)
+    _, truth, _, part = parts[0]
+    height, width = part.shape[2:4]
+    assert truth[:, 1, :, -4:, 0].float().mean() > 150
+    assert part[..., 0].float().mean() < 12 and part[..., 1].float().mean() > 60
+    assert width > 0.5 * WIDTH and height > 0.7 * HEIGHT
+
+
+def test_photographs_are_asked_for_with_a_pack():
+    assert not set(evaluate.chosen_tests("all")) & set(evaluate.PHOTO_TESTS)
+    assert set(evaluate.chosen_tests("", photos=True)) > set(evaluate.PHOTO_TESTS)
+    with pytest.raises(ValueError, match="need --photos"):
+        evaluate.chosen_tests("photo_turn")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import SMALL_MODEL
+from PIL import Image
 from torch import nn
 
 import infworld
@@ -19,8 +20,10 @@ from infworld.memory import MemoryCompressor
 from infworld.sampler import MAX_TIMESTEP
 from infworld.text import ByteTextEncoder
 from infworld.training import check_gradients, train_world
-from infworld.training.data import WalkPool, fade, first_seed, to_video
+from infworld.training.data import WalkPool, fade, first_seed
+from infworld.training.frames import to_video
 from infworld.training.optim import EMA, GradientClipper
+from infworld.training.pictures import Pictures, make_atlas
 from infworld.training.render import render
 from infworld.training.train_world import (
     FIRST_CHUNK,
@@ -121,6 +124,43 @@ def test_a_history_may_begin_inside_a_walk(pool):
         assert torch.equal(batch.move[row], pool.actions[walk_, 0, chunk * CHUNK : (chunk + 1) * CHUNK + 1])
     starts = {tuple(begun.tolist()) for begun in pool.batch(0, 64).history[:, 0, 0, 0]}
     assert len(starts) == WALKS * CHUNKS  # every chunk of every walk is met
+
+
+def test_with_pictures_kinds_take_turns_and_only_toys_have_captions(monkeypatch):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (32, 64, 3), dtype=np.uint8))
+    pictures = Pictures(*(make_atlas([image], (16, 32)) for _ in range(3)))
+    pool = WalkPool(
+        build_vae(CONFIG),
+        ByteTextEncoder(CONFIG.text_encoder_cfg),
+        CONFIG,
+        size=3,
+        chunks=1,
+        mixture=MIXED,
+        first_seed=0,
+        device=torch.device("cpu"),
+        pictures=pictures,
+    )
+    monkeypatch.setattr(pool, "kinds", ("pictures", "textured", "toy"))
+    for _ in pool.kinds:
+        pool.renew(1)
+    words = pool.tokens[:, 1].sum(1)
+    assert words[0] == words[1] == 1 < words[2]  # the start token alone, but for the toy world
+    assert torch.pdist(pool.targets.flatten(1)).min() > 1e-2
+
+
+def test_histories_are_made_a_few_walks_at_a_time(monkeypatch):
+    pool, painted = make_pool(), []
+    monkeypatch.setattr(pool, "at_once", 2)
+    whole = pool.history.clone()
+    pool.next_seed, pool.oldest = 0, 0
+    with monkeypatch.context() as patch:
+        again = torch.stack([pool.actions[:, 0], pool.actions[:, 1]])
+        patch.setattr("infworld.training.data.sample_actions", lambda *_: again.unbind(0))
+        pool.renew(WALKS)
+        torch.testing.assert_close(pool.history, whole, atol=1e-4, rtol=1e-4)
+        pool.renew(WALKS, lambda batch: painted.append(len(batch.history)) or batch.target)
+    assert painted == [2, 2, 1, 1]  # two chunks of two walks, then of the third
 
 
 def test_chunks_that_come_back_are_drawn_more_often(pool, monkeypatch):

@@ -236,3 +236,42 @@ def test_bad_latents_are_named(vae, shape):
 def test_normalisation_needs_one_number_per_channel():
     with pytest.raises(ValueError, match="15 and 16 numbers; z_dim is 16"):
         VideoVAE(dim=4, latents_mean=(0.0,) * 15)
+
+
+# --- squares of pixels as one
+
+
+@pytest.fixture(scope="module")
+def folded() -> VideoVAE:
+    torch.manual_seed(0)
+    sizes = {"z_dim": 6, "dim_mult": (1, 2, 3), "latents_mean": (0.0,) * 6, "latents_std": (1.0,) * 6}
+    return VideoVAE(dim=4, fold=4, **sizes).double().eval().requires_grad_(False)
+
+
+def test_folded_pictures_make_coarser_latents(folded):
+    x = video(9, height=32, width=48)
+    latents, _ = folded.encode(x)
+    assert folded.space == 16 and latents.shape == (1, 6, 3, 2, 3)
+    assert folded.decode(latents).shape == x.shape
+    with pytest.raises(ValueError, match="24x48: crop height and width to multiples of 16"):
+        folded.encode(x[..., :24, :])
+
+
+def test_a_folded_clip_may_come_in_pieces(folded):
+    x = video(25, height=32, width=48)
+    whole, _ = folded.encode(x)
+    first, state = folded.encode(x[:, :, :5])
+    second, state = folded.encode(x[:, :, 5:17], state)
+    third, _ = folded.encode(x[:, :, 17:], state)
+    assert difference(torch.cat([first, second, third], dim=2), whole) < 1e-12
+    assert difference(folded.decode(whole, slab=1), folded.decode(whole, slab=100)) < 1e-12
+    with pytest.raises(ValueError, match="not of a clip of batch 1 and size 32x32"):
+        folded.encode(x[:, :, 5:9, :, :32], state)
+
+
+def test_folding_puts_every_pixel_back(folded):
+    x = video(5, height=32, width=48)
+    there = folded._fold(x)
+    assert there.shape == (1, 5, 8, 12, 48) and torch.equal(folded._unfold(there), x)
+    square = x[0, :, 2, 4:8, 8:12]  # of the second row and the third column of squares
+    assert torch.equal(there[0, 2, 1, 2], square.flatten())

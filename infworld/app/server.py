@@ -131,7 +131,8 @@ def upload_limit(config: ModelConfig) -> int:
     """
     pixels = math.prod(config.largest_bucket)
     carried = 20 * pixels * config.vae_cfg.dim
-    latents = 2 * config.validation_data.max_chunks * config.chunk_latents * config.vae_cfg.z_dim * pixels // 64
+    latents = 2 * config.validation_data.max_chunks * config.chunk_latents * config.vae_cfg.z_dim
+    latents *= pixels // config.vae_cfg.space**2
     return UPLOAD_ROOM + 4 * (carried + latents)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from infworld.layers import TokenLayout
-from infworld.vae import PIXELS_PER_LATENT, VideoVAE
+from infworld.vae import VideoVAE
 
 
 def shares(total: int, parts: int) -> list[int]:
@@ -147,11 +147,11 @@ class ShardedVAE:
 
     def encode(self, video: Tensor, state: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """See `VideoVAE.encode`."""
-        shard = self._shard(video.shape[3] // PIXELS_PER_LATENT)
+        shard = self._shard(video.shape[3] // self.vae.space)
         if shard is None:
             return self.vae.encode(video, state)
         own = None if state is None else {name: shard.scatter(tensor, 2) for name, tensor in state.items()}
-        tile = self._tile(shard, video, 1)
+        tile = self._tile(shard, video, 1 / self.vae.fold)
         latents, state = self.vae.encode(shard.scatter(video, 3), own, tile, shard)
         return shard.gather(latents, 3), {name: shard.gather(tensor, 2) for name, tensor in state.items()}
 
@@ -160,7 +160,7 @@ class ShardedVAE:
         shard = self._shard(latents.shape[3])
         if shard is None:
             return self.vae.decode(latents)
-        tile = self._tile(shard, latents, PIXELS_PER_LATENT**2)
+        tile = self._tile(shard, latents, self.vae.space / self.vae.fold)
         return shard.gather(self.vae.decode(shard.scatter(latents, 3), tile, shard), 3)
 
     def _shard(self, rows: int) -> SpatialShard | None:
@@ -168,11 +168,14 @@ class ShardedVAE:
         ranks = self.ranks()
         return SpatialShard(ranks, shares(rows, ranks.size)) if rows >= ranks.size else None
 
-    def _tile(self, shard: SpatialShard, x: Tensor, scale: int) -> int:
-        """Latents per pass, by the pixels of the rank that has most: all ranks pass the same latents together."""
+    def _tile(self, shard: SpatialShard, x: Tensor, scale: float) -> int:
+        """Latents per pass, by the folded pixels of the rank that has most: all ranks pass the same latents together.
+
+        scale: of a side of x to folded pixels.
+        """
         batch, _, _, height, width = x.shape
         largest = batch * width * (height // sum(shard.sizes) * max(shard.sizes))
-        return self.vae.default_tile(x.device, largest * scale)
+        return self.vae.default_tile(x.device, round(largest * scale**2))
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from infworld.config import ModelConfig
 from infworld.text import ByteTextEncoder
-from infworld.training.render import render
+from infworld.training.frames import to_video
+from infworld.training.pictures import Pictures
 from infworld.training.run import finish
+from infworld.training.scenes import KINDS, draw_scenes
 from infworld.training.walks import revisits, sample_actions
-from infworld.training.worlds import TRAIN_SEEDS, Worlds, captions, make_worlds, spawn, walk
+from infworld.training.worlds import TRAIN_SEEDS
 from infworld.vae import VideoVAE
 
-RENDERED_AT_ONCE = 16  # walks
+PIXELS_AT_ONCE = 16 * 96 * 128  # of one frame of all walks that are rendered, encoded or painted together
 SEEDS_PER_RUN = 1_000_000
 RETURNING = 4  # times more often a chunk is drawn if all that it shows was seen before and lost sight of
 BLUR = (0.5, 2.5)  # pixels, standard deviation
@@ -33,7 +35,7 @@ PALE = (0.6, 1.0)  # contrast left
 
 @dataclass
 class Batch:
-    """Samples with histories of one length: history (B, 16, 1 + 20 k, h, w), target (B, 16, 21, h, w), move and view
+    """Samples with histories of one length: history (B, C, 1 + 20 k, h, w), target (B, C, 21, h, w), move and view
     (B, 81) int64, text ids and mask (B, L) int64."""
 
     history: Tensor
@@ -69,19 +71,23 @@ class WalkPool:
         compile: bool = False,
         labeller: Labeller | None = None,
         faded: float = 0.0,
+        pictures: Pictures | None = None,
     ):
         """labeller: says of a walk's poses (T, 4) and of what was done (2, T - 1) what is learned as move and view; by
         default what was done. compile: the renderer. faded: the share of walks whose history fades (`fade`).
+        pictures: on `device`; with them the walks of each renewal are of another of `scenes.KINDS`.
         """
         self.vae, self.text, self.config, self.mixture = vae, text, config, mixture
         self.size, self.chunks, self.device, self.compile = size, chunks, device, compile
         self.labeller, self.faded = labeller, faded
+        self.pictures, self.kinds, self.renewals = pictures, KINDS if pictures else ("toy",), 0
         self.next_seed = first_seed
         self.generator = torch.Generator().manual_seed(first_seed)
         self.filled = self.oldest = 0
         height, width = config.buckets[0]
-        shape = (config.vae_cfg.z_dim, height // 8, width // 8)
+        shape = (config.vae_cfg.z_dim, height // config.vae_cfg.space, width // config.vae_cfg.space)
         made = {"dtype": vae.conv1.weight.dtype, "device": device}
+        self.at_once = max(1, PIXELS_AT_ONCE // (height * width))
         self.new_latents = config.chunk_latents - 1
         self.history = torch.zeros(size, 1 + chunks * self.new_latents, *shape, **made)
         self.targets = torch.zeros(size, chunks, 1 + self.new_latents, *shape, **made)
@@ -98,36 +104,35 @@ class WalkPool:
         """
         finish(self.device)
         began = time.monotonic()
-        worlds = make_worlds(range(self.next_seed, self.next_seed + count))
         frames = self.chunks * self.config.chunk_frames + 1
         actions = torch.stack(sample_actions(self.mixture, count, frames, self.generator), 1)
-        # On the CPU, where the many small steps of a walk start faster.
-        poses = walk(worlds, spawn(worlds), actions[:, 0, :-1], actions[:, 1, :-1])
+        kind, seeds = self.kinds[self.renewals % len(self.kinds)], range(self.next_seed, self.next_seed + count)
+        move, view = actions[:, :, :-1].unbind(1)
+        scenes = draw_scenes(kind, seeds, move, view, self.pictures, self.generator)
+        self.renewals += 1
         if self.labeller:
-            done = zip(poses, actions[:, :, :-1], strict=True)
+            done = zip(scenes.poses, actions[:, :, :-1], strict=True)
             actions[:, :, :-1] = torch.stack([self.labeller(pose, action) for pose, action in done])
         slots = torch.arange(self.oldest, self.oldest + count) % self.size
         self.next_seed, self.oldest = self.next_seed + count, int(slots[-1] + 1) % self.size
         self.filled = min(self.size, self.filled + count)
-        tokens = torch.stack(self.text.tokenize(captions(worlds)), 1)
+        tokens = torch.stack(self.text.tokenize(scenes.captions), 1)
         self.actions[slots], self.tokens[slots] = actions.to(self.device), tokens.to(self.device)
-        for first in range(0, count, RENDERED_AT_ONCE):
-            part = slice(first, first + RENDERED_AT_ONCE)
-            there = poses[part].to(self.device)
-            self.returns[slots[part]] = revisits(there)[:, 1:]
-            self._encode(slots[part], worlds[part].to(self.device), there)
-        if painter:
-            self._paint(slots, painter)
+        for first in range(0, count, self.at_once):
+            part = slice(first, first + self.at_once)
+            self.returns[slots[part]] = revisits(scenes.poses[part].to(self.device))[:, 1:]
+            self._encode(slots[part], scenes.render(part, self.config.buckets[0], self.device, self.compile))
+            if painter:
+                self._paint(slots[part], painter)
         finish(self.device)
         return time.monotonic() - began
 
-    def _encode(self, slots: Tensor, worlds: Worlds, poses: Tensor) -> None:
-        """Renders walks and keeps their latents: continued ones as history, fresh ones of every chunk as targets.
+    def _encode(self, slots: Tensor, frames: Tensor) -> None:
+        """Keeps walks' latents: continued ones as history, fresh ones of every chunk as targets.
 
         Some histories fade; targets do not.
         """
-        height, width = self.config.buckets[0]
-        video = to_video(render(worlds, poses, height, width, compile=self.compile), self.vae.conv1.weight.dtype)
+        video = to_video(frames, self.vae.conv1.weight.dtype)
         latents, _ = self.vae.encode(fade(video, self.faded, self.generator))
         self.history[slots] = rearrange(latents, "b c t h w -> b t c h w").to(self.history)
         step = self.config.chunk_frames
@@ -156,7 +161,7 @@ class WalkPool:
 
     def needs(self, chunks: int) -> Tensor:
         """Of every sample with a history of that many chunks, by walk and first chunk: the share of the target's frames
-        that need the history's memory (`training.walks.revisits`), (filled, self.chunks - chunks)."""
+        that need the history's memory (`walks.revisits`), (filled, self.chunks - chunks)."""
         step = self.config.chunk_frames
         seen = self.returns[: self.filled].unflatten(1, (self.chunks, step))[:, chunks:]
         begun = step * torch.arange(self.chunks - chunks, device=self.device)[:, None]
@@ -221,16 +226,6 @@ def blur(pictures: Tensor, sigma: float) -> Tensor:
     padded = F.pad(pictures, (reach, reach, reach, reach), mode="reflect")
     rows = F.conv2d(padded, kernel.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels)
     return F.conv2d(rows, kernel.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels)
-
-
-def to_video(frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rendered frames (B, T, H, W, 3) uint8 -> video (B, 3, T, H, W) in [-1, 1]."""
-    return rearrange(frames, "b t h w c -> b c t h w").to(dtype) / 127.5 - 1
-
-
-def to_frames(video: Tensor) -> Tensor:
-    """Video (B, 3, T, H, W) in [-1, 1] -> frames (B, T, H, W, 3) uint8; clamps what lies outside."""
-    return rearrange((video.clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8), "b c t h w -> b t h w c")
 
 
 def first_seed(run: int, rank: int, ranks: int) -> int:

@@ -3,6 +3,7 @@
     infworld evaluate --model tiny --device cuda --out runs/evaluation
     infworld evaluate --tests turn,circle --worlds 16      # only some tests
     infworld evaluate --tests rollouts --worlds 6          # only the picture of the model's own films
+    infworld evaluate --photos measure.zip                 # on photographs as well
 
 Writes evaluation.md (the table), evaluation.json (every mean with its interval) and one contact sheet per test.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 import traceback
@@ -38,12 +40,13 @@ from infworld.loading import load
 from infworld.measures import psnr, to_db
 from infworld.presets import PRESETS
 from infworld.text import load_text_encoder
-from infworld.training.data import to_frames, to_video
 from infworld.training.films import (
     Bench,
     Film,
+    PhotoBench,
     free_starts,
     make_bench,
+    make_photo_bench,
     next_chunk,
     own_film,
     random_script,
@@ -51,10 +54,13 @@ from infworld.training.films import (
     true_film,
     true_walk,
 )
+from infworld.training.frames import to_frames, to_video
 from infworld.training.measures import Figure, colours, contrast, ratio, saturation, sharpness, summarize
+from infworld.training.pictures import load_pictures
 from infworld.training.report import DRIFT_CHUNKS, ROWS, Results, Strip, strips, table, write_sheet
+from infworld.training.stages import stroll
 from infworld.training.walks import MIXED
-from infworld.training.worlds import EVAL_SEEDS, STEP, walk
+from infworld.training.worlds import EVAL_SEEDS, FIELD_OF_VIEW, STEP, TURN, walk
 from infworld.world import World
 
 KNOWN_ACTIONS = 9  # of moves and of views: all but *uncertain*
@@ -287,6 +293,53 @@ def measure_rollouts(bench: Bench) -> Outcome:
     return Outcome({}, sheet)
 
 
+def measure_photo_turn(bench: PhotoBench) -> Outcome:
+    """Ten frames to the right before a photograph; of the last, the part that the photograph showed from the start."""
+    turned = bench.chunk // 8
+    frames, truth = _photo_walk(bench, f"right {turned}")
+    edge = math.tan(FIELD_OF_VIEW / 2)
+    inside = FIELD_OF_VIEW / 2 - turned * TURN  # where the photograph's right edge has gone
+    height, width = truth.shape[2:4]
+    columns = slice(0, int(width * (math.tan(inside) / edge + 1) / 2))
+    high = math.cos(FIELD_OF_VIEW / 2) / math.cos(inside)  # share of the height that its right edge fills there
+    rows = slice(math.ceil(height * (1 - high) / 2), int(height * (1 + high) / 2))
+    seen = (slice(None), slice(turned, turned + 1), rows, columns)
+    return _photo_outcome(frames, truth, frames[seen], truth[seen])
+
+
+def measure_photo_return(bench: PhotoBench) -> Outcome:
+    """40 frames to the right before a photograph and 40 back; the last frame against the photograph."""
+    return _photo_return(bench, f"right {bench.chunk // 2}, left {bench.chunk // 2}")
+
+
+def measure_photo_forward(bench: PhotoBench) -> Outcome:
+    """40 frames into a photograph and 40 back; the last frame against the photograph."""
+    return _photo_return(bench, f"forward {bench.chunk // 2}, back {bench.chunk // 2}")
+
+
+def _photo_return(bench: PhotoBench, text: str) -> Outcome:
+    frames, truth = _photo_walk(bench, text)
+    return _photo_outcome(frames, truth, frames[:, -1:], truth[:, :1])
+
+
+def _photo_walk(bench: PhotoBench, text: str) -> tuple[Tensor, Tensor]:
+    """What the model makes of a photograph in one chunk, and what there is to see (B, 81, H, W, 3)."""
+    script = torch.nn.functional.pad(same_script(bench, text), (0, bench.chunk))[:, :, : bench.chunk]
+    truth = bench.render(stroll(bench.stages, torch.zeros(len(script), 4, device=script.device), *script.unbind(1)))
+    return to_frames(next_chunk(bench, true_film(bench, truth[:, :1]), script)), truth
+
+
+def _photo_outcome(frames: Tensor, truth: Tensor, part: Tensor, reference: Tensor) -> Outcome:
+    measures = {"value": psnr(part, reference).mean(1), "sharpness": ratio(sharpness, part, reference)}
+    steps = range(0, frames.shape[1], (frames.shape[1] - 1) // 8)
+    return Outcome(measures, strips({"true": truth, "model": frames}, steps))
+
+
+PHOTO_TESTS: dict[str, Callable[[PhotoBench], Outcome]] = {
+    "photo_turn": measure_photo_turn,
+    "photo_return": measure_photo_return,
+    "photo_forward": measure_photo_forward,
+}
 TESTS: dict[str, Callable[[Bench], Outcome]] = {
     "vae": measure_vae,
     "start": measure_start,
@@ -312,7 +365,7 @@ SLOW_TESTS = ("far_true", "drift")  # not run unless asked for
 @torch.inference_mode()
 def run_test(name: str, benches: Sequence[Bench]) -> tuple[dict[str, Figure], list[Strip]]:
     """One test over all batches: its figures, and the contact sheet of the first batch."""
-    outcomes = [TESTS[name](bench) for bench in benches]
+    outcomes = [(TESTS | PHOTO_TESTS)[name](bench) for bench in benches]
     measures = {key: torch.cat([outcome.measures[key] for outcome in outcomes]) for key in outcomes[0].measures}
     return {key: summarize(values) for key, values in measures.items()}, outcomes[0].sheet
 
@@ -334,6 +387,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--worlds", type=int, default=64)
     add("--batch", type=int, default=64, help="worlds at a time")
     add("--tests", default="", help=f"all, or some of {','.join(TESTS)}; by default all but {','.join(SLOW_TESTS)}")
+    add("--photos", type=Path, help=f"pack of training.collect --measuring, for {','.join(PHOTO_TESTS)}")
     add("--drift-worlds", type=int, default=16, help="worlds of the drift test, at most --worlds")
     add("--sheet-worlds", type=int, default=6, help="worlds of the rollouts sheet, at most --worlds")
     add("--preset", choices=PRESETS, help="of the sampler; by default the model's own")
@@ -343,13 +397,16 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def chosen_tests(text: str) -> list[str]:
-    """The tests that a --tests argument names. ValueError for an unknown one."""
+def chosen_tests(text: str, photos: bool = False) -> list[str]:
+    """The tests that a --tests argument names, those on photographs if there are any. ValueError for an unknown one."""
+    known = [*TESTS, *PHOTO_TESTS] if photos else list(TESTS)
     if not text:
-        return [name for name in TESTS if name not in SLOW_TESTS]
-    names = list(TESTS) if text == "all" else [name.strip() for name in text.split(",")]
-    if unknown := set(names) - set(TESTS):
-        raise ValueError(f"unknown tests {sorted(unknown)}: known are {', '.join(TESTS)}")
+        return [name for name in known if name not in SLOW_TESTS]
+    names = known if text == "all" else [name.strip() for name in text.split(",")]
+    if set(names) & set(PHOTO_TESTS) and not photos:
+        raise ValueError(f"{', '.join(PHOTO_TESTS)} need --photos")
+    if unknown := set(names) - set(known):
+        raise ValueError(f"unknown tests {sorted(unknown)}: known are {', '.join(known)}")
     return names
 
 
@@ -358,20 +415,25 @@ def evaluate(args: argparse.Namespace, model: World, text_encoder) -> bool:
 
     Returns whether all went through.
     """
-    tests = chosen_tests(args.tests)
+    tests = chosen_tests(args.tests, args.photos is not None)
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) for key, value in vars(args).items()}
     sizes = {"drift": min(args.drift_worlds, args.worlds), "rollouts": min(args.sheet_worlds, args.worlds)}
-    benches = {}
+    benches: dict[int | str, Sequence[Bench]] = {}
     results: Results = {}
     seconds: dict[str, float] = {}
     for name in tests:
         began, worlds = time.monotonic(), sizes.get(name, args.worlds)
         try:
-            if worlds not in benches:
+            places = "photos" if name in PHOTO_TESTS else worlds
+            if places not in benches:
                 sampler = args.seed, args.steps, args.preset
-                benches[worlds] = make_benches(model, text_encoder, worlds, args.batch, *sampler)
-            figures, sheet = run_test(name, benches[worlds])
+                if places == "photos":
+                    photos = load_pictures(args.photos).photos
+                    benches[places] = [make_photo_bench(model, text_encoder, photos, *sampler)]
+                else:
+                    benches[places] = make_benches(model, text_encoder, worlds, args.batch, *sampler)
+            figures, sheet = run_test(name, benches[places])
         except Exception:  # the other tests are worth having: this run may be on a rented machine
             print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             continue

@@ -16,8 +16,10 @@ from infworld.config import FRAMES_PER_LATENT
 from infworld.dit import TextContext
 from infworld.presets import Preset, find_preset
 from infworld.sampler import sample, schedule
-from infworld.training.data import to_frames, to_video
+from infworld.training.frames import to_frames, to_video
+from infworld.training.pictures import Atlas
 from infworld.training.render import render
+from infworld.training.stages import Stages, framing_stages, render_stages
 from infworld.training.walks import sample_actions
 from infworld.training.worlds import Worlds, captions, make_worlds, spawn, walk
 from infworld.world import World
@@ -44,6 +46,18 @@ class Bench:
     def render(self, poses: Tensor) -> Tensor:
         """The true frames (B, T, H, W, 3) uint8 seen from poses (B, T, 4)."""
         return render(self.worlds, poses, *self.model.config.buckets[0])
+
+
+@dataclass(frozen=True, eq=False)
+class PhotoBench(Bench):
+    """B photographs as places to turn and walk in; its worlds lend their seeds alone."""
+
+    stages: Stages
+    photos: Atlas
+
+    def render(self, poses: Tensor) -> Tensor:
+        """As a bench's; the pose 0, 0, 0, 0 shows the middle of the photograph."""
+        return render_stages(self.stages, self.photos, poses, *self.model.config.buckets[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +96,18 @@ def make_bench(
         context = model.transformer.embed_text(text.hidden, text.mask)
     found = find_preset(settings.preset if preset is None else preset)
     return Bench(model, worlds.to(model.device), context, seed, steps or found.sampler_steps(settings), found)
+
+
+def make_photo_bench(
+    model: World, text_encoder, photos: Atlas, seed: int = 0, steps: int | None = None, preset: str | None = None
+) -> PhotoBench:
+    """All photographs of an atlas, prompted with nothing. The rest as for `make_bench`."""
+    bench = make_bench(model, text_encoder, range(len(photos)), seed, steps, preset)
+    with torch.inference_mode():
+        text = text_encoder.encode([""] * len(photos))
+        context = model.transformer.embed_text(text.hidden, text.mask)
+    stages = framing_stages(photos, torch.arange(len(photos))).to(model.device)
+    return PhotoBench(model, bench.worlds, context, seed, bench.steps, bench.preset, stages, photos.to(model.device))
 
 
 def true_film(bench: Bench, frames: Tensor) -> Film:
@@ -136,7 +162,7 @@ def next_chunk(
 
 
 def draw_noise(bench: Bench, film: Film) -> Tensor:
-    """Noise of the next chunk (B, 16, 21, h, w): decided by seed, world and chunk, whatever the batch or device."""
+    """Noise of the next chunk (B, C, 21, h, w): decided by seed, world and chunk, whatever the batch or device."""
     shape = (film.history.shape[1], bench.model.config.chunk_latents, *film.history.shape[3:])
     chunk = film.frames.shape[1] // bench.chunk
     seeds = [(bench.seed * 1_000_003 + world) * 1009 + chunk for world in bench.worlds.seed.tolist()]

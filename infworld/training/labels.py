@@ -159,7 +159,7 @@ def _directions(ahead: Tensor, left: Tensor, other: Tensor, unit: float, thresho
 
 
 def poses_to_matrices(poses: Tensor) -> Tensor:
-    """Poses (..., 4) of `training.worlds` -> camera-to-world matrices (..., 4, 4)."""
+    """Poses (..., 4) of `worlds` -> camera-to-world matrices (..., 4, 4)."""
     x, y, yaw, pitch = poses.unbind(-1)
     zero = torch.zeros_like(x)
     right = torch.stack((yaw.sin(), -yaw.cos(), zero, zero), -1)

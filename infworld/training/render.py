@@ -4,14 +4,18 @@ A picture is traced through all boxes and solids of revolution at once. Light is
 gamma is 2. Shadows on the ground and how open it lies to the sky are looked up in a map, made once per world.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infworld.training.pictures import Pictures, look_up
 from infworld.training.solids import (
     COLOUR,
     COLUMNS,
@@ -38,6 +42,9 @@ from infworld.training.solids import (
 )
 from infworld.training.worlds import EYE_HEIGHT, FIELD_OF_VIEW, RIDGE_SAMPLES, Worlds, clearance
 
+if TYPE_CHECKING:
+    from infworld.training.stages import Skins
+
 MAP_SIZE, MAP_EXTENT = 200, 10.0  # the ground light map covers [-extent, extent]^2
 _FAR = 1e4
 _TINY = 1e-7
@@ -45,12 +52,19 @@ _INDEX_BITS = 63  # a hit distance carries its solid's index (< 64) in its lowes
 
 
 def render(
-    worlds: Worlds, poses: Tensor, height: int = 96, width: int = 128, supersample: int = 2, compile: bool = False
+    worlds: Worlds,
+    poses: Tensor,
+    height: int = 96,
+    width: int = 128,
+    supersample: int = 2,
+    compile: bool = False,
+    skins: Skins | None = None,
+    pictures: Pictures | None = None,
 ) -> Tensor:
     """Frames seen from poses.
 
     Args: poses: (W, T, 4) on the worlds' device. supersample: rays per pixel and direction. compile: through
-    `torch.compile`, for long runs, as it starts slowly.
+    `torch.compile`, for long runs, as it starts slowly. skins: textures, skies and fields of view, of `pictures`.
     Returns: (W, T, height, width, 3) uint8.
     Raises: ValueError for poses of another shape or device.
     """
@@ -58,32 +72,51 @@ def render(
         raise ValueError(f"poses {tuple(poses.shape)} for {len(worlds)} worlds: expected (W, T, 4)")
     if poses.device != worlds.sun.device:
         raise ValueError(f"poses on {poses.device}, worlds on {worlds.sun.device}: move one of them")
-    count, frames = poses.shape[:2]
     light = _ground_light(worlds)
+    # Eager rendering meets only the solids in sight of a strip of the picture; skins change what is in sight.
+    strips = 1 if compile or skins else next(n for n in (4, 2, 1) if width % n == 0)
+    rays = pixel_rays(height, width, supersample, strips, poses.device)
+    scene = (worlds.solids, worlds.sun, worlds.tints, worlds.ground, worlds.ridge, worlds.haze, light)
+    skin = (skins.zoom, skins.ground, skins.solids, skins.sky, skins.room) if skins else ()
+    atlases = (pictures.textures, pictures.skies) if skins else ()
+    texels = tuple((atlas.texels, atlas.size) for atlas in atlases)
+
+    def colours(some: Tensor, pose: Tensor, compiled) -> Tensor:
+        seen, worn = (tuple(part[some] for part in parts) for parts in (scene, skin))
+        parts = []
+        for strip in rays:
+            near = None if strips == 1 else _visible_solids(seen[0], pose, strip)
+            colour = compiled(_trace)(seen, pose, strip, near, worn, texels)
+            parts.append(colour.unflatten(2, (height * supersample, -1)))
+        return torch.cat(parts, 3).flatten(2)
+
+    return in_batches(colours, poses, (height, width), supersample, compile)
+
+
+def in_batches(
+    colours: Callable[..., Tensor], poses: Tensor, size: tuple[int, int], supersample: int, compile: bool
+) -> Tensor:
+    """Frames (W, T, height, width, 3) uint8 for poses (W, T, 4), some of them at a time.
+
+    Args: colours: gives the linear light (F, 3, rays), row by row, for the numbers of F worlds, their poses (F, 4) and
+    a function that compiles another one, or does not.
+    """
+    count, frames = poses.shape[:2]
     world = torch.arange(count, device=poses.device).repeat_interleave(frames)
     flat = poses.reshape(-1, 4)
-    strips = 1 if compile else next(n for n in (4, 2, 1) if width % n == 0)
-    rays = _pixel_rays(height, width, supersample, strips, poses.device)
-    size = _chunk_size(poses.device, rays.shape[1], compile)
-    trace = _compiled_trace() if compile else _trace
+    step = _chunk_size(poses.device, size[0] * size[1] * supersample**2, compile)
     pictures = []
-    for start in range(0, len(flat), size):
-        index = torch.arange(start, start + size, device=poses.device).clamp(max=len(flat) - 1)
+    for start in range(0, len(flat), step):
+        index = torch.arange(start, start + step, device=poses.device).clamp(max=len(flat) - 1)
         index = index if compile else index.unique()  # compiled code wants one shape: its last chunk repeats a frame
-        some, pose = world[index], flat[index]
-        scene = (worlds.solids, worlds.sun, worlds.tints, worlds.ground, worlds.ridge, worlds.haze, light)
-        scene = tuple(part[some] for part in scene)
-        for strip in rays:  # eager rendering meets only the solids in sight of a strip of the picture
-            near = None if compile else _visible_solids(scene[0], pose, strip)
-            colour = trace(scene, pose, strip, near)
-            pictures.append(_to_picture(colour, height, width // strips, supersample)[: len(flat) - start])
-    picture = torch.cat([torch.cat(pictures[i : i + strips], 2) for i in range(0, len(pictures), strips)])
-    return picture.reshape(count, frames, height, width, 3)
+        colour = colours(world[index], flat[index], _compiled if compile else lambda function: function)
+        pictures.append(_to_picture(colour, *size, supersample)[: len(flat) - start])
+    return torch.cat(pictures).reshape(count, frames, *size, 3)
 
 
-@lru_cache(maxsize=1)
-def _compiled_trace():
-    return torch.compile(_trace, dynamic=False)
+@lru_cache(maxsize=4)
+def _compiled(function):
+    return torch.compile(function, dynamic=False)
 
 
 def _chunk_size(device: torch.device, rays: int, compile: bool) -> int:
@@ -92,7 +125,7 @@ def _chunk_size(device: torch.device, rays: int, compile: bool) -> int:
     return max(1, budget // rays)
 
 
-def _pixel_rays(height: int, width: int, supersample: int, strips: int, device: torch.device) -> Tensor:
+def pixel_rays(height: int, width: int, supersample: int, strips: int, device: torch.device) -> Tensor:
     """Tangents (right, up) of the rays, (strips, rays, 2): vertical strips, within them row by row."""
     rows, columns = height * supersample, width * supersample
     scale = 2 * math.tan(FIELD_OF_VIEW / 2) / columns
@@ -188,15 +221,19 @@ def _columns(solids: Tensor) -> tuple[Tensor, ...]:
     return solids[..., None, : Q2 + 1].unbind(-1)
 
 
-def _trace(scene: tuple[Tensor, ...], pose: Tensor, rays: Tensor, near) -> Tensor:
+def _trace(scene: tuple[Tensor, ...], pose: Tensor, rays: Tensor, near, skin: tuple[Tensor, ...], texels) -> Tensor:
     """Linear light along every ray.
 
     Args: scene: solids, sun, tints, ground, ridge, haze and light map of each frame's world, (F, ...). pose: (F, 4).
-    rays: (R, 2). near: indices from `_visible_solids`, or None for all solids.
+    rays: (R, 2). near: indices from `_visible_solids`, or None for all solids. skin: of each frame's world, the fields
+    of `Skins` in the order of `render`; texels: those of textures and skies, with their sizes; or nothing of both.
     Returns: (F, 3, R).
     """
     solids, sun, tints, ground, ridge, haze, light = scene
-    origin, ray = _camera(pose, rays)
+    if skin:
+        zoom, ground_skin, solid_skin, sky_skin, room = skin
+        rays = rays * zoom[:, None, None]
+    origin, ray = camera(pose, rays)
     if near is None:
         index = torch.arange(solids.shape[1], dtype=torch.int32, device=solids.device)[:, None]
         boxes, rounds = solids[:, :N_BOXES], solids[:, N_BOXES:]
@@ -218,8 +255,21 @@ def _trace(scene: tuple[Tensor, ...], pose: Tensor, rays: Tensor, near) -> Tenso
     sunward = sun[:, :, None].unbind(1)  # (F, 1) each
     facing = sum(s * r for s, r in zip(sunward, ray, strict=True))
     sky, fog = _sky(ray, facing, tint, ridge, sunward)
-    solid, is_cloud = _shade_solid(solids, index, origin, ray, distance, sunward, tint)
-    floor = _shade_ground(ground, light, origin, ray, down, tint)
+    paint = ground_paint = None
+    if skin:
+        pixel = _ray_spacing(rays)
+        textures, skies = texels
+        sky, fog = _panorama(sky_skin, skies, ray, pixel, sky, fog)
+        solid_skin = solid_skin.transpose(1, 2).gather(2, index[:, None].expand(-1, 3, -1)).unbind(1)
+        paint = partial(_paint, solid_skin, textures, pixel)
+        ground_paint = partial(_paint, ground_skin[:, :, None].unbind(1), textures, pixel)
+        haze = torch.where(room[:, 0] < 100, 1e3, haze)
+    solid, is_cloud = _shade_solid(solids, index, origin, ray, distance, sunward, tint, paint)
+    floor = _shade_ground(ground, light, origin, ray, down, tint, ground_paint)
+    if skin:
+        wall, there = _shade_room(room, textures, pixel, origin, ray, tint)
+        down = torch.minimum(down, there)
+        floor = torch.where((there <= down)[:, None], wall, floor)
     hit = torch.minimum(distance, down)
     surface = torch.where((distance < down)[:, None], solid, floor)
     depth = torch.where(is_cloud & (distance < down), 0.5, hit / haze[:, None])
@@ -227,10 +277,10 @@ def _trace(scene: tuple[Tensor, ...], pose: Tensor, rays: Tensor, near) -> Tenso
     return torch.where((hit < 0.5 * _FAR)[:, None], fog + (surface - fog) * clear, sky)
 
 
-def _camera(pose: Tensor, rays: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def camera(pose: Tensor, rays: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Eye (F, 1) and unit directions (F, R), x y z each."""
     x, y, yaw, pitch = pose[..., None].unbind(1)
-    right, up = rays.unbind(-1)
+    right, up = rays.unbind(-1)  # (R,), or (F, R) where cameras differ
     scale = torch.rsqrt(1 + right * right + up * up)
     ahead = (pitch.cos() - up * pitch.sin()) * scale
     aside = right * scale
@@ -274,7 +324,9 @@ def _lit(albedo: Tensor, normal, shaded: Tensor, sunward, tint: Sequence[Tensor]
     return albedo * (tint[3] * lambert[:, None] + ambient)
 
 
-def _shade_solid(solids: Tensor, index: Tensor, origin, ray, distance: Tensor, sunward, tint) -> tuple[Tensor, Tensor]:
+def _shade_solid(
+    solids: Tensor, index: Tensor, origin, ray, distance: Tensor, sunward, tint, paint
+) -> tuple[Tensor, Tensor]:
     """Light from the hit solids (F, 3, R), and which of them are clouds (F, R)."""
     table = solids.transpose(1, 2).gather(2, index[:, None].expand(-1, COLUMNS, -1))  # (F, COLUMNS, R)
     solid = table.unbind(1)
@@ -290,6 +342,10 @@ def _shade_solid(solids: Tensor, index: Tensor, origin, ray, distance: Tensor, s
     share = low / solid[H]
     marked = (share > solid[LOW]) & (share < solid[HIGH]) & (across < solid[HALF])
     albedo = torch.where(marked[:, None], table[:, MARK : MARK + 3], table[:, COLOUR : COLOUR + 3])
+    if paint:
+        u, v = _on_surface(solid, index < N_BOXES, normal, local_x, local_y, low, across)
+        slant = sum(n * r for n, r in zip(normal, ray, strict=True)).abs()
+        albedo = paint(albedo, u, v, distance, slant)
     grounded = 0.72 + 0.28 * (z * 1.6).clamp(0, 1)
     lit = _lit(albedo, normal, inward, sunward, tint) * grounded[:, None]
     shine = torch.where(marked, solid[GLOW], 0.0).clamp(min=0)[:, None]
@@ -317,7 +373,7 @@ def _normal(solid, is_box: Tensor, away_x, away_y, local_x, local_y, low) -> tup
     return tuple(n * scale for n in normal), across
 
 
-def _shade_ground(ground: Tensor, light: Tensor, origin, ray, down: Tensor, tint: Sequence[Tensor]) -> Tensor:
+def _shade_ground(ground: Tensor, light: Tensor, origin, ray, down: Tensor, tint: Sequence[Tensor], paint) -> Tensor:
     """Floor colours under sun, shadow and sky; edges soften, then fade, with distance."""
     g = ground[:, :, None].unbind(1)
     distance = down.clamp(max=60.0)
@@ -336,8 +392,73 @@ def _shade_ground(ground: Tensor, light: Tensor, origin, ray, down: Tensor, tint
     road = g[17] - (aside - g[16] - g[18] * torch.sin(0.6 * forward)).abs()
     ring = g[17] - (torch.hypot(x, y) - g[19]).abs()
     colour = colour + (tint[8] - colour) * edge(torch.maximum(road, ring), blur)[:, None]
+    if paint:
+        colour = paint(colour, x, y, distance, ray[2].abs())
     sunlight, shade = _read_light(light, x, y)
     return colour * (tint[3] * sunlight[:, None] + tint[4] * shade[:, None])
+
+
+def _ray_spacing(rays: Tensor) -> Tensor:
+    """Tangent between neighbouring rays (F, R, 2) of a row, (F, 1)."""
+    return rays[:, 1:2, 0] - rays[:, :1, 0]
+
+
+def _paint(skin: Sequence[Tensor], textures, pixel: Tensor, colour: Tensor, u, v, distance, slant) -> Tensor:
+    """A surface's colour (F, 3, R) under its texture: in the texture's own colours, or darker and lighter by them.
+
+    skin: texture (-1: none), units that it covers, share of its own colour. u, v: units on the surface. slant: cosine
+    between its normal and the ray.
+    """
+    number, units, own = skin
+    texels, size = textures
+    lod = torch.log2(pixel * distance * size[0] / (units * slant.clamp(min=0.05).sqrt()))
+    drawn = look_up(texels, size, number.clamp(min=0).long(), u / units, v / units, lod)
+    light = drawn.mean(1, keepdim=True) * 3
+    painted = drawn * own[:, None] + colour * light.clamp(max=1.5) * (1 - own)[:, None]
+    return torch.where((number >= 0)[:, None], painted, colour)
+
+
+def _on_surface(solid, is_box: Tensor, normal, local_x, local_y, low, across) -> tuple[Tensor, Tensor]:
+    """Places on the surface of solids in units, so that a texture lies straight on walls and roofs."""
+    on_x = across == local_y.abs()
+    side = torch.where(on_x, local_y, local_x)
+    flat = normal[2].abs() > 0.95
+    box_v = torch.where(flat, torch.where(on_x, local_x, local_y), low)
+    around = torch.atan2(local_y, local_x) * solid[HX].clamp(min=0.1)
+    return torch.where(is_box, side, around), torch.where(is_box, box_v, low)
+
+
+def _panorama(skin: Tensor, skies, ray, pixel: Tensor, sky: Tensor, fog: Tensor) -> tuple[Tensor, Tensor]:
+    """Sky and haze (F, 3, R) of a panorama that covers elevations of 45 to -45 degrees, where a world has one."""
+    number, turn = skin[:, :, None].unbind(1)
+    texels, size = skies
+    u = torch.atan2(ray[1], ray[0]) / (-2 * math.pi) + turn
+    v = (0.5 - torch.asin(ray[2].clamp(-1, 1)) / (math.pi / 2)).clamp(0.5 / size[0], 1 - 0.5 / size[0])
+    lod = torch.log2(pixel * size[1] / (2 * math.pi)).expand_as(u)
+    picture = number.clamp(min=0).long()
+    seen = look_up(texels, size, picture, u, v, lod)
+    horizon = look_up(texels, size, picture, u, 0 * v + 0.49, lod + 4)
+    has = (number >= 0)[:, None]
+    return torch.where(has, seen, sky), torch.where(has, horizon, fog)
+
+
+def _shade_room(room: Tensor, textures, pixel: Tensor, origin, ray, tint) -> tuple[Tensor, Tensor]:
+    """Light (F, 3, R) from a room's walls and ceiling, and how far away they are (F, R)."""
+    half_x, half_y, high, wall, ceiling, units, light = room[:, :, None].unbind(1)
+    to_x = (half_x - origin[0] * ray[0].sign()) / ray[0].abs().clamp(min=_TINY)
+    to_y = (half_y - origin[1] * ray[1].sign()) / ray[1].abs().clamp(min=_TINY)
+    to_top = torch.where(ray[2] > 0, (high - EYE_HEIGHT) / ray[2].clamp(min=_TINY), _FAR)
+    away = torch.minimum(torch.minimum(to_x, to_y), to_top)
+    x, y, z = (o + away * r for o, r in zip(origin, ray, strict=True))
+    above, on_x = away == to_top, away == to_x
+    slant = torch.where(above, ray[2], torch.where(on_x, ray[0], ray[1])).abs()
+    u, v = torch.where(on_x & ~above, y, x), torch.where(above, y, -z)
+    number = torch.where(above, ceiling, wall)
+    colour = _paint(
+        (number, units, torch.ones_like(units)), textures, pixel, tint[5].expand(-1, -1, 1), u, v, away, slant
+    )
+    shade = light * torch.where(above, 0.9, torch.where(on_x, 1.0, 0.8))
+    return colour * shade[:, None], torch.where(half_x < 100, away, _FAR)
 
 
 def _read_light(light: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

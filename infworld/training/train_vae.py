@@ -1,24 +1,30 @@
-"""Trains the tiny video VAE on frames from walks through procedural worlds.
+"""Trains the tiny video VAE on frames from walks through procedural worlds and, if it is given some, photographs.
 
     infworld train vae --minutes 8 --out runs/vae
-    torchrun --nproc-per-node N -m training.train_vae --minutes 8 --out runs/vae
+    torchrun --nproc-per-node N -m infworld.training.train_vae --minutes 8 --out runs/vae
     infworld train vae ... --resume runs/vae/resume.safetensors    # goes on where that run was stopped
+    infworld train vae --size 192 256 --fold 4 --dim 40 --mult 1 2 3 --z-dim 48 --packs PACK ...
 
 Every report writes to the folder of `--out`: `vae.safetensors` (averaged weights in float16, for use: their latents
-have mean 0 and deviation 1), `resume.safetensors`, `train.jsonl`, `train.png` and `samples.png` (truth above result).
+have mean 0 and deviation 1), `resume.safetensors`, `train.jsonl`, `train.png` and `samples-*.png` (truth above result).
 
 Clips are short at first, because most of a picture is learned without motion; in the end they have the length of a
-chunk, because an encoder that has only met clip starts, with zeros before them, does worse on what comes later.
+chunk, because an encoder that has only met clip starts, with zeros before them, does worse on what comes later. A
+critic (`critic`) may judge the last part of the run, so that texture is kept in place of averaged away.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,20 +32,24 @@ from torch.nn.parallel import DistributedDataParallel
 import infworld.vae
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.measures import psnr
-from infworld.training.data import first_seed, to_frames, to_video
+from infworld.training.critic import Critic, critic_loss, judged_gradient
+from infworld.training.data import first_seed
+from infworld.training.equivariance import changed, shift_error
+from infworld.training.frames import to_frames, to_video
+from infworld.training.measures import sharpness
 from infworld.training.optim import EMA, GradientClipper, Muon, lr_at
-from infworld.training.render import render
-from infworld.training.run import Log, autocast, finish, from_rank_0, peak_gib, set_up_devices
-from infworld.training.walks import MIXED, sample_actions
-from infworld.training.worlds import EVAL_SEEDS, make_worlds, spawn, walk
+from infworld.training.pictures import load_pictures
+from infworld.training.run import Log, autocast, from_rank_0, peak_gib, set_up_devices
+from infworld.training.scenes import WALK_FRAMES, FramePool, measured_walks
 from infworld.vae import ResidualBlock, VideoVAE
 
-WALK_FRAMES = 81
-CLIP_FRAMES = {0.0: 5, 0.4: 17, 0.8: WALK_FRAMES}  # share of the schedule from which on -> frames of a clip
-RENEWED = 64  # walks rendered together
+CLIP_FRAMES = {0.0: 5, 0.2: 17, 0.6: WALK_FRAMES}  # share of the schedule from which on -> frames of a clip
 AT_ONCE = 16  # walks encoded or decoded together
 FILL = 0.15  # share of the run after which training starts, however few walks are there
 GRADIENT, SQUARE, KL = 1.0, 10.0, 2e-4  # weights of the losses beside the absolute error
+ROUGH = 8  # pixels a side
+RAMP = 0.05  # share of the run in which the critic's say grows to the full one
+CRITIC_LR = 2e-4
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +59,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", required=True, type=float, help="length of this run, data included, final test not")
     add("--resume", type=Path, help="resume.safetensors of a stopped run; a finished one starts a new schedule")
     add("--size", type=int, nargs=2, default=(96, 128), metavar=("HEIGHT", "WIDTH"))
-    add("--dim", type=int, default=16)
+    add("--dim", type=int, default=16, help="channels of the VAE's finest level")
+    add("--mult", type=int, nargs="+", default=(1, 2, 4, 4), help="channels of all levels over --dim")
+    add("--fold", type=int, default=1, help="pixels a side that the VAE takes as one")
+    add("--z-dim", type=int, default=16, help="channels of a latent")
+    add("--packs", type=Path, nargs=2, metavar=("TRAINING", "KEPT"), help="pictures of training.collect")
+    add("--equivariant", type=float, default=0.0, help="share of steps with shifted or halved latents")
+    add("--texture", type=float, default=0.0, help="weight of the error in how much texture there is, place by place")
+    add("--critic", type=float, default=0.0, help="size of the critic's gradient over that of the other losses")
+    add("--critic-from", type=float, default=0.6, help="share of the run after which the critic judges")
     add("--frames", type=int, default=162, help="frames per step and GPU, in clips of 5, then 17, then 81")
     add("--walks", type=int, default=1024, help="kept on each GPU, 81 frames each")
     add("--renew", type=float, default=0.15, help="share of the time spent on new walks")
@@ -70,41 +88,60 @@ def train(args: argparse.Namespace) -> None:
     log = Log(args.out, began) if rank == 0 else None
 
     # The model. Its latents stay raw while it trains; the export folds their mean and deviation into the weights.
-    model = Autoencoder(args.dim).to(device)
+    model = Autoencoder(identity_vae(args.dim, args.mult, args.fold, args.z_dim), args.equivariant).to(device)
     done = load_weights(model.vae, args.resume) if args.resume else {"step": 0, "progress": 0.0}
     ema = EMA(model.vae, args.ema)
     optimizers, clip = make_optimizers(model.vae, args.lr), GradientClipper()
     if args.compile:
         compile_norms()
     trained = DistributedDataParallel(model) if ranks > 1 else model
+    critic = Critic().to(device)
+    judge = DistributedDataParallel(critic, broadcast_buffers=False) if ranks > 1 else critic
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), CRITIC_LR, betas=(0.5, 0.9), weight_decay=0.0)
 
     # The data.
     seed = first_seed(args.seed, rank, ranks)
-    pool = FramePool(args.walks, args.size, seed, device, args.compile_render)
+    pictures = load_pictures(args.packs[0]).to(device) if args.packs else None
+    pool = FramePool(args.walks, args.size, seed, device, args.compile_render, pictures)
     pool.renew()  # compiles, if it is to
     filled_by = time.monotonic() + FILL * 60 * args.minutes
     while pool.filled < args.walks and time.monotonic() < filled_by:
         pool.renew()
     if log:
-        unseen = FramePool(args.unseen, args.size, EVAL_SEEDS[0], device, args.compile_render)
-        while unseen.filled < args.unseen:
-            unseen.renew()
+        unseen = measured_walks(args.unseen, args.size, device, args.packs)
         log.add("data", walks=pool.filled, ranks=ranks, device=str(device))
 
-    def learn(frames: int) -> dict[str, Tensor]:
-        """Gradients of one step on clips of that many frames; returns the losses."""
+    def learn(frames: int, say: float) -> dict[str, Tensor]:
+        """Gradients of one step on clips of that many frames; returns the losses. say: the critic's."""
         video = pool.clips(max(1, args.frames // frames), frames)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         with autocast(device):
-            decoded, mean, logvar = trained(video)
-        losses = vae_losses(decoded.float(), video, mean.float(), logvar.float())
-        losses["loss"].backward()
+            decoded, video, mean, logvar = trained(video)
+        losses = vae_losses(decoded.float(), video, mean.float(), logvar.float(), args.texture)
+        if say:
+            with autocast(device):
+                score = critic(decoded).mean()
+            gradient = judged_gradient(losses["loss"] - KL * losses["kl"], score, decoded, say)
+            torch.autograd.backward([decoded, KL * losses["kl"]], [gradient, None])
+            losses |= {"score": score, "critic": teach(decoded.detach(), video)}
+        else:
+            losses["loss"].backward()
         return {name: loss.detach() for name, loss in losses.items()}
+
+    def teach(decoded: Tensor, video: Tensor) -> Tensor:
+        """One step of the critic; returns its loss."""
+        critic_optimizer.zero_grad(set_to_none=True)
+        with autocast(device):
+            true, false = judge(torch.cat([video, decoded.clamp(-1, 1)])).chunk(2)
+        loss = critic_loss(true.float(), false.float())
+        loss.backward()
+        critic_optimizer.step()
+        return loss
 
     # A rehearsal of every length of clip: what has to be compiled or tuned, or runs out of memory, does so now.
     for frames in CLIP_FRAMES.values():
-        learn(frames)
+        learn(frames, args.critic)
         if log:
             log.add("rehearsal", frames=frames, gib=peak_gib(device))
 
@@ -112,6 +149,7 @@ def train(args: argparse.Namespace) -> None:
     step, losses, renewing = done["step"], [], 0.0
     started = last_report = time.monotonic()
     seconds = max(1.0, began + 60 * args.minutes - started)
+    judged = False
     while True:
         now = time.monotonic()
         passed, lagging = from_rank_0(ranks, (now - started) / seconds, renewing < args.renew * (now - started))
@@ -120,7 +158,12 @@ def train(args: argparse.Namespace) -> None:
         progress = done["progress"] + (1 - done["progress"]) * passed
         frames = next(frames for since, frames in reversed(CLIP_FRAMES.items()) if progress >= since)
         lr = args.lr * lr_at(progress, step - done["step"])
-        losses.append(learn(frames))
+        say = args.critic * min(1.0, max(0.0, (progress - args.critic_from) / RAMP))
+        if say and not judged:
+            judged, losses = True, []  # from now on there are more of them
+            if log:
+                save_progress(model.vae, args.out, step, progress, "unjudged.safetensors")
+        losses.append(learn(frames, say))
         clip(model.parameters())
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -132,46 +175,60 @@ def train(args: argparse.Namespace) -> None:
             renewing += pool.renew()
         if log and (step - done["step"] == 10 or now - last_report > args.report_every):
             rate = (step - done["step"]) * args.frames * ranks / (now - started)
-            quality = export(model.vae, ema, pool, unseen.frames[:AT_ONCE], args.out)
+            few = {name: walks[:AT_ONCE] for name, walks in unseen.items()}
+            quality = export(model.vae, ema, pool, few, args.out)
             save_progress(model.vae, args.out, step, progress)
             log.add("report", step=step, frames=frames, lr=lr, frames_per_second=rate, **means(losses), **quality)
-            log.plot("minutes", ["psnr"], ["loss"])
+            log.plot("minutes", [f"psnr_{name}" for name in unseen], ["loss"])
             losses, last_report = [], time.monotonic()
 
     # What is kept.
     if log:
-        quality = export(model.vae, ema, pool, unseen.frames, args.out)
+        quality = export(model.vae, ema, pool, unseen, args.out)
         save_progress(model.vae, args.out, step, 1.0)
-        log.add("done", step=step, worlds=pool.next_seed - seed, **quality)
+        vae = exported(model.vae, args.out).to(device)
+        for name, walks in unseen.items():
+            clips = to_video(walks[:AT_ONCE, :17])
+            quality[f"shift_error_{name}"] = shift_error(lambda x: vae.encode(x)[0], clips, vae.space)
+        log.add("done", step=step, worlds=pool.next_seed - seed, lost=clip.lost, gib=peak_gib(device), **quality)
     if ranks > 1:
         dist.destroy_process_group()
 
 
 class Autoencoder(nn.Module):
-    """The VAE behind one forward pass, with its latents' noise; starts with small residual branches."""
+    """The VAE behind one forward pass, with its latents' noise; starts with small residual branches.
 
-    def __init__(self, dim: int):
+    equivariant: in what share of the passes latents and video are shifted or halved before they are compared.
+    """
+
+    def __init__(self, vae: VideoVAE, equivariant: float = 0.0):
         super().__init__()
-        self.vae = identity_vae(dim)
+        self.vae, self.equivariant = vae, equivariant
         for block in self.vae.modules():
             if isinstance(block, ResidualBlock):
                 block.residual["6"].weight.data *= 0.1
 
-    def forward(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is decoded, the video that it should be, and the latents' mean and log variance."""
         mean, logvar = self.vae.encode_distribution(video)
         logvar = logvar.clamp(-20, 10)
         z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
-        return self.vae.decode_raw(z), mean, logvar
+        if torch.rand(()) < self.equivariant:
+            z, video = changed(z, video, self.vae.space)
+        return self.vae.decode_raw(z), video, mean, logvar
 
 
-def identity_vae(dim: int) -> VideoVAE:
+def identity_vae(dim: int, mult: Sequence[int] = (1, 2, 4, 4), fold: int = 1, z_dim: int = 16) -> VideoVAE:
     """A VAE whose latents are not normalised outside of its weights."""
-    return VideoVAE(dim, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
+    return VideoVAE(dim, z_dim, mult, latents_mean=(0.0,) * z_dim, latents_std=(1.0,) * z_dim, fold=fold)
 
 
-def vae_losses(decoded: Tensor, video: Tensor, mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
+def vae_losses(decoded: Tensor, video: Tensor, mean: Tensor, logvar: Tensor, texture: float = 0.0) -> dict[str, Tensor]:
     """The total under "loss", and its parts: absolute and squared error, error of the differences between neighbours in
-    time, height and width, and divergence of the latents' distribution from the standard normal one."""
+    time, height and width, and divergence of the latents' distribution from the standard normal one.
+
+    texture: weight of a further part, the error of `roughness`.
+    """
     error = decoded - video
     parts = {
         "absolute": error.abs().mean(),
@@ -180,7 +237,21 @@ def vae_losses(decoded: Tensor, video: Tensor, mean: Tensor, logvar: Tensor) -> 
         "kl": 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(),
     }
     total = parts["absolute"] + SQUARE * parts["square"] + GRADIENT * parts["gradient"] + KL * parts["kl"]
+    if texture:
+        parts["texture"] = (roughness(decoded) - roughness(video)).abs().mean()
+        total = total + texture * parts["texture"]
     return {"loss": total, **parts}
+
+
+def roughness(video: Tensor) -> Tensor:
+    """How much neighbours differ from each other on average, in squares of `ROUGH` pixels: (N, 2, H / 8, W / 8).
+
+    An average of possible textures has less of it than any of them, so where a picture can't be known to the pixel,
+    this still asks for as much detail as there was.
+    """
+    frames = rearrange(video, "b c t h w -> (b t) c h w")
+    steps = [F.pad(frames.diff(dim=-1), (0, 1)), F.pad(frames.diff(dim=-2), (0, 0, 0, 1))]
+    return F.avg_pool2d(torch.stack([step.abs().mean(1) for step in steps], 1), ROUGH)
 
 
 def compile_norms() -> None:
@@ -196,72 +267,44 @@ def make_optimizers(vae: VideoVAE, lr: float) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-class FramePool:
-    """Up to `size` rendered walks, (size, 81, H, W, 3) uint8 on `device`, of worlds `first_seed`, + 1, ..."""
-
-    def __init__(self, size: int, picture: tuple[int, int], first_seed: int, device: torch.device, compile: bool):
-        self.size, self.picture, self.device, self.compile = size, tuple(picture), device, compile
-        self.storage = torch.zeros(size, WALK_FRAMES, *self.picture, 3, dtype=torch.uint8, device=device)
-        self.next_seed, self.filled, self.oldest = first_seed, 0, 0
-        self.generator = torch.Generator().manual_seed(first_seed)
-
-    @property
-    def frames(self) -> Tensor:
-        """The walks that are there, (filled, 81, H, W, 3) uint8."""
-        return self.storage[: self.filled]
-
-    @torch.no_grad()
-    def renew(self) -> float:
-        """Adds some walks, in place of the oldest once the pool is full; returns the seconds it took."""
-        finish(self.device)
-        began = time.monotonic()
-        count = min(RENEWED, self.size)
-        worlds = make_worlds(range(self.next_seed, self.next_seed + count))
-        # Poses are made on the CPU, where their many small steps start faster.
-        poses = walk(worlds, spawn(worlds), *sample_actions(MIXED, count, WALK_FRAMES - 1, self.generator))
-        frames = render(worlds.to(self.device), poses.to(self.device), *self.picture, compile=self.compile)
-        slots = torch.arange(self.oldest, self.oldest + count) % self.size
-        self.storage[slots.to(self.device)] = frames
-        self.next_seed += count
-        self.filled = min(self.size, max(self.filled, self.oldest + count))
-        self.oldest = (self.oldest + count) % self.size
-        finish(self.device)
-        return time.monotonic() - began
-
-    def clips(self, count: int, frames: int) -> Tensor:
-        """Random clips as video, (count, 3, frames, H, W) in [-1, 1]."""
-        walks = torch.randint(self.filled, (count, 1), device=self.device)
-        first = torch.randint(WALK_FRAMES - frames + 1, (count, 1), device=self.device)
-        return to_video(self.storage[walks, first + torch.arange(frames, device=self.device)])
-
-
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def export(vae: VideoVAE, ema: EMA, pool: FramePool, unseen: Tensor, out: Path) -> dict[str, float]:
+def export(vae: VideoVAE, ema: EMA, pool: FramePool, unseen: dict[str, Tensor], out: Path) -> dict[str, float]:
     """Writes the averaged weights, normalised and in float16, and pictures of what the file makes of unseen walks.
 
-    Returns their PSNR in dB (mean over frames), that before folding and rounding, that of the worst walk, and how far
-    the mean and the standard deviation of any latent channel on unseen walks are from 0 and 1.
+    Returns for each kind of walks their PSNR in dB (mean over frames), that of the worst walk, that before folding and
+    rounding, the sharpness over the truth's, and how far the mean and the standard deviation of any latent channel are
+    from 0 and 1.
     """
-    averaged = identity_vae(vae.dim).to(unseen.device)
+    averaged = copy.deepcopy(vae)
     ema.copy_to(averaged)
-    unfolded = psnr(reconstruct(averaged, unseen)[0], unseen).mean()
-    seen = [encode(averaged, walks) for walks in pool.frames[:256].split(AT_ONCE)]
+    unfolded = {name: psnr(reconstruct(averaged, walks)[0], walks).mean() for name, walks in unseen.items()}
+    seen = [encode(averaged, walks) for walks in pool.frames[:: max(1, pool.filled // 64)].split(AT_ONCE)]
     fold(averaged, *channel_statistics(torch.cat(seen)))
     save_tensors(out / "vae.safetensors", {name: tensor.half() for name, tensor in averaged.state_dict().items()})
 
+    averaged, quality = exported(vae, out), {}
+    for name, walks in unseen.items():
+        frames, latents = reconstruct(averaged, walks)
+        save_pictures(out / f"samples-{name}.png", walks, frames)
+        result = psnr(frames, walks)
+        mean, std = channel_statistics(latents)
+        quality |= {
+            f"psnr_{name}": result.mean().item(),
+            f"psnr_unfolded_{name}": unfolded[name].item(),
+            f"psnr_worst_walk_{name}": result.mean(1).min().item(),
+            f"sharpness_{name}": (sharpness(frames).mean() / sharpness(walks).mean()).item(),
+            f"latent_mean_{name}": mean.abs().max().item(),
+            f"latent_std_{name}": (std - 1).abs().max().item(),
+        }
+    return quality
+
+
+def exported(vae: VideoVAE, out: Path) -> VideoVAE:
+    """The VAE of the file that `export` wrote last."""
+    averaged = copy.deepcopy(vae)
     averaged.load_state_dict(read_tensors(out / "vae.safetensors"))
-    frames, latents = reconstruct(averaged, unseen)
-    save_pictures(out / "samples.png", unseen, frames)
-    quality = psnr(frames, unseen)
-    mean, std = channel_statistics(latents)
-    return {
-        "psnr": quality.mean().item(),
-        "psnr_unfolded": unfolded.item(),
-        "psnr_worst_walk": quality.mean(1).min().item(),
-        "latent_mean": mean.abs().max().item(),
-        "latent_std": (std - 1).abs().max().item(),
-    }
+    return averaged
 
 
 def save_pictures(path: Path, truth: Tensor, frames: Tensor) -> None:
@@ -305,8 +348,8 @@ def load_weights(vae: VideoVAE, path: Path) -> dict[str, float]:
     return {"step": int(metadata.get("step", 0)), "progress": float(metadata.get("progress", 0)) % 1}
 
 
-def save_progress(vae: VideoVAE, out: Path, step: int, progress: float) -> None:
-    save_tensors(out / "resume.safetensors", vae.state_dict(), {"step": str(step), "progress": str(progress)})
+def save_progress(vae: VideoVAE, out: Path, step: int, progress: float, name: str = "resume.safetensors") -> None:
+    save_tensors(out / name, vae.state_dict(), {"step": str(step), "progress": str(progress)})
 
 
 def means(losses: list[dict[str, Tensor]]) -> dict[str, float]:

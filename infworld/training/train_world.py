@@ -1,6 +1,6 @@
 """Trains the tiny world model: transformer, memory compressor, action encoder and byte text encoder together.
 
-    torchrun --nproc-per-node N -m training.train_world --vae checkpoints/tiny/vae.safetensors --minutes 20 --out runs/a
+    torchrun --nproc-per-node N -m infworld.training.train_world --vae VAE --minutes 20 --out runs/a
     infworld train world ... --resume runs/a/state.pt           # goes on where the run stopped
     infworld train world ... --resume runs/a/world.safetensors  # from weights alone
 
@@ -38,6 +38,7 @@ from infworld.text import ByteTextEncoder
 from infworld.training.data import Batch, Labeller, WalkPool, first_seed
 from infworld.training.labels import jitter, label_actions, naive_labels, poses_to_matrices
 from infworld.training.optim import EMA, GradientClipper, Muon
+from infworld.training.pictures import load_pictures
 from infworld.training.run import Log, autocast, compute_dtype, from_rank_0, peak_gib, set_up_devices
 from infworld.training.walks import MIXED, VIEW_ONLY
 from infworld.training.worlds import EVAL_SEEDS
@@ -70,6 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", required=True, type=Path)
     add("--minutes", required=True, type=float, help="length of this run, data included")
     add("--resume", type=Path, help="state.pt of an earlier run, or its world.safetensors (text.safetensors beside it)")
+    add("--pack", type=Path, help="pictures of training.collect, for textured worlds and photographs beside toy worlds")
     add("--mixture", choices=MIXTURES, default="mixed")
     add("--chunks", type=int, default=4, help="length of the walks; histories reach chunks - 1")
     add("--batch", type=int, default=128, help="noisy chunks per GPU and step")
@@ -121,6 +123,7 @@ def train(args: argparse.Namespace) -> None:
         first_seed=seed,
         labeller=make_labeller(args.labels, seed),
         faded=args.fade,
+        pictures=load_pictures(args.pack).to(device) if args.pack else None,
     )
     pool.renew(min(pool.size, RENEWED_AT_ONCE))
     if log:
@@ -200,7 +203,7 @@ class Trainee(nn.Module):
     def forward(
         self, noisy: Tensor, timestep: Tensor, batch: Batch, *, frozen: bool = False, wrong_memory: bool = False
     ) -> Tensor:
-        """Velocity of `noisy` (n B, 16, 21, h, w) at `timestep` (n B,) in 0..1000: n for each of the batch's B samples,
+        """Velocity of `noisy` (n B, C, 21, h, w) at `timestep` (n B,) in 0..1000: n for each of the batch's B samples,
         side by side.
 
         frozen: the compressor gets no gradient. wrong_memory: every sample gets the compressed memory of its
@@ -253,7 +256,7 @@ def flow_loss(model: nn.Module, batch: Batch, shift: float, frozen: bool) -> Ten
 
 @torch.no_grad()
 def paint(model: Trainee, batch: Batch, sampler: SamplerConfig) -> Tensor:
-    """The batch's targets (B, 16, 21, h, w) noised to a random level and denoised again: the truth in the model's hand.
+    """The batch's targets (B, C, 21, h, w) noised to a random level and denoised again: the truth in the model's hand.
 
     What the model could not know stays as it was, since some of it shows through the noise.
     """

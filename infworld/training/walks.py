@@ -1,6 +1,6 @@
 """What the camera does in a training clip: action sequences that come back to what they have seen.
 
-A walk is built from segments (move, view, frames), indices of spec section 3, and cut to length. `training.worlds.walk`
+A walk is built from segments (move, view, frames), indices of spec section 3, and cut to length. `worlds.walk`
 turns the actions into poses. A memory can only be learned where a view returns, so most kinds return; `revisits` finds
 where.
 """

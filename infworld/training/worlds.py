@@ -1,6 +1,6 @@
 """Procedural first-person worlds: what a small model is trained on, and the truth it is measured against.
 
-A world is a set of tensors drawn from an integer seed; `walk` turns actions into camera poses, and `training.render`
+A world is a set of tensors drawn from an integer seed; `walk` turns actions into camera poses, and `render`
 turns those into frames. Everything is batched over worlds and frames. Units: one unit is about 2.5 m; angles are in
 radians unless a name says degrees. Axes: x and y on the ground, z up; yaw 0 looks along +x and grows to the left, pitch
 upwards.
@@ -279,22 +279,30 @@ def step(worlds: Worlds, pose: Tensor, move: Tensor, view: Tensor) -> Tensor:
     Args: pose: (W, 4) x, y (units), yaw, pitch (radians). move, view: (W,) indices of spec section 3.
     Returns: (W, 4).
     """
-    moves = torch.tensor(MOVE_DIRECTIONS, device=pose.device)[move] * STEP
-    turns = torch.tensor(VIEW_DIRECTIONS, device=pose.device)[view] * torch.tensor((TURN, PITCH), device=pose.device)
-    return _step(worlds, pose, moves, turns)
+    return _step(worlds, pose, *motions(move, view))
 
 
-def walk(worlds: Worlds, start: Tensor, move: Tensor, view: Tensor) -> Tensor:
+def motions(move: Tensor, view: Tensor, pace: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Actions (W, ...) as (forward, left) in units and (yaw, pitch) in radians, (W, ..., 2) each; pace as in `walk`."""
+    device = move.device
+    moves = torch.tensor(MOVE_DIRECTIONS, device=device)[move] * STEP
+    turns = torch.tensor(VIEW_DIRECTIONS, device=device)[view] * torch.tensor((TURN, PITCH), device=device)
+    if pace is None:
+        return moves, turns
+    return moves * pace[:, None, :1], turns * pace[:, None, 1:]
+
+
+def walk(worlds: Worlds, start: Tensor, move: Tensor, view: Tensor, pace: Tensor | None = None) -> Tensor:
     """Poses of a walk: the action of frame i leads from frame i to frame i + 1.
 
-    Args: start: (W, 4). move, view: (W, T) indices. Returns: (W, T + 1, 4).
+    Args: start: (W, 4). move, view: (W, T) indices. pace: (W, 2) how many times as fast to move and to turn.
+    Returns: (W, T + 1, 4).
     Raises: ValueError when the shapes do not belong together.
     """
     if move.shape != view.shape or move.dim() != 2 or len(move) != len(worlds) or start.shape != (len(worlds), 4):
         shapes = f"start {tuple(start.shape)}, move {tuple(move.shape)}, view {tuple(view.shape)}"
         raise ValueError(f"{shapes} for {len(worlds)} worlds: expected (W, 4), (W, T), (W, T)")
-    moves = torch.tensor(MOVE_DIRECTIONS, device=start.device)[move] * STEP
-    turns = torch.tensor(VIEW_DIRECTIONS, device=start.device)[view] * torch.tensor((TURN, PITCH), device=start.device)
+    moves, turns = motions(move, view, pace)
     poses = [start]
     for frame in range(move.shape[1]):
         poses.append(_step(worlds, poses[-1], moves[:, frame], turns[:, frame]))

@@ -15,7 +15,7 @@ from infworld.sampler import guide
 from infworld.session import Session
 from infworld.settings import FilmSettings
 from infworld.text import TextEmbedding
-from infworld.vae import PIXELS_PER_LATENT, VideoVAE, build_vae
+from infworld.vae import VideoVAE, build_vae
 from infworld.world import World
 
 
@@ -65,7 +65,7 @@ def noise_session(world: World, size: tuple[int, int], history: int) -> Session:
 
 
 def noise(config: ModelConfig, size: tuple[int, int], latents: int) -> Tensor:
-    height, width = (side // PIXELS_PER_LATENT for side in size)
+    height, width = (side // config.vae_cfg.space for side in size)
     return torch.randn(1, config.vae_cfg.z_dim, latents, height, width, generator=generator())
 
 
