@@ -19,6 +19,9 @@ from infworld.evaluation.cases import SHIPPED, Case, read_suite
 from infworld.evaluation.measure import Film, figures, gaps
 from infworld.evaluation.report import text_table
 from infworld.evaluation.takes import LAST, QUICK, WHOLE, Scope, Take, film, forget, plan
+from infworld.metrics.memory import mirror
+from infworld.metrics.quality import motion_smoothness
+from infworld.metrics.stability import seams
 from infworld.video import read_mp4
 from infworld.world import World
 from tests.conftest import SMALL_MODEL
@@ -280,3 +283,16 @@ def test_every_move_and_view_has_a_word():
     names = {take.name for take in plan(read_suite(SHIPPED, 30).cases, Scope(), 80, 0) if take.kind == "action"}
     assert len(names) == 2 * (8 + 8 + 6) and "action-looking-about-forward-strafe-left-whole" in names
     assert len(MOVES) == 10
+
+
+def test_the_tiny_model_without_its_memory_is_worse_at_memory_and_not_at_the_rest():
+    """A quarter turn and back, with the whole memory and with the last frame alone."""
+    tiny = infworld.load("tiny", device="cpu")
+    case = next(case for case in read_suite(SHIPPED, 30).cases if case.name == "looking-about")
+    (whole, cut) = (
+        film(tiny, take, {}) for take in plan((case,), Scope(), 80, 0) if take.name.startswith("mirror-looking-about")
+    )
+    remembered, forgotten = (np.mean([found.best for found in mirror(frames, 80)]) for frames in (whole, cut))
+    assert remembered > forgotten + 5
+    assert abs(motion_smoothness(whole) - motion_smoothness(cut)) < 0.01
+    assert max(seams(cut, 80)) < 2 * max(*seams(whole, 80), 2)
