@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 
+import httpx
 import numpy as np
 import pytest
 
@@ -166,6 +167,16 @@ def test_a_vote_on_a_page_of_a_server_that_has_gone_is_answered_by_the_next_pair
     expect(duel.locator(".note")).to_have_text("The last pair had expired; here is another.", timeout=PATIENCE)
     answer(page, "1", "fidelity")
     assert [vote.voter for vote in served[1].all()] == ["somebody-else-now"]
+
+
+def test_pages_of_other_sites_cannot_vote(served):
+    address, votes = served
+    join = f"{address}gradio_api/queue/join"
+    body = {"data": [], "fn_index": 1, "session_hash": "x", "event_data": {"voter": "a-voter-elsewhere"}}
+    refused = httpx.post(join, json=body, headers={"Origin": "https://elsewhere.example"})
+    assert refused.status_code == 403
+    assert httpx.get(address, headers={"Host": "elsewhere.example"}).status_code in (400, 403, 421)
+    assert votes.all() == []
 
 
 def test_the_app_has_the_arena_as_another_page(chromium, serve_models, world, folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from infworld.app.arena import arena
-from infworld.app.server import theme
+from infworld.app.guard import Guard, Stored
+from infworld.app.server import hosts_of, raise_open_files, theme
 from infworld.arena.hall import Hall
 from infworld.arena.matches import Matches
 from infworld.arena.votes import Votes, default_path
@@ -41,6 +44,20 @@ def launch(hall: Hall, **launching: Any) -> gr.Blocks:
     with gr.Blocks(title="Infinite-World: the arena", fill_width=True) as blocks:
         gr.Markdown(INTRODUCTION)
         arena(hall)
-    stage = [str(hall.stage)]
-    blocks.launch(theme=theme(), allowed_paths=stage, ssr_mode=False, footer_links=["settings"], **launching)
+    guard = Middleware(
+        Guard,
+        hosts=hosts_of(launching.get("server_name"), ()),
+        cross_site="SPACE_ID" in os.environ,
+        upload=0,  # nobody has anything to upload
+        stored=Stored(0, 0),
+        connections=raise_open_files() // 2,
+    )
+    blocks.launch(
+        theme=theme(),
+        allowed_paths=[str(hall.stage)],
+        app_kwargs={"middleware": [guard]},
+        ssr_mode=False,
+        footer_links=["settings"],
+        **launching,
+    )
     return blocks

@@ -41,8 +41,10 @@ async function seek(seconds) {
   await Promise.all([left, right].map(async (video) => {
     if (Math.abs(video.currentTime - seconds) < 1e-3) return;
     const arrived = once(video, "seeked");
+    const painted = new Promise((done) => video.requestVideoFrameCallback?.(done) ?? done());
     video.currentTime = seconds;
     await arrived;
+    await Promise.race([painted, new Promise((done) => setTimeout(done, 500))]); // a hidden tab paints nothing
   }));
 }
 
