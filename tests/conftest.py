@@ -156,13 +156,12 @@ def serve_models():
 
     pages = []
 
-    def start(models, films: Path) -> str:
+    def start(models, films: Path, hall=None) -> str:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        page = server.serve(
-            models, films, server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True
-        )
+        where = {"server_name": "127.0.0.1", "server_port": port}
+        page = server.serve(models, films, hall=hall, prevent_thread_lock=True, quiet=True, **where)
         pages.append(page)
         return page.local_url
 

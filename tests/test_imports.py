@@ -11,9 +11,10 @@ LAYERS = (
     {"config", "actions", "camera", "files", "video", "pictures", "picture_files", "measures"},
     {"layers", "offload", "memory", "dit", "vae", "text", "sampler", "presets", "checkpoint", "devices"},
     {"settings", "session", "progress"},
+    {"metrics", "arena"},
     {"packages", "memory_plan", "transfer", "hub", "models"},
     {"world", "loading"},
-    {"parallel"},
+    {"parallel", "evaluation"},
     {"training", "cli", "app"},
 )
 MODELS = {"layers", "offload", "memory", "dit", "vae", "text", "sampler", "presets"}

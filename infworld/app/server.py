@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from infworld.app.page import Page
 from infworld.app.runner import MAX_WAITING, Runner
 from infworld.app.studio import Studio
 from infworld.app.sweeper import Sweeper
+from infworld.arena.hall import Hall
 from infworld.config import ModelConfig
 from infworld.devices import pick_device
 from infworld.models import available, default_model, prepare
@@ -49,14 +51,23 @@ MAX_OPEN_FILES = 65_536
 
 
 def serve(
-    models: ModelPool | World, films: Path | None = None, allow_hosts: Sequence[str] = (), **launching: Any
+    models: ModelPool | World,
+    films: Path | None = None,
+    allow_hosts: Sequence[str] = (),
+    hall: Hall | None = None,
+    **launching: Any,
 ) -> gr.Blocks:
     """Builds and launches the page for one or more models; films go below `films`, by default a folder of this user's
-    own. allow_hosts: names that the server answers to besides this machine's own. Returns the running page."""
+    own. allow_hosts: names that the server answers to besides this machine's own. hall: the arena to add as another
+    page. Returns the running page."""
     models = SingleModelPool(models) if isinstance(models, World) else models
     store = FilmStore(films or own_folder("films"), LIFETIME, models.config(models.first).validation_data.fps)
     runner = Runner(models)
     blocks = Page(Studio(models, store), runner).blocks()
+    if hall is not None:
+        from infworld.app.arena_page import add_arena  # needs the extra "arena"
+
+        add_arena(blocks, hall)
 
     largest = max(upload_limit(models.config(name)) for name in models.names)
     stored = Stored(UPLOADS * largest, UPLOADS_OF_ONE * largest)
@@ -78,7 +89,7 @@ def serve(
     blocks.launch(
         theme=theme(),
         css=read_static("page.css"),
-        allowed_paths=[str(store.root)],
+        allowed_paths=[str(store.root), *([str(hall.stage)] if hall else [])],
         max_file_size=largest,
         app_kwargs={"middleware": [guard]},
         max_threads=MAX_EVENTS,
@@ -153,23 +164,33 @@ def main() -> None:
         help="a name that the server answers to, as that of a proxy before it (default: localhost and 127.0.0.1; with "
         "--host 0.0.0.0 all)",
     )
+    parser.add_argument("--arena", type=Path, metavar="FILMS", help="add the arena for these films (docs/measuring.md)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     host = f"[{args.host}]" if args.host and ":" in args.host and not args.host.startswith("[") else args.host
     launching = {"server_name": host, "server_port": args.port, "allow_hosts": args.allow_host}
     try:
         device = parallel.device_of_rank(args.device)
-        with parallel.join_team(pick_device(device)) as team:
+        with open_arena(args.arena) as hall, parallel.join_team(pick_device(device)) as team:
             models = load_models(args.model, device, team)
             if team is None:
-                serve(models, **launching)
+                serve(models, hall=hall, **launching)
             elif team.is_rank0:
-                serve(models, **launching)
+                serve(models, hall=hall, **launching)
                 team.end()
             else:
                 follow(team, models.world)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def open_arena(films: Path | None) -> AbstractContextManager[Hall | None]:
+    """The arena for a folder of films, if there shall be one."""
+    if films is None:
+        return nullcontext()
+    from infworld.app.arena_page import open_hall  # needs the extra "arena"
+
+    return open_hall(films)
 
 
 def port(text: str) -> int:

@@ -25,7 +25,10 @@ COMMANDS = {
     "train labels": ("infworld.training.labels", "turn camera poses into actions"),
     "train check-gradients": ("infworld.training.check_gradients", "compare a run's gradients with float32 ones"),
     "train examples": ("infworld.training.make_examples", "draw the example pictures"),
-    "evaluate": ("infworld.training.evaluate", "measure a model against procedural worlds"),
+    "train cases": ("infworld.training.make_cases", "draw the pictures of the cases for evaluate"),
+    "evaluate": ("infworld.cli.evaluate", "measure a model on any pictures: memory, control, stability, motion"),
+    "evaluate-worlds": ("infworld.training.evaluate", "measure a model against procedural worlds"),
+    "arena": ("infworld.cli.arena", "compare films of several models or settings, blind, and rank them"),
 }
 EXTRAS = {"app": "app", "training": "train"}  # subpackage -> the extra that brings what it imports
 

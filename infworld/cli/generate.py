@@ -14,6 +14,7 @@ from contextlib import nullcontext, suppress
 
 import infworld
 from infworld import parallel
+from infworld.cli.cluster import generate_on_cluster
 from infworld.cli.console import StopSignals, exit_code
 from infworld.cli.film import FilmPlan, film
 from infworld.cli.jobs import WRONG, generate_all
@@ -25,7 +26,7 @@ from infworld.presets import PRESETS
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    program = generate if args.jobs is None else generate_all
+    program = generate if args.jobs is None else generate_all if args.cluster is None else generate_on_cluster
     with StopSignals() as stop:
         stopped = "stopped before the first frame"
         return exit_code(lambda: program(args, stop), stopped, quiet=parallel.rank() != 0, expected=WRONG)
@@ -89,9 +90,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="X",
         help="use at most so many GB (10^9 bytes) of the GPU's memory; default: all that is free",
     )
+    machine.add_argument(
+        "--cluster",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="make the films of --jobs with Ray, one on each GPU: of this host, or of the cluster at an address (auto: "
+        "the one that this host is in). Films that are there already with all their frames are not made again",
+    )
+    machine.add_argument("--workers", type=int, metavar="N", help="with --cluster: films at a time; default: the GPUs")
     args = parser.parse_args(arguments)
     if not args.out and args.jobs is None:
         parser.error("the following arguments are required: --out")
+    if args.cluster is not None and args.jobs is None:
+        parser.error("--cluster makes the films of --jobs")
+    if args.workers is not None and (args.cluster is None or args.workers < 1):
+        parser.error("--workers is a number of films at a time, with --cluster")
     return args
 
 

@@ -24,7 +24,15 @@ from infworld.devices import limit_memory, pick_device
 from infworld.memory_plan import NotEnoughMemory
 from infworld.models import default_model, prepare
 
-OF_ALL = {"jobs", "model", "device", "compile", "memory_gb"}  # options that hold for all films together
+OF_ALL = {
+    "jobs",
+    "model",
+    "device",
+    "compile",
+    "memory_gb",
+    "cluster",
+    "workers",
+}  # options that hold for all films together
 PATHS = {"image", "resume", "out", "session"}
 WRONG = (ValueError, OSError, NotEnoughMemory)  # ends one film
 

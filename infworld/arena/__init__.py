@@ -1,0 +1,1 @@
+"""The arena: people see two films of the same picture and actions side by side, blind, and say which is better."""

@@ -1,0 +1,107 @@
+"""Votes in an SQLite file: written before they are confirmed, one for each voter, pair and question."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sqlite3
+import threading
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from infworld.arena.matches import Pair
+
+SPACE_STORAGE = Path("/data")  # where a Space's attached storage is
+QUESTIONS = ("memory", "fidelity", "action", "overall")
+FIRST, SAME, SECOND = "first", "same", "second"  # which of a pair is better
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS votes (
+    time REAL NOT NULL, voter TEXT NOT NULL, "case" TEXT NOT NULL, first TEXT NOT NULL, second TEXT NOT NULL,
+    question TEXT NOT NULL, better TEXT NOT NULL CHECK (better IN ('first', 'same', 'second')),
+    first_was_left INTEGER NOT NULL,
+    UNIQUE (voter, "case", first, second, question)
+)
+"""
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What a voter answered to one question on one pair. better: "first", "same" or "second" of the pair."""
+
+    time: float
+    voter: str
+    case: str
+    first: str
+    second: str
+    question: str
+    better: str
+    first_was_left: bool
+
+    @property
+    def pair(self) -> Pair:
+        return Pair(self.case, self.first, self.second)
+
+
+def default_path(films: Path) -> Path:
+    """Where the votes on a folder of films are kept: beside them, on a Space with storage there."""
+    kept = "SPACE_ID" in os.environ and os.access(SPACE_STORAGE, os.W_OK)
+    return SPACE_STORAGE / "infworld-votes.sqlite" if kept else films / "votes.sqlite"
+
+
+class Votes:
+    """The votes of one file. Any number of threads and processes may write at once (write-ahead log).
+
+    A vote is on the disk when `add` returns: nothing that ends the process afterwards loses it.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        try:
+            self._connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = FULL")
+            self._connection.execute(_TABLE)
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{self.path} is no file of votes: {error}") from error
+
+    def add(self, voter: str, pair: Pair, question: str, better: str, first_was_left: bool) -> bool:
+        """Whether the vote was taken: False if this voter has answered this question on this pair already."""
+        values = (time.time(), voter, pair.case, pair.first, pair.second, question, better, first_was_left)
+        with self._lock:
+            done = self._connection.execute(f"INSERT OR IGNORE INTO votes VALUES ({', '.join('?' * 8)})", values)
+            return done.rowcount == 1
+
+    def answered(self, voter: str) -> dict[Pair, set[str]]:
+        """The questions that a voter has answered, by pair."""
+        found: dict[Pair, set[str]] = {}
+        for vote in self._select("WHERE voter = ?", voter):
+            found.setdefault(vote.pair, set()).add(vote.question)
+        return found
+
+    def all(self) -> list[Vote]:
+        """Every vote, in the order in which they were cast."""
+        return self._select("")
+
+    def as_csv(self) -> str:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(field.name for field in fields(Vote))
+        writer.writerows(asdict(vote).values() for vote in self.all())
+        return text.getvalue()
+
+    def as_json(self) -> str:
+        return json.dumps([asdict(vote) for vote in self.all()], indent=1)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _select(self, where: str, *values: str) -> list[Vote]:
+        with self._lock:
+            rows = self._connection.execute(f"SELECT * FROM votes {where} ORDER BY time, rowid", values).fetchall()
+        return [Vote(*[*row[:-1], bool(row[-1])]) for row in rows]
