@@ -152,8 +152,8 @@ def check_session(session: Session, config: ModelConfig) -> None:
         for i in range(len(session.chunk_latents)):
             found = shapes[f"chunk_latents.{i}"]
             _expect(f"chunk {i}", found, (1, latents[0], min(found[2], config.chunk_latents), *latents[1:]))
-        length = min(session.num_frames, 1 + ENOUGH_FRAMES)
-        states = _encoder_states(config.vae_cfg, height, width, length)
+        lengths = min(session.num_frames, 1 + ENOUGH_FRAMES), 1  # the picture's own state continues any film
+        states = [state for length in lengths for state in _encoder_states(config.vae_cfg, height, width, length)]
         _check_encoder_state(_under("encoder_state.", shapes), states)
     except ValueError as error:
         raise ValueError(f"the session is damaged: {error}") from error

@@ -709,8 +709,9 @@ def test_before_the_first_chunk_only_generate_is_offered(page, studio, picture):
     assert page.player not in settled and "no film yet" in settled[page.status]
 
 
-def test_a_closed_event_cancels_its_run_wherever_it_is(page, runner, picture, held):
+def test_a_closed_event_cancels_its_run_wherever_it_is(page, runner, picture, held, monkeypatch):
     """Gradio closes the generator of a page that is gone: after its first update, or a later one."""
+    monkeypatch.setattr("infworld.app.page.LINGER", 0)
 
     async def close_after(number: int):
         updates = page.filming(page.begin)(None, str(picture), 81, "small", *PAGE_SETTINGS)

@@ -169,7 +169,7 @@ def test_a_model_may_have_a_preset_of_its_own(world, picture):
         ("exact", 16),
     ]
     assert load_config("tiny").val_scheduler_cfg.preset == "balanced"
-    assert load_config("infinite-world").val_scheduler_cfg.settings.preset == "exact"
+    assert load_config("infinite-world").val_scheduler_cfg.preset == "exact"
 
 
 def test_an_unknown_preset_is_named_with_those_there_are(world, picture):

@@ -264,7 +264,7 @@ def test_a_folded_clip_may_come_in_pieces(folded):
     second, state = folded.encode(x[:, :, 5:17], state)
     third, _ = folded.encode(x[:, :, 17:], state)
     assert difference(torch.cat([first, second, third], dim=2), whole) < 1e-12
-    assert difference(folded.decode(whole, slab=1), folded.decode(whole, slab=100)) < 1e-12
+    assert difference(folded.decode(whole, tile=1), folded.decode(whole, tile=100)) < 1e-12
     with pytest.raises(ValueError, match="not of a clip of batch 1 and size 32x32"):
         folded.encode(x[:, :, 5:9, :, :32], state)
 

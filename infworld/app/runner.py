@@ -164,13 +164,16 @@ class Run:
         self._runner._drop(self)
 
     def leave(self, linger: float) -> None:
-        """Cancels the run in `linger` seconds, if nobody reads its updates then. Called in an event loop."""
+        """Cancels the run in `linger` seconds, if nobody reads its updates then; with 0 at once. Called in an event
+        loop."""
 
         def cancel() -> None:
             if not self._listeners:
                 self.cancel()
 
-        if not self.is_over:
+        if not linger:
+            self.cancel()
+        elif not self.is_over:
             asyncio.get_running_loop().call_later(linger, cancel)
 
     async def updates(self, pause: float = 1.0, linger: float = 0.0) -> AsyncGenerator[Update]:
@@ -197,7 +200,7 @@ class Run:
                     await asyncio.wait_for(listener[1].wait(), pause)
         finally:
             self._listeners.remove(listener)
-            self.leave(linger) if linger else self.cancel()
+            self.leave(linger)
 
     def _tell(self, update: Update) -> None:
         self._updates.append(update)

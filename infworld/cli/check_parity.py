@@ -126,9 +126,12 @@ class Golden:
     def transformer(self, dtype: torch.dtype) -> InfiniteWorldTransformer:
         return self._load(lambda: InfiniteWorldTransformer(self.transformer_config), "dit_weights", dtype=dtype)
 
+    @property
+    def vae_config(self) -> VAEConfig:
+        return from_dict(VAEConfig, self.section("vae"), "config.json: vae")
+
     def vae(self) -> VideoVAE:
-        config = ModelConfig(vae_cfg=from_dict(VAEConfig, self.section("vae"), "config.json: vae"))
-        return self._load(lambda: build_vae(config), "vae_weights")
+        return self._load(lambda: build_vae(ModelConfig(vae_cfg=self.vae_config)), "vae_weights")
 
     def umt5(self) -> nn.Module:
         if self.section("t5").get("shared_pos"):
@@ -242,6 +245,7 @@ def rollout_config(golden: Golden, io: dict[str, Tensor]) -> ModelConfig:
     return ModelConfig(
         name="golden",
         model_cfg=golden.transformer_config,
+        vae_cfg=golden.vae_config,
         text_encoder_cfg=TextConfig(dim=golden.transformer_config.caption_channels),
         val_scheduler_cfg=from_dict(SamplerConfig, sampler, "config.json: sampler"),
         validation_data=RolloutConfig(num_frames=1 + FRAMES_PER_LATENT * (io["noise0"].shape[2] - 1)),

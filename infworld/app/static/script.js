@@ -101,9 +101,8 @@ export class Vocabulary {
       this.#addWord(directions, word, text);
     }
     const frames = Number(match[2]);
-    if (frames < 1 || frames > this.maxFrames) {
-      throw new Error(`a segment lasts 1 to ${this.maxFrames} frames, not ${frames}`);
-    }
+    if (frames < 1) throw new Error(`a segment lasts 1 frame or more, not ${frames}`);
+    if (frames > this.maxFrames) throw new Error(`the actions may last at most ${this.maxFrames} frames`);
     return { move: this.indexOf("move", directions.move), view: this.indexOf("view", directions.view), frames };
   }
 
