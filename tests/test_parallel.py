@@ -187,7 +187,7 @@ def out_of_memory(world: World, given) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("size", "rank", "place"),
-    [(2, 0, "sample"), (2, 1, "decode"), (3, 1, "start"), (4, 3, "sample"), (3, 2, "frames"), (2, 0, "text")],
+    [(2, 0, "sample"), (2, 1, "decode"), (3, 1, "start"), (3, 2, "sample"), (3, 2, "frames"), (2, 0, "text")],
 )
 def test_a_team_works_on_after_running_out_of_memory_on_one_rank(small_model, world, picture, size, rank, place):
     ours, *others = in_a_team(size, small_model, out_of_memory, (picture, place, rank))
