@@ -146,7 +146,8 @@ def train(args: argparse.Namespace) -> None:
             log.add("rehearsal", frames=frames, gib=peak_gib(device))
 
     # The loop. The run's length is a time, so rank 0's clock decides for all.
-    step, losses, renewing = done["step"], [], 0.0
+    losses: list = []
+    step, renewing = done["step"], 0.0
     started = last_report = time.monotonic()
     seconds = max(1.0, began + 60 * args.minutes - started)
     judged = False
@@ -283,7 +284,8 @@ def export(vae: VideoVAE, ema: EMA, pool: FramePool, unseen: dict[str, Tensor], 
     fold(averaged, *channel_statistics(torch.cat(seen)))
     save_tensors(out / "vae.safetensors", {name: tensor.half() for name, tensor in averaged.state_dict().items()})
 
-    averaged, quality = exported(vae, out), {}
+    averaged = exported(vae, out)
+    quality: dict = {}
     for name, walks in unseen.items():
         frames, latents = reconstruct(averaged, walks)
         save_pictures(out / f"samples-{name}.png", walks, frames)
