@@ -47,13 +47,14 @@ def open_page(browser, address):
     """Opens the page in a browser profile of its own. Errors in the console fail the test."""
     contexts, errors = [], []
 
-    def open_page(address: str = address, **options) -> sync_api.Page:
+    def open_page(address: str = address, script: str = "", **options) -> sync_api.Page:
         context = browser.new_context(**{"viewport": {"width": 1300, "height": 900}, **options})
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: message.type == "error" and errors.append(message.text))
         page.on("pageerror", lambda error: errors.append(str(error)))
+        page.add_init_script(script)
         page.goto(address)
         expect(page.locator("#generate")).to_be_visible(timeout=PATIENCE)
         return page
@@ -160,10 +161,8 @@ def test_playing_goes_on_by_itself_when_more_is_made(open_page, picture):
     wait_until(page, lambda v: v["time"] > 81 / 30 + 0.5 and not v["paused"])
 
 
-def test_browsers_without_media_sources_get_the_whole_film(open_page, picture, address):
-    page = open_page()
-    page.add_init_script("delete window.MediaSource; delete window.ManagedMediaSource;")
-    page.goto(address)
+def test_browsers_without_media_sources_get_the_whole_film(open_page, picture):
+    page = open_page(script="delete window.MediaSource; delete window.ManagedMediaSource;")
     generate(page, picture, 161)
     wait_until(page, lambda v: abs(v["duration"] - 161 / 30) < 0.05 and v["width"] == 48)
 
