@@ -71,19 +71,6 @@ SMALL_UMT5_MODEL = {
 }
 
 
-# Tests that start several processes or a browser: one worker runs them all, one after the other, and none waits for
-# another's beyond its patience.
-HEAVY = {
-    *("test_arena", "test_arena_browser", "test_browser", "test_cluster", "test_editor_browser", "test_film_kept"),
-    *("test_jobs", "test_parallel", "test_reconnect", "test_runner"),
-}
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("heavy" if item.path.stem in HEAVY else item.path.stem))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Nothing is remembered from one test run to the next, or in a person's own cache."""

@@ -21,7 +21,7 @@ expect = sync_api.expect
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync""".split()  # noqa: SIM905
 SESSION_INPUT = "input[type=file][accept='.safetensors']"
-PATIENCE = 60_000  # milliseconds; the machine may be busy
+PATIENCE = 240_000  # milliseconds; the machine may be busy
 
 
 @pytest.fixture(scope="module")

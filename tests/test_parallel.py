@@ -63,9 +63,9 @@ def in_a_team(size: int, model: Path, work, given) -> list:
     """What `work` (of a World and `given`) returns in each process of a team."""
     results = FORK.Queue()
     processes = start(size, work_in_a_team, model, work, pickle.dumps(given), results)
-    found = dict(results.get(timeout=100) for _ in processes)
+    found = dict(results.get(timeout=400) for _ in processes)
     for process in processes:
-        process.join(timeout=30)
+        process.join(timeout=120)
     assert [process.exitcode for process in processes] == [0] * size
     return [pickle.loads(found[rank]) for rank in range(size)]
 
@@ -241,7 +241,7 @@ def test_a_lost_process_ends_all_and_the_film_goes_on_from_its_session(filming, 
     processes[lost].kill()
     began = time.monotonic()
     for process in processes:
-        process.join(timeout=30)
+        process.join(timeout=120)
     assert time.monotonic() - began < 10
     assert processes[1 - lost].exitcode == parallel.LOST
     saved = Session.load(tmp_path / "film.session.safetensors")
@@ -259,7 +259,7 @@ def test_ctrl_c_ends_all_after_a_step_and_keeps_film_and_session(filming, tmp_pa
     for process in processes:
         os.kill(process.pid, signal.SIGINT)
     for process in processes:
-        process.join(timeout=30)
+        process.join(timeout=120)
     assert [process.exitcode for process in processes] == [INTERRUPTED, 0]
     assert len(read_mp4(tmp_path / "film.mp4")) == frames_saved(tmp_path) >= 161
     assert "stopped: " in said(tmp_path) and "go on with: torchrun " in said(tmp_path)
