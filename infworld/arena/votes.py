@@ -16,6 +16,7 @@ from infworld.arena.matches import Pair
 
 SPACE_STORAGE = Path("/data")  # where a Space's attached storage is
 QUESTIONS = ("memory", "fidelity", "action", "overall")
+PATIENCE = 30  # seconds to wait for another process that writes
 FIRST, SAME, SECOND = "first", "same", "second"  # which of a pair is better
 
 _TABLE = """
@@ -62,12 +63,16 @@ class Votes:
         self.path = Path(path).expanduser()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
+        self._connection = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
         try:
-            self._connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
-            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._use_write_ahead_log()
             self._connection.execute("PRAGMA synchronous = FULL")
             self._connection.execute(_TABLE)
+        except sqlite3.OperationalError:  # locked, a full disk, no permission
+            self._connection.close()
+            raise
         except sqlite3.DatabaseError as error:
+            self._connection.close()
             raise ValueError(f"{self.path} is no file of votes: {error}") from error
 
     def add(self, voter: str, pair: Pair, question: str, better: str, first_was_left: bool) -> bool:
@@ -100,6 +105,18 @@ class Votes:
 
     def close(self) -> None:
         self._connection.close()
+
+    def _use_write_ahead_log(self) -> None:
+        """SQLite's own timeout does not cover this: of two that open a new file at once, one is refused at once."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def _select(self, where: str, *values: str) -> list[Vote]:
         with self._lock:
