@@ -54,7 +54,7 @@ _BOUNDS = {
     **{"shift": (1e-3, 1000), "num_sampling_steps": (1, 1000), "text_cfg_scale": (-100, 100)},
     **{
         "num_frames": (-math.inf, 1001),
-        "chunk_lengths": (4, 1000),
+        **dict.fromkeys(("chunk_lengths", "live_lengths"), (4, 1000)),
         "fps": (1, 240),
         "trained_chunks": (1, 10_000),
         "max_chunks": (1, 10_000),
@@ -184,11 +184,12 @@ class RolloutConfig(_Bounded):
     """`validation_data`: frames per chunk (the first repeats the last known one) and the lengths allowed.
 
     chunk_lengths: new frames per chunk that the model was trained on. Other multiples of 4, up to the largest, work,
-    but films drift sooner.
+    but films drift sooner. live_lengths: those that live play chooses from, whatever the model was trained on.
     """
 
     num_frames: int = 81
     chunk_lengths: tuple[int, ...] = (80,)
+    live_lengths: tuple[int, ...] = (80,)
     fps: int = 30
     trained_chunks: int = 16  # quality is known to fall apart past this horizon
     max_chunks: int = 50

@@ -21,6 +21,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from infworld.files import check_output, temporary_path
 
 FPS = 30  # the models' frame rate (spec section 3)
+FRAGMENTED = "+frag_keyframe+empty_moov+default_base_moof"
 CRF = 16  # H.264 quality: no loss that is easy to see
 
 # Browsers show untagged films in guessed colours, so they are fixed and tagged: on the frames, as ffmpeg 7 and later
@@ -111,7 +112,7 @@ class Mp4Writer:
         if width % 2 or height % 2:
             raise ValueError(f"an mp4 needs an even width and height, not {width} x {height}")
         self._size = (width, height)
-        flags = "+frag_keyframe+empty_moov+default_base_moof" if self.fragmented else "+faststart"
+        flags = FRAGMENTED if self.fragmented else "+faststart"
         source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self.fps), "-i", "-"]
         codec = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF), "-preset", "veryfast"]
         codec += ["-bf", "0"] if self.fragmented else []
@@ -161,6 +162,20 @@ def concat_mp4(paths: Iterable[str | os.PathLike], out: str | os.PathLike) -> Pa
             os.replace(part, out)
         finally:
             part.unlink(missing_ok=True)
+    return out
+
+
+def cut_mp4(path: str | os.PathLike, frames: int, out: str | os.PathLike) -> Path:
+    """The first `frames` frames of a fragmented film, which has no B-frames, without encoding it again. Returns `out`.
+    """
+    out = check_output(out)
+    part = temporary_path(out, ".mp4")
+    flags = ["-c", "copy", "-frames:v", str(frames), "-movflags", FRAGMENTED, "-f", "mp4"]
+    try:
+        _run([*_ffmpeg(), "-i", _file(path), *flags, _file(part)], f"cut {path}")
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
     return out
 
 

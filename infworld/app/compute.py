@@ -29,6 +29,8 @@ from infworld.settings import FilmSettings
 from infworld.world import Chunk, World
 
 MIN_SECONDS, MAX_SECONDS = 20, 1200  # of one GPU call
+WALK_SECONDS = 60  # of one GPU call that a walk is played in, after which the next follows
+POLL = 0.02  # seconds between two looks at the steering
 # Seconds per pass through the released model (1.4 B parameters, 32,928 tokens; a sampler step takes one for each text)
 # on half a ZeroGPU card, estimated from the time of an H100, and what decoding and encoding a chunk take there.
 STEP_SECONDS, FRAMES_SECONDS = 3.0, 20.0
@@ -50,6 +52,25 @@ class Replay:
     session: Session
 
 
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """Make one chunk after the other as it is steered. seconds: for at most so long."""
+
+    begin: Opening | Session
+    steering: Path
+    seconds: float = math.inf
+
+
+@dataclass(frozen=True)
+class Live:
+    """A walk that goes on: the latest steering, and the pace. `frames` is the next chunk's length, `rate` how many of
+    them a second shall be shown."""
+
+    steering: Steering
+    frames: int
+    rate: float
+
+
 @dataclass(frozen=True)
 class Report:
     """A step that is done; the device it was done on, and the bytes of memory that it takes."""
@@ -59,18 +80,26 @@ class Report:
     memory: int
 
 
-Task = Opening | Session | Replay
-Result = Session | Report | Chunk
+Task = Opening | Session | Replay | Walk
+Result = Session | Report | Live | Frames | Chunk
 Compute = Callable[[Task], Generator[Result]]
 
 
 def perform(world: World, task: Task) -> Generator[Result]:
     """Opening: the session of the picture, then as for it. Session: Reports, then the next Chunk. Replay: Chunks.
+    Walk: as `walk`.
 
     Closing the iterator ends the work after the step it is in.
     """
     if isinstance(task, Replay):
         yield from world.replay(task.session)
+        return
+    if isinstance(task, Walk):
+        session = task.begin
+        if isinstance(session, Opening):
+            session = world.start(session.picture, session.settings)
+            yield session
+        yield from walk(task, LiveWalk(world, session), world.config)
         return
     if isinstance(task, Opening):
         task = world.start(task.picture, task.settings)
@@ -80,6 +109,32 @@ def perform(world: World, task: Task) -> Generator[Result]:
             if isinstance(result, Progress):
                 result = Report(result, device_name(world.device), memory_used(world.device))
             yield result
+
+
+def walk(task: Walk, walker: Walker, config: ModelConfig) -> Generator[Live | Frames | Chunk]:
+    """Chunk after chunk: the Live that it is made with, its Frames as soon as they are there, and the Chunk; between
+    them a Live every few hundredths of a second until the next one is due. Ends where the film is full.
+
+    walker: what makes a chunk of given actions, and has the session after it.
+    """
+    file, helm, ends = SteeringFile(task.steering), Helm(), time.monotonic() + task.seconds
+    pace = Pace(config.validation_data.live_lengths, config.validation_data.fps)
+    made = 0  # frames of this walk
+    while walker.session.num_frames + pace.frames <= config.max_frames and time.monotonic() < ends:
+        steering, began = file.read(), time.monotonic()
+        yield Live(steering, pace.frames, pace.rate)
+        if steering.paused or not pace.is_due(made, steering.shown, began - steering.at):
+            time.sleep(POLL)
+            continue
+        until_shown = 0.0
+        with closing(walker.iterate_chunk(helm.actions(steering, pace.frames), pace.frames)) as results:
+            for result in results:
+                if isinstance(result, Frames):
+                    made += len(result.frames)
+                    until_shown = time.monotonic() - began
+                if not isinstance(result, Progress):
+                    yield result
+        pace.took(time.monotonic() - began, until_shown, steering.stalls)
 
 
 def on_gpu(world: World) -> Compute:

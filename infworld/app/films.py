@@ -19,26 +19,36 @@ import numpy as np
 from PIL import Image
 
 from infworld.app.folders import make_private, old_files
+from infworld.config import FRAMES_PER_LATENT
 from infworld.session import Session
-from infworld.video import concat_mp4, read_mp4, write_mp4
+from infworld.video import Mp4Writer, concat_mp4, cut_mp4, read_mp4
 from infworld.world import Chunk
 
 _PREFIX = "film-"
+PIECE_SECONDS = 10  # that a piece of a played walk lasts
+KEEP_SECONDS = 2  # between two times that a played walk's session is written
 PART_LIFETIME = 600  # seconds after which a file that is not whole belongs to nobody
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One chunk's new frames as an mp4 file. A chunk that is made again gets another file name."""
+    """The new frames of one or more chunks, the first of them `index`, as an mp4 file. What is made again gets another
+    file name."""
 
     path: Path
     index: int
+    chunks: int
     frames: int
 
     @staticmethod
     def of(path: Path) -> Piece:
-        index, frames, _ = path.stem.split("-")
-        return Piece(path, int(index), int(frames))
+        index, chunks, frames, _ = path.stem.split("-")
+        return Piece(path, int(index), int(chunks), int(frames))
+
+    @property
+    def end(self) -> int:
+        """The first chunk after it."""
+        return self.index + self.chunks
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,11 @@ class Film:
     def num_frames(self) -> int:
         """Frames made so far, the picture included; 0 before the first chunk."""
         return sum(piece.frames for piece in self.pieces())
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks whose frames are here."""
+        return max((piece.end for piece in self.pieces()), default=0)
 
     @property
     def has_begun(self) -> bool:
@@ -116,7 +131,8 @@ class Film:
     def add(self, chunk: Chunk) -> None:
         """Keeps a finished chunk: frames and session. It follows the last piece, or takes its place (made again)."""
         self._keep(chunk.session, self._next)
-        replaced = [piece for piece in self.pieces() if piece.index >= chunk.index]
+        replaced = self._from(chunk.index)
+        self._cut(replaced, chunk.session)
         self.add_frames(chunk)
         for piece in replaced:
             piece.path.unlink()
@@ -126,11 +142,27 @@ class Film:
         """Takes up a chunk that was computed when the server was killed; its frames are not there, or not all."""
         if not self._next.is_file():
             return
-        index = len(Session.load(self._next).chunk_latents) - 1
-        for piece in self.pieces():
-            if piece.index >= index:
-                piece.path.unlink()
+        session = Session.load(self._next)
+        index = len(session.chunk_latents) - 1
+        replaced = self._from(index)
+        self._cut(replaced, session)
+        for piece in replaced:
+            piece.path.unlink()
         self._go_on_from_next(made_again=index < len(self.session().chunk_latents))
+
+    def _from(self, index: int) -> list[Piece]:
+        """The pieces that hold the chunk of this index, or chunks after it."""
+        return [piece for piece in self.pieces() if piece.end > index]
+
+    def _cut(self, pieces: list[Piece], session: Session) -> None:
+        """Keeps what the first of these pieces holds before the last chunk of a session, as another piece."""
+        index = len(session.chunk_latents) - 1
+        if not pieces or pieces[0].index == index:
+            return
+        first = pieces[0]
+        before = sum(piece.frames for piece in self.pieces() if piece.end <= first.index)
+        frames = session.num_frames - FRAMES_PER_LATENT * (session.chunk_latents[-1].shape[2] - 1) - before
+        cut_mp4(first.path, frames, self._piece(first.index, index - first.index, frames))
 
     def _go_on_from_next(self, made_again: bool) -> None:
         """At no moment is there no session."""
@@ -144,9 +176,12 @@ class Film:
 
     def add_frames(self, chunk: Chunk) -> None:
         """Keeps the frames alone, of a chunk whose session is here already (`World.replay`)."""
-        self._pieces.mkdir(exist_ok=True)
-        name = f"{chunk.index:03d}-{len(chunk.frames)}-{secrets.token_hex(4)}.mp4"
-        write_mp4(self._pieces / name, chunk.frames, self.fps, fragmented=True)
+        with PieceWriter(self) as pieces:
+            pieces.add(chunk)
+
+    def _piece(self, index: int, chunks: int, frames: int) -> Path:
+        """A new piece's path."""
+        return self._pieces / f"{index:03d}-{chunks}-{frames}-{secrets.token_hex(4)}.mp4"
 
     def finish(self) -> dict[str, Path]:
         """What can be downloaded: "film" (the pieces joined to one mp4), "actions" (JSON) and "session"."""
@@ -179,6 +214,83 @@ class Film:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class PieceWriter:
+    """Writes the frames of chunks that follow each other as pieces of `frames` frames or more: `with PieceWriter(film)
+    as pieces: pieces.add(chunk)`. What has been added is a piece when the block ends."""
+
+    def __init__(self, film: Film, frames: int = 1):
+        self._film = film
+        self._frames = frames
+        self._writer: Mp4Writer | None = None
+        self._index = self._chunks = 0
+
+    def __enter__(self) -> PieceWriter:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._end()
+
+    def add(self, chunk: Chunk) -> bool:
+        """Returns whether there is a new piece."""
+        if self._writer is None:
+            self._film._pieces.mkdir(exist_ok=True)
+            unfinished = self._film._pieces / f"unfinished-{secrets.token_hex(4)}.mp4"
+            self._writer = Mp4Writer(unfinished, self._film.fps, fragmented=True)
+            self._index, self._chunks = chunk.index, 0
+        self._writer.write(chunk.frames)
+        self._chunks += 1
+        return self._writer.frames >= self._frames and self._end()
+
+    def _end(self) -> bool:
+        if self._writer is None:
+            return False
+        writer, self._writer = self._writer, None
+        writer.close()
+        os.replace(writer.path, self._film._piece(self._index, self._chunks, writer.frames))
+        return True
+
+
+class Recorder:
+    """Keeps the chunks of a walk that is played: `with Recorder(film) as recorder: recorder.add(chunk)`.
+
+    The pieces are longer than a chunk, and the session is written every few seconds, as chunks are short. When the
+    block ends, however it does, the film is as if each chunk had been added by `Film.add`.
+    """
+
+    def __init__(self, film: Film):
+        self._film = film
+        self._pieces = PieceWriter(film, round(PIECE_SECONDS * film.fps))
+        self._last: Session | None = None
+        self._before: Session | None = None
+        self._kept_at = time.monotonic()
+
+    def __enter__(self) -> Recorder:
+        self._last = self._film.session() if self._film.has_begun else None
+        return self
+
+    def __exit__(self, *exception) -> None:
+        try:
+            self._keep()
+            if self._before is not None:
+                self._before.save(self._film._previous)
+        finally:
+            self._pieces.__exit__(*exception)
+
+    def add(self, chunk: Chunk) -> bool:
+        """Returns whether there is a new piece."""
+        if self._before is None:
+            self._film._previous.unlink(missing_ok=True)  # from now on it is not the one before the last chunk
+        self._before, self._last = self._last, chunk.session
+        if time.monotonic() - self._kept_at > KEEP_SECONDS:
+            self._keep()
+        return self._pieces.add(chunk)
+
+    def _keep(self) -> None:
+        if self._before is not None:
+            self._film._keep(self._last, self._film.session_path)
+        self._kept_at = time.monotonic()
 
 
 class FilmStore:

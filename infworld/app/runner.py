@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import io
 import logging
 import threading
 import time
@@ -21,17 +22,26 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 
 import numpy as np
+from PIL import Image
 
-from infworld.app.compute import Opening, Replay, Report, Task
-from infworld.app.films import Film
+from infworld.app.compute import Compute, Live, Opening, Replay, Report, Task, Walk
+from infworld.app.films import Film, PieceWriter, Recorder
 from infworld.app.model_pool import ModelPool
+from infworld.app.steering import Steering
 from infworld.devices import peak_memory
 from infworld.session import Session
 from infworld.settings import FilmSettings
+from infworld.world import Frames
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 64  # runs
+STRIPS = 8  # of a walk that is played, which are kept for a page that is slow to take them
+TURN = 120.0  # seconds that a walk may be played while somebody waits
+NOTICE = 20.0  # seconds that are left at least when somebody comes to wait
+ASLEEP, PAUSED = 10.0, 300.0  # seconds after which one who plays is gone: without a word, and pausing
+SHOWN_FRAMES = 80  # of a piece of a film that is decoded from its session
+JPEG_QUALITY = 90  # of frames on their way to a page; the film itself is kept better
 MAX_PER_SESSION = 8  # runs of one program
 MAX_PER_ADDRESS = MAX_WAITING // 2  # runs of everybody who comes from one address, unless it is this machine
 
@@ -40,13 +50,13 @@ MAX_PER_ADDRESS = MAX_WAITING // 2  # runs of everybody who comes from one addre
 class Job:
     """What to do with a film: begin it with `picture` (uint8, H W 3), make its last chunk again (`redo`), or go on.
 
-    chunks: how many to make. Without settings none are made: the film of its session is decoded and shown. model: the
-    film's.
+    chunks: how many to make; None: play, that is as many as a person walks, steered through the film's
+    `steering_path`. Without settings none are made: the film of its session is decoded and shown. model: the film's.
     """
 
     film: Film
     model: str
-    chunks: int
+    chunks: int | None
     settings: FilmSettings | None = None
     picture: np.ndarray | None = None
     redo: bool = False
@@ -124,14 +134,44 @@ class NewChunk:
 
 
 @dataclass(frozen=True)
+class Played:
+    """A walk that is played: the strip of this number is the newest of `Run.strips`. seconds_left: of this visitor's
+    turn, None as long as nobody waits."""
+
+    number: int
+    seconds_left: float | None
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Frames of a chunk of a walk that is played, one below the other as one JPEG.
+
+    rate: frames a second to show them at. steered: the number of the steering that they were made with; actions: their
+    [move, view, frames]. at: the film's frames before them.
+    """
+
+    number: int
+    jpeg: bytes
+    frames: int
+    rate: float
+    steered: int
+    actions: list[list[int]]
+    at: int
+
+
+@dataclass(frozen=True)
 class Ended:
-    """The worker has left the run: with all chunks, because it was cancelled (`stopped`), or because of an error."""
+    """The worker has left the run: with all chunks, because it was cancelled (`stopped`), or because of an error.
+
+    why: a sentence for whoever was playing, where it was not their wish.
+    """
 
     stopped: bool = False
     error: Exception | None = None
+    why: str = ""
 
 
-Update = Waiting | Loading | RunProgress | NewChunk | Ended
+Update = Waiting | Loading | RunProgress | NewChunk | Played | Ended
 
 
 # --------------------------------------------------------------------------------------------------------------- runner
@@ -143,6 +183,8 @@ class Run:
     def __init__(self, job: Job, visitor: Visitor | None, runner: Runner):
         self.job = job
         self.visitor = visitor
+        self.submitted = time.monotonic()
+        self.strips: deque[Strip] = deque(maxlen=STRIPS)
         self._runner = runner
         self._context = copy_context()  # of the request, from which ZeroGPU reads whose quota it is
         self._updates: list[Update] = []
@@ -284,7 +326,17 @@ class Runner:
             times = [self._seconds_left(other) for other in before]
         return Waiting(len(before), None if None in times else sum(times))
 
+    def _turn_left(self, run: Run) -> float | None:
+        """Seconds that a walk may still be played; None as long as nobody waits."""
+        with self._changed:
+            if not self._queue:
+                return None
+            now = time.monotonic()
+            return max(0.0, run.began + TURN - now, self._queue[0].submitted + NOTICE - now)
+
     def _seconds_left(self, run: Run) -> float | None:
+        if run.job.chunks is None:
+            return self._turn_left(run) if run is self._current else TURN
         last = run._updates[-1] if run._updates else None
         if isinstance(last, RunProgress) and last.remaining is not None:
             return last.remaining
@@ -308,39 +360,44 @@ class Runner:
 
     def _do(self, run: Run) -> None:
         try:
-            stopped = self._steps(run)
+            ended = self._steps(run)
         except Exception as error:
             log.exception("a run ended early")
             ended = Ended(error=error)
-        else:
-            ended = Ended(stopped=stopped)
         release_memory()
         with self._changed:  # whoever hears of the end may submit the film's next job
             self._current = None
         run._tell(ended)
 
-    def _steps(self, run: Run) -> bool:
-        """Works until the job is done or the run cancelled; returns whether it was cancelled."""
+    def _steps(self, run: Run) -> Ended:
+        """Works until the job is done or the run cancelled."""
         if run.is_cancelled:
-            return True
-        began = time.monotonic()
-        with closing(self._updates_of(run.job)) as updates:
+            return Ended(stopped=True)
+        run.began = time.monotonic()
+        with closing(self._updates_of(run)) as updates:
             for update in updates:
+                if isinstance(update, Ended):
+                    return update
                 run._tell(update)
                 if run.is_cancelled:
-                    return True
-        seconds, memory = time.monotonic() - began, peak_memory(self.models.device)
-        log.info("%s: %d chunks in %.1f s, peak memory %s", run.job.model, run.job.chunks, seconds, memory)
-        return False
+                    return Ended(stopped=True)
+        seconds, memory = time.monotonic() - run.began, peak_memory(self.models.device)
+        log.info("%s: %s chunks in %.1f s, peak memory %s", run.job.model, run.job.chunks, seconds, memory)
+        return Ended()
 
-    def _updates_of(self, job: Job) -> Generator[Update]:
-        """Does a job, one GPU call per chunk. What is finished is in the film's folder before it is told."""
+    def _updates_of(self, run: Run) -> Generator[Update]:
+        """Does a job. What is finished is in the film's folder before it is told."""
+        job = run.job
         if not self.models.is_loaded(job.model):
             yield Loading(job.model)
         compute = self.models.compute(job.model)
         if job.picture is None:
             job.film.recover()
             yield from self._show(job.film, compute)
+        yield from self._play(run, compute) if job.chunks is None else self._make(job, compute)
+
+    def _make(self, job: Job, compute: Compute) -> Generator[Update]:
+        """The job's chunks, one GPU call each."""
         task, seed, began, frames = _first_task(job), job.settings and job.settings.seed, time.monotonic(), 0
         for number in range(1, job.chunks + 1):
             chunk_began = time.monotonic()
@@ -358,14 +415,51 @@ class Runner:
                         self._chunk_seconds[job.model] = time.monotonic() - chunk_began
                         yield NewChunk(result.index)
 
-    def _show(self, film: Film, compute) -> Generator[Update]:
+    def _play(self, run: Run, compute: Compute) -> Generator[Update]:
+        """Chunk after chunk as it is steered, in GPU calls of a minute, until the person leaves or has to."""
+        job, film = run.job, run.job.film
+        settings = job.settings
+        begin = film.session().with_settings(settings) if job.picture is None else Opening(job.picture, settings)
+        live, number = None, 0
+        with Recorder(film) as recorder:
+            while True:
+                walk, is_full = Walk(begin, film.steering_path), True
+                with closing(compute(walk)) as results:
+                    for result in results:
+                        is_full = False
+                        if isinstance(result, Session):
+                            film.begin(result, job.picture)
+                        elif isinstance(result, Live):
+                            live = result
+                            if why := self._why_over(run, live.steering):
+                                yield Ended(stopped=True, why=why)
+                        elif isinstance(result, Frames):
+                            number += 1
+                            run.strips.append(_strip(number, result, live))
+                            yield Played(number, self._turn_left(run))
+                        else:
+                            begin = result.session
+                            recorder.add(result)
+                if is_full:
+                    return
+
+    def _why_over(self, run: Run, steering: Steering) -> str:
+        """Why a walk has to end now; "" where it may go on."""
+        quiet = time.monotonic() - max(steering.at, run.began)
+        left = self._turn_left(run)
+        if quiet > (PAUSED if steering.paused else ASLEEP):
+            return "Nothing was heard of your page for a while, so the walk was ended."
+        if left == 0 or (left is not None and steering.paused and quiet > NOTICE):
+            return "Somebody else waits, and your turn is over. Press Walk on to wait for the next one."
+        return ""
+
+    def _show(self, film: Film, compute: Compute) -> Generator[Update]:
         """Decodes the chunks that the film's session has and its folder has no frames of."""
-        session, there = film.session(), len(film.pieces())
+        session, there = film.session(), film.num_chunks
         if there < len(session.chunk_latents):
-            with closing(compute(Replay(session))) as chunks:
+            with closing(compute(Replay(session))) as chunks, PieceWriter(film, SHOWN_FRAMES) as pieces:
                 for chunk in chunks:
-                    if chunk.index >= there:
-                        film.add_frames(chunk)
+                    if chunk.index >= there and pieces.add(chunk):
                         yield NewChunk(chunk.index)
 
 
@@ -374,6 +468,15 @@ def release_memory() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):  # glibc alone has it
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _strip(number: int, frames: Frames, live: Live) -> Strip:
+    """What a page is sent of new frames."""
+    count, height, width, channels = frames.frames.shape
+    file = io.BytesIO()
+    Image.fromarray(frames.frames.reshape(count * height, width, channels)).save(file, "JPEG", quality=JPEG_QUALITY)
+    actions = [[part.move, part.view, part.frames] for part in frames.actions.segments]
+    return Strip(number, file.getvalue(), count, live.rate, live.steering.number, actions, frames.at)
 
 
 def _first_task(job: Job) -> Task | None:
