@@ -9,25 +9,35 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import time
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import psutil
 import spaces  # patches torch, so before anything touches CUDA
 import torch
 
+from infworld.actions import ActionScript
+from infworld.app.pace import Pace
+from infworld.app.steering import Helm, Steering, SteeringFile
+from infworld.config import ModelConfig
 from infworld.devices import device_name
+from infworld.live import LiveWalk
 from infworld.memory_plan import NotEnoughMemory
 from infworld.parallel import Abandoned, Team
 from infworld.presets import find_preset
 from infworld.progress import Progress
 from infworld.session import Session
 from infworld.settings import FilmSettings
-from infworld.world import Chunk, World
+from infworld.world import Chunk, Frames, World
 
+# A ZeroGPU Space takes what is on the GPU before the page is launched, and nothing later.
+ON_ZERO_GPU = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
 MIN_SECONDS, MAX_SECONDS = 20, 1200  # of one GPU call
 WALK_SECONDS = 60  # of one GPU call that a walk is played in, after which the next follows
 POLL = 0.02  # seconds between two looks at the steering
@@ -54,21 +64,22 @@ class Replay:
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """Make one chunk after the other as it is steered. seconds: for at most so long."""
+    """Make one chunk after the other as it is steered through this file. made: frames of the walk so far; seconds: for
+    at most so long."""
 
     begin: Opening | Session
     steering: Path
+    made: int = 0
     seconds: float = math.inf
 
 
 @dataclass(frozen=True)
 class Live:
-    """A walk that goes on: the latest steering, and the pace. `frames` is the next chunk's length, `rate` how many of
-    them a second shall be shown."""
+    """A walk goes on: the latest steering, and the actions of a chunk that begins now. rate: frames a second to show."""
 
     steering: Steering
-    frames: int
     rate: float
+    actions: ActionScript | None = None
 
 
 @dataclass(frozen=True)
@@ -85,9 +96,9 @@ Result = Session | Report | Live | Frames | Chunk
 Compute = Callable[[Task], Generator[Result]]
 
 
-def perform(world: World, task: Task) -> Generator[Result]:
+def perform(world: World, task: Task, frames: int | None = None) -> Generator[Result]:
     """Opening: the session of the picture, then as for it. Session: Reports, then the next Chunk. Replay: Chunks.
-    Walk: as `walk`.
+    Walk: as `walk`. frames: new ones of the chunk, None for the model's own.
 
     Closing the iterator ends the work after the step it is in.
     """
@@ -104,30 +115,37 @@ def perform(world: World, task: Task) -> Generator[Result]:
     if isinstance(task, Opening):
         task = world.start(task.picture, task.settings)
         yield task
-    with closing(world.iterate_chunk(task)) as results:
+    with closing(world.iterate_chunk(task, frames=frames)) as results:
         for result in results:
             if isinstance(result, Progress):
                 result = Report(result, device_name(world.device), memory_used(world.device))
             yield result
 
 
+class Walker(Protocol):
+    """What makes a chunk of given actions, and has the session after it: a `LiveWalk`."""
+
+    session: Session
+
+    def iterate_chunk(self, actions: ActionScript, frames: int) -> Generator[Any]: ...
+
+
 def walk(task: Walk, walker: Walker, config: ModelConfig) -> Generator[Live | Frames | Chunk]:
     """Chunk after chunk: the Live that it is made with, its Frames as soon as they are there, and the Chunk; between
     them a Live every few hundredths of a second until the next one is due. Ends where the film is full.
-
-    walker: what makes a chunk of given actions, and has the session after it.
     """
     file, helm, ends = SteeringFile(task.steering), Helm(), time.monotonic() + task.seconds
     pace = Pace(config.validation_data.live_lengths, config.validation_data.fps)
-    made = 0  # frames of this walk
+    made = task.made
     while walker.session.num_frames + pace.frames <= config.max_frames and time.monotonic() < ends:
         steering, began = file.read(), time.monotonic()
-        yield Live(steering, pace.frames, pace.rate)
         if steering.paused or not pace.is_due(made, steering.shown, began - steering.at):
+            yield Live(steering, pace.rate)
             time.sleep(POLL)
             continue
-        until_shown = 0.0
-        with closing(walker.iterate_chunk(helm.actions(steering, pace.frames), pace.frames)) as results:
+        actions, until_shown = helm.actions(steering, pace.frames), 0.0
+        yield Live(steering, pace.rate, actions)
+        with closing(walker.iterate_chunk(actions, pace.frames)) as results:
             for result in results:
                 if isinstance(result, Frames):
                     made += len(result.frames)
@@ -147,7 +165,11 @@ def on_gpu(world: World) -> Compute:
     def compute(task: Task) -> Generator[Result]:
         yield from perform(world, task)
 
-    return compute
+    def limited(task: Task) -> Generator[Result]:
+        walks = ON_ZERO_GPU and isinstance(task, Walk)
+        return compute(dataclasses.replace(task, seconds=WALK_SECONDS) if walks else task)
+
+    return limited
 
 
 def memory_used(device: torch.device) -> int:
@@ -162,6 +184,8 @@ def gpu_seconds(task: Task, world: World) -> int:
 
     Only matters on a GPU; a little generous, as a call that takes longer is cut off.
     """
+    if isinstance(task, Walk):
+        return math.ceil(1.2 * WALK_SECONDS)
     config = world.config
     shown = task.session if isinstance(task, Replay) else task
     height, width = shown.picture.shape[-3:-1]
@@ -181,7 +205,8 @@ def gpu_seconds(task: Task, world: World) -> int:
 
 @dataclass(frozen=True)
 class Order:
-    """A task for the model of this name; where `task` is None, the last session with these changes.
+    """A task for the model of this name; where `task` is None, the last session with these changes. frames: of its next
+    chunk; None for the model's own.
 
     A session that goes on from the last one shares its history and what the encoder carries on with it, which are
     hundreds of megabytes that the other ranks have already.
@@ -190,6 +215,7 @@ class Order:
     model: str
     task: Task | None
     changes: dict[str, Any]
+    frames: int | None = None
 
 
 def leading(world: World) -> Compute:
@@ -197,22 +223,30 @@ def leading(world: World) -> Compute:
     team, name = world.team, world.config.name
     last: Session | None = None  # the one that the other ranks have too
 
-    def order(task: Task) -> None:
+    def order(task: Task, frames: int | None = None) -> None:
         nonlocal last
         known = isinstance(task, Session) and last is not None
-        made = Order(name, None, _changes(last, task)) if known else Order(name, task, {})
+        made = Order(name, None, _changes(last, task), frames) if known else Order(name, task, {}, frames)
         last = None  # until the task has been done, on all ranks alike
         team.broadcast_from_rank0(lambda: made)
 
-    def led(task: Task) -> Generator[Result]:
+    def led(task: Task, frames: int | None = None) -> Generator[Result]:
         nonlocal last
+        if isinstance(task, Walk):
+            session = task.begin
+            if isinstance(session, Opening):
+                order(session)
+                session = last = world.start(session.picture, session.settings)
+                yield session
+            yield from walk(task, _LedWalk(session, led), world.config)
+            return
         if isinstance(task, Opening):
             order(task)
             task = last = world.start(task.picture, task.settings)
             yield task
-        order(task)
+        order(task, frames)
         result = None
-        with closing(perform(world, task)) as results:
+        with closing(perform(world, task, frames)) as results:
             for result in results:
                 yield result
         if isinstance(task, Session):  # not before the end, without which the other ranks have no session either
@@ -241,17 +275,33 @@ def follow(team: Team, world_of: Callable[[str], World]) -> None:
         # What ends rank 0's work ends it here too: bad input is bad, and too little memory too little, on all ranks.
         with suppress(Abandoned, ValueError, NotEnoughMemory):
             task = order.task or dataclasses.replace(last, **order.changes)  # type: ignore[type-var]
-            last = _do(world_of(order.model), task) or last
+            last = _do(world_of(order.model), task, order.frames) or last
 
 
-def _do(world: World, task: Task) -> Session | None:
+def _do(world: World, task: Task, frames: int | None) -> Session | None:
     """Does a task as `leading` does; the session that follows from it."""
     if isinstance(task, Opening):
         return world.start(task.picture, task.settings)
     final = None
-    for result in perform(world, task):
+    for result in perform(world, task, frames):
         final = result
     return final.session if isinstance(task, Session) else None
+
+
+class _LedWalk:
+    """A walk whose chunks all ranks make together."""
+
+    def __init__(self, session: Session, led: Callable[[Task, int], Generator[Result]]):
+        self.session = session
+        self._led = led
+
+    def iterate_chunk(self, actions: ActionScript, frames: int) -> Generator[Frames | Chunk]:
+        with closing(self._led(self.session.with_actions(actions), frames)) as results:
+            for result in results:
+                if isinstance(result, Chunk):
+                    self.session = result.session
+                    yield Frames(result.index, result.frames)
+                    yield result
 
 
 def _changes(old: Session, new: Session) -> dict[str, Any]:

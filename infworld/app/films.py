@@ -98,6 +98,11 @@ class Film:
         return self.folder / "session.safetensors"
 
     @property
+    def steering_path(self) -> Path:
+        """Where whoever plays the film steers it."""
+        return self.folder / "steering.json"
+
+    @property
     def _previous(self) -> Path:
         return self.folder / "previous.safetensors"
 

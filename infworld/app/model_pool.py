@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 from collections.abc import Mapping
 
 import torch
 
 import infworld
-from infworld.app.compute import Compute, leading, on_gpu
+from infworld.app.compute import ON_ZERO_GPU, Compute, leading, on_gpu
 from infworld.config import ModelConfig
 from infworld.devices import pick_device
 from infworld.parallel import Team
 from infworld.world import World
 
 log = logging.getLogger(__name__)
-
-# A ZeroGPU Space takes what is on the GPU before the page is launched, and nothing later.
-ON_ZERO_GPU = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
 
 
 class ModelPool:

@@ -1,4 +1,4 @@
-"""How a walk is played evenly while it is computed: how long the next chunk is, when it begins, how fast it is shown."""
+"""Plays a walk evenly while it is computed: how long the next chunk is, when it begins, how fast it is shown."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Pace:
 
     @property
     def speed(self) -> float:
-        """Frames a second that chunks of the present length are made at; the film's own speed where nothing is known."""
+        """Frames a second that chunks of the present length are made at; the film's own speed until that is known."""
         seconds = self._seconds.get(self.frames)
         return self.frames / seconds if seconds else self._fps
 

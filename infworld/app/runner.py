@@ -12,6 +12,7 @@ import ctypes
 import gc
 import io
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 
 import numpy as np
+from einops import rearrange
 from PIL import Image
 
 from infworld.app.compute import Compute, Live, Opening, Replay, Report, Task, Walk
@@ -41,6 +43,7 @@ TURN = 120.0  # seconds that a walk may be played while somebody waits
 NOTICE = 20.0  # seconds that are left at least when somebody comes to wait
 ASLEEP, PAUSED = 10.0, 300.0  # seconds after which one who plays is gone: without a word, and pausing
 SHOWN_FRAMES = 80  # of a piece of a film that is decoded from its session
+COLUMNS = 4  # of frames in a strip
 JPEG_QUALITY = 90  # of frames on their way to a page; the film itself is kept better
 MAX_PER_SESSION = 8  # runs of one program
 MAX_PER_ADDRESS = MAX_WAITING // 2  # runs of everybody who comes from one address, unless it is this machine
@@ -144,19 +147,19 @@ class Played:
 
 @dataclass(frozen=True)
 class Strip:
-    """Frames of a chunk of a walk that is played, one below the other as one JPEG.
+    """Frames of a chunk of a walk that is played, as one JPEG: row by row, `COLUMNS` beside each other.
 
-    rate: frames a second to show them at. steered: the number of the steering that they were made with; actions: their
-    [move, view, frames]. at: the film's frames before them.
+    size: width and height of a frame. rate: frames a second to show them at. steered: the number of the steering that
+    they were made with; actions: their [move, view, frames].
     """
 
     number: int
     jpeg: bytes
+    size: tuple[int, int]
     frames: int
     rate: float
     steered: int
     actions: list[list[int]]
-    at: int
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,7 @@ class Run:
         self.strips: deque[Strip] = deque(maxlen=STRIPS)
         self._runner = runner
         self._context = copy_context()  # of the request, from which ZeroGPU reads whose quota it is
+        self.began = math.inf  # when the worker took it up
         self._updates: list[Update] = []
         self._listeners: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self._cancelled = threading.Event()
@@ -420,28 +424,28 @@ class Runner:
         job, film = run.job, run.job.film
         settings = job.settings
         begin = film.session().with_settings(settings) if job.picture is None else Opening(job.picture, settings)
-        live, number = None, 0
+        live, number, made = None, 0, 0
         with Recorder(film) as recorder:
             while True:
-                walk, is_full = Walk(begin, film.steering_path), True
+                walk, is_full = Walk(begin, film.steering_path, made), True
                 with closing(compute(walk)) as results:
                     for result in results:
                         is_full = False
                         if isinstance(result, Session):
                             film.begin(result, job.picture)
                         elif isinstance(result, Live):
-                            live = result
-                            if why := self._why_over(run, live.steering):
+                            live = result if result.actions else live
+                            if why := self._why_over(run, result.steering):
                                 yield Ended(stopped=True, why=why)
                         elif isinstance(result, Frames):
-                            number += 1
-                            run.strips.append(_strip(number, result, live))
+                            number, made = number + 1, made + len(result.frames)
+                            run.strips.append(_strip(number, result.frames, live))
                             yield Played(number, self._turn_left(run))
                         else:
                             begin = result.session
                             recorder.add(result)
                 if is_full:
-                    return
+                    yield Ended(stopped=True, why="The film is as long as it can be. Begin another one.")
 
     def _why_over(self, run: Run, steering: Steering) -> str:
         """Why a walk has to end now; "" where it may go on."""
@@ -470,13 +474,15 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _strip(number: int, frames: Frames, live: Live) -> Strip:
-    """What a page is sent of new frames."""
-    count, height, width, channels = frames.frames.shape
+def _strip(number: int, frames: np.ndarray, live: Live) -> Strip:
+    """What a page is sent of new frames, uint8 T H W 3."""
+    height, width = frames.shape[1:3]
+    padded = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % COLUMNS, axis=0)])
+    sheet = rearrange(padded, "(r c) h w rgb -> (r h) (c w) rgb", c=COLUMNS)
     file = io.BytesIO()
-    Image.fromarray(frames.frames.reshape(count * height, width, channels)).save(file, "JPEG", quality=JPEG_QUALITY)
-    actions = [[part.move, part.view, part.frames] for part in frames.actions.segments]
-    return Strip(number, file.getvalue(), count, live.rate, live.steering.number, actions, frames.at)
+    Image.fromarray(np.ascontiguousarray(sheet)).save(file, "JPEG", quality=JPEG_QUALITY)
+    actions = [[part.move, part.view, part.frames] for part in live.actions.segments]
+    return Strip(number, file.getvalue(), (width, height), len(frames), live.rate, live.steering.number, actions)
 
 
 def _first_task(job: Job) -> Task | None:
