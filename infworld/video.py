@@ -166,7 +166,7 @@ def concat_mp4(paths: Iterable[str | os.PathLike], out: str | os.PathLike) -> Pa
 
 
 def cut_mp4(path: str | os.PathLike, frames: int, out: str | os.PathLike) -> Path:
-    """The first `frames` frames of a fragmented film, which has no B-frames, without encoding it again. Returns `out`."""
+    """The first `frames` frames of a fragmented film (no B-frames), without encoding it again. Returns `out`."""
     out = check_output(out)
     part = temporary_path(out, ".mp4")
     flags = ["-c", "copy", "-frames:v", str(frames), "-movflags", FRAGMENTED, "-f", "mp4"]

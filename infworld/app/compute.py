@@ -75,7 +75,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class Live:
-    """A walk goes on: the latest steering, and the actions of a chunk that begins now. rate: frames a second to show."""
+    """A walk goes on: the latest steering, and the actions of a chunk that begins. rate: frames a second to show."""
 
     steering: Steering
     rate: float

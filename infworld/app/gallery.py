@@ -1,4 +1,4 @@
-"""The example scenes as a row of small pictures with a name each."""
+"""The pictures to begin with, as one row: one's own, and the example scenes by name."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from infworld.actions import ActionScript
 THUMBNAIL = (200, 150)  # pixels
 
 _CSS = """
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); gap: 0.5rem; }
-.gallery { align-items: start; }
-button { padding: 0; border: 0; text-align: center; font-size: 0.75rem; line-height: 1.25; cursor: pointer; }
-button { color: var(--body-text-color-subdued); background: none; }
-img { display: block; width: 100%; margin: 0 0 0.2rem; aspect-ratio: 4 / 3; object-fit: cover; border-radius: 0.4rem; }
-button:hover img, button:focus-visible img { outline: 2px solid var(--color-accent); }
+.gallery { display: flex; gap: 0.5rem; align-items: start; overflow-x: auto; padding: 3px; }
+button { flex: 0 0 6.2rem; padding: 0; border: 0; text-align: center; font-size: 0.75rem; line-height: 1.25; }
+button { color: var(--body-text-color-subdued); background: none; cursor: pointer; white-space: nowrap; }
+img, .plus { display: grid; width: 100%; margin: 0 0 0.2rem; aspect-ratio: 4 / 3; border-radius: 0.4rem; }
+img { object-fit: cover; }
+.plus { place-items: center; font-size: 1.6rem; border: 1px dashed var(--border-color-primary); }
+button:hover > :first-child, button:focus-visible > :first-child { outline: 2px solid var(--color-accent); }
+@media (max-width: 640px) { button { flex-basis: 4.6rem; } }
 """
 _JS = """
 element.addEventListener("click", (event) => {
   const button = event.target.closest("button");
-  if (button) trigger("pick", { index: Number(button.dataset.index) });
+  if (button?.dataset.index) trigger("pick", { index: Number(button.dataset.index) });
+  else if (button) document.querySelector(button.dataset.upload)?.click();
 });
 """
 
@@ -58,16 +61,19 @@ def find_examples(folder: Path) -> list[Example]:
 
 
 class Gallery(gr.HTML):
-    """Event: `pick`, with the example's place in the list as `index` of the event's data."""
+    """Event: `pick`, with the example's place in the list as `index` of the event's data.
 
-    def __init__(self, examples: list[Example], **kwargs: Any):
-        buttons = "".join(_button(index, example) for index, example in enumerate(examples))
+    upload: CSS selector of the file input that the first button, for a picture of one's own, opens.
+    """
+
+    def __init__(self, examples: list[Example], *, upload: str, **kwargs: Any):
+        own = f'<button type="button" data-upload="{escape(upload)}"><span class="plus">+</span>Your picture</button>'
+        buttons = own + "".join(_button(index, example) for index, example in enumerate(examples))
         super().__init__(
             html_template=f'<div class="gallery" role="group" aria-label="Examples">{buttons}</div>',
             css_template=_CSS,
             js_on_load=_JS,
             apply_default_css=False,
-            visible=bool(examples),
             **kwargs,
         )
 

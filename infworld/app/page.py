@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import os
 import random
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -23,15 +24,16 @@ from PIL import Image
 
 from infworld.actions import ActionScript
 from infworld.app import status
-from infworld.app.drive import Drive, driven
-from infworld.app.editor import ActionEditor, script_of
+from infworld.app.editor import ActionEditor, script_of, value_of
 from infworld.app.films import Film
 from infworld.app.gallery import Gallery, find_examples
 from infworld.app.inputs import Argument, CheckedBlocks, Picture, SessionUpload, script, text, whole_number
 from infworld.app.memory_check import memory_check
 from infworld.app.modules import read_static
-from infworld.app.player import FilmPlayer, film_value, still_value
-from infworld.app.runner import Ended, Job, Loading, NewChunk, Run, Runner, RunProgress, Visitor, Waiting
+from infworld.app.play import PlayScreen, playing, resting
+from infworld.app.player import FilmPlayer, film_value, still_of, still_value
+from infworld.app.runner import Ended, Job, Loading, NewChunk, Played, Run, Runner, RunProgress, Visitor, Waiting
+from infworld.app.steering import Steering, SteeringFile
 from infworld.app.studio import Studio
 from infworld.config import PROJECT_ROOT, ModelConfig
 from infworld.devices import device_name
@@ -43,6 +45,7 @@ from infworld.settings import MAX_PROMPT, MAX_STEPS, FilmSettings
 
 EXAMPLES = PROJECT_ROOT / "examples"
 RANDOM_SEEDS = 2**31  # short enough to write down
+AWAY = 3.0  # seconds that a walk goes on when its page is gone
 LINGER = 30.0  # seconds that a run goes on when its page is gone: time to come back after a cut, or a reload
 
 MEMORY_HINT = (
@@ -85,6 +88,7 @@ class Page:
         self.models = studio.models
         self.config = self.models.config(self.models.first)  # the page is laid out for the first model's lengths
         self.examples = find_examples(EXAMPLES)
+        self._runs = itertools.count(1)  # of walks that are played
 
     def blocks(self) -> gr.Blocks:
         """The whole page, ready to launch."""
@@ -94,12 +98,16 @@ class Page:
             # browser's owner, so that the key need not be one; it has to outlive the server.
             self.remembered = gr.BrowserState(None, storage_key="infinite-world-film", secret="infinite-world")
             self._header()
+            self.gallery = Gallery(self.examples, upload="#picture input[type=file]", elem_id="examples")
             with gr.Row(elem_id="stage"):
-                with gr.Column(scale=4, min_width=300):
+                with gr.Column(scale=8, min_width=320), gr.Tabs(elem_id="tabs"):
+                    with gr.Tab("Play", id="play", elem_id="play-tab", render_children=True):
+                        self._play()
+                    with gr.Tab("Film", id="film", elem_id="film-tab", render_children=True):
+                        self._screen()
+                        self._plan()
+                with gr.Column(scale=3, min_width=280):
                     self._scene()
-                with gr.Column(scale=7, min_width=300):
-                    self._screen()
-            self._plan()
             self._wire(blocks)
             self._doors()
         return blocks
@@ -117,8 +125,13 @@ class Page:
             self.running = gr.HTML(self._running(self.models.first), apply_default_css=False, elem_id="running")
             gr.DuplicateButton(visible="SPACE_ID" in os.environ, scale=0, min_width=160)
 
+    def _play(self) -> None:
+        rollout = self.config.validation_data
+        self.play = PlayScreen(
+            fps=rollout.fps, camera=self.config.camera, chunk_frames=self.config.chunk_frames, elem_id="play"
+        )
+
     def _scene(self) -> None:
-        step = self.config.chunk_frames
         defaults = FilmSettings.for_model(self.config)
         guided = is_guided(self.config)
         names = self.models.names
@@ -138,15 +151,11 @@ class Page:
             self.preview = gr.Image(
                 label="What the model sees", interactive=False, height=220, buttons=[], visible=False, elem_id="preview"
             )
-        self.gallery = Gallery(self.examples, elem_id="examples")
         self.prompt = gr.Textbox(
             "", label="What the world looks like", placeholder="optional", max_length=MAX_PROMPT, elem_id="prompt"
         )
         self.negative_prompt = gr.Textbox(
             self.config.negative_prompt, label="What to avoid", max_length=MAX_PROMPT, visible=guided
-        )
-        self.frames = gr.Slider(
-            1 + step, longest(self.config), 1 + 2 * step, step=step, label="Length in frames", elem_id="frames"
         )
         with gr.Accordion("Seed and quality", open=False):
             self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
@@ -169,7 +178,18 @@ class Page:
     def _screen(self) -> None:
         self.player = FilmPlayer(elem_id="film")
         self.status = gr.HTML(status.message("Ready"), elem_id="status")
-        with gr.Row(elem_id="make"):
+        step = self.config.chunk_frames
+        with gr.Row(elem_id="make", equal_height=True):
+            self.frames = gr.Slider(
+                1 + step,
+                longest(self.config),
+                1 + 2 * step,
+                step=step,
+                label="Length in frames",
+                scale=3,
+                min_width=180,
+                elem_id="frames",
+            )
             self.generate = gr.Button("Generate", variant="primary", scale=3, min_width=140, elem_id="generate")
             self.stop = gr.Button("Stop", variant="stop", interactive=False, scale=1, min_width=90, elem_id="stop")
         with gr.Row(elem_id="go-on", equal_height=True):
@@ -179,11 +199,6 @@ class Page:
             self.more = gr.Button("Continue", interactive=False, min_width=110, elem_id="more")
             self.redo = gr.Button("Redo last chunk", interactive=False, min_width=150, elem_id="redo")
         self.downloads = gr.HTML("", apply_default_css=False, elem_id="downloads")
-        with gr.Accordion("Drive: steer while the film plays", open=False, elem_id="drive-panel"):
-            rollout = self.config.validation_data
-            self.drive = Drive(
-                chunk_frames=self.config.chunk_frames, fps=rollout.fps, film="#film video", elem_id="drive"
-            )
 
     def _plan(self) -> None:
         rollout, step = self.config.validation_data, self.config.chunk_frames
@@ -212,7 +227,7 @@ class Page:
             self.player,
             self.downloads,
             self.editor,
-            self.drive,
+            self.play,
         ]
         filming += self.buttons
         chosen = [self.running, self.negative_prompt, self.steps, self.guidance, self.preset]
@@ -220,7 +235,7 @@ class Page:
         # errors in the console.
         at_once = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
-        shown = [self.preview, self.player]
+        shown = [self.preview, self.player, self.play]
         self.image.change(self.choose, [self.image, self.film, self.model], shown, **at_once)
         self.model.input(self.choose_model, self.model, chosen, **at_once).then(
             self.choose, [self.image, self.film, self.model], shown, **at_once
@@ -234,11 +249,20 @@ class Page:
             (self.more.click, self.go_on, [self.extra, self.model, *settings], filming),
             (self.redo.click, self.make_again, [self.model, *settings], filming),
             (self.session_file.upload, self.resume, [self.session_file], resumed),
-            (self.drive.drive, self.drive_on, [self.drive, self.image, self.model, *settings], filming),
         ):
             event(self.filming(begin), [self.film, *inputs], outputs, **at_once).then(
                 self.check_memory, self.film, self.memory, **at_once
             )
+        quality = settings[1:]
+        for event, begin, inputs in (
+            (self.play.begin, self.play_anew, [self.image, self.model, *quality]),
+            (self.play.go_on, self.play_on, [self.model, *quality]),
+        ):
+            event(self.walking(begin), [self.film, *inputs], filming, **at_once).then(
+                self.check_memory, self.film, self.memory, **at_once
+            )
+        self.play.leave(self.leave, self.film, None, **at_once)
+        self.play.steer(self.steer, self.film, None, queue=False, **at_once)
         found = [*resumed, self.image, self.frames]
         blocks.load(self.come_back, self.remembered, found, **at_once).then(
             self.check_memory, self.film, self.memory, **at_once
@@ -273,7 +297,9 @@ class Page:
         if image is None:
             return {self.preview: gr.update(value=None, visible=False)}
         cut = crop_image(image, self.models.config(model).buckets)
-        update = {self.preview: gr.update(value=cut, visible=True)}
+        update: Update = {self.preview: gr.update(value=cut, visible=True)}
+        if not (film and self.runner.run_of(film)):
+            update[self.play] = resting("", self._walked(film), still_of(cut))
         return update if film else update | {self.player: still_value(cut)}
 
     @plainly()
@@ -337,16 +363,67 @@ class Page:
             wanted = dataclasses.replace(wanted, seed=random.randrange(RANDOM_SEEDS))
         return Begun(self.studio.redo(film, wanted), {})
 
-    def drive_on(self, film: Film | None, value: Any, image: str | None, model: str, *settings: Any) -> Begun:
-        """One more chunk, of what was driven; the first one of a film is made by the plan."""
-        step = self.config.chunk_frames
-        if film is None or not film.num_frames:
-            return self.begin(film, image, 1 + step, model, *settings)
+    def play_anew(self, film: Film | None, image: str | None, model: str, *quality: Any) -> Job:
+        """A walk that begins with the picture."""
+        if image is None:
+            raise ValueError("Choose a picture first: upload one, or take an example.")
+        return self.studio.play(image, self._settings(None, *quality), model)
+
+    def play_on(self, film: Film | None, model: str, *quality: Any) -> Job:
+        """A walk that goes on where the film ends."""
+        session = _there(film).session()
+        return self.studio.play_on(film, for_film(self._settings(None, *quality), session, model))
+
+    async def steer(self, film: Film | None, event: gr.EventData) -> None:
+        """What the person does now. Not in a thread, so that one message follows the other."""
+        run = film and self.runner.run_of(film)
+        if not run:
+            return
+        steering = Steering.of_message(event._data)
+        if steering.number >= run.steered:
+            run.steered = steering.number
+            with suppress(FileNotFoundError):  # the film has not begun, so that there is nothing to steer
+                SteeringFile(film.steering_path).write(steering)
+
+    def leave(self, film: Film | None) -> None:
+        if run := film and self.runner.run_of(film):
+            run.cancel()
+
+    def walking(self, begin: Callable[..., Job]) -> Callable[..., AsyncGenerator[Update]]:
+        """The handler that plays what `begin` asks for, until the person leaves. Errors are shown on the screen."""
+
+        async def handler(film: Film | None, *values: Any) -> AsyncGenerator[Update]:
+            visitor = visitor_of_event(most=1)
+            try:
+                job = await asyncio.to_thread(begin, film, *values)
+                run = self.runner.submit(job, visitor)
+            except (ValueError, OSError) as error:
+                yield {self.play: resting(sentence(error), await asyncio.to_thread(self._walked, film))}
+                return
+            number, before = next(self._runs), await asyncio.to_thread(self._walked, job.film)
+            try:
+                yield self._busy(job) | {self.play: playing(number, [], "Beginning …", before)}
+                async with aclosing(run.updates(linger=AWAY)) as updates:
+                    async for update in updates:
+                        if isinstance(update, Ended):
+                            yield await asyncio.to_thread(self.settle, job.film, update, film)
+                        elif isinstance(update, Played):
+                            screen = playing(number, list(run.strips), "", before, update.seconds_left)
+                            yield {self.play: screen}
+                        elif isinstance(update, Waiting | Loading) and not run.strips:
+                            yield {self.play: playing(number, [], status.words(update), before)}
+            finally:
+                run.leave(AWAY)
+
+        return handler
+
+    def _walked(self, film: Film | None) -> list[list[int]] | None:
+        """What was done in a film, as [move, view, frames]; None where there is none to go on with."""
+        if film is None or not film.has_begun:
+            return None
         session = film.session()
-        wanted = for_film(self._settings(*settings), session, model)
-        actions = session.with_actions(driven(value, step)).settings.actions
-        job = self.studio.go_on(film, 1, dataclasses.replace(wanted, actions=actions))
-        return Begun(job, {self.editor: gr.update(value=actions, num_frames=session.num_frames + step)})
+        done = session.settings.actions.cut(session.num_frames - 1)
+        return value_of(done)["segments"]
 
     def resume(self, film: Film | None, path: str) -> Begun:
         """The film of an uploaded session file, with its model."""
@@ -485,9 +562,13 @@ class Page:
             update[self.player] = film_value(film, files["film"])
             update[self.downloads] = status.downloads(files)
             update[self.editor] = gr.update(num_frames=frames)
-        if outcome != "done":
-            update[self.drive] = None  # whoever is driving has to stop
+        says = outcome if ended.error else ended.why
+        update[self.play] = resting(says, self._walked(film), self._last_frame(film) if frames else None)
         return update
+
+    def _last_frame(self, film: Film) -> str:
+        last = film.num_frames - 1
+        return still_of(Image.fromarray(film.frames([last])[last]))
 
     @plainly()
     def check_memory(self, film: Film | None) -> str:

@@ -20,12 +20,16 @@ _HERE = Path(__file__).parent
 _HTML, _CSS, _JS = ((_HERE / "static" / f"player.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
 
 
-def still_value(picture: Image.Image) -> dict[str, Any]:
-    """The player's value that shows a picture."""
+def still_of(picture: Image.Image) -> str:
+    """The address of a picture that is in the address itself."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    data = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return {"still": data}
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def still_value(picture: Image.Image) -> dict[str, Any]:
+    """The player's value that shows a picture."""
+    return {"still": still_of(picture)}
 
 
 def film_value(film: Film, complete: Path | None = None) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from infworld.world import Frames
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 64  # runs
-STRIPS = 8  # of a walk that is played, which are kept for a page that is slow to take them
+STRIPS = 4  # of a walk that is played, which are kept for a page that is slow to take them
 TURN = 120.0  # seconds that a walk may be played while somebody waits
 NOTICE = 20.0  # seconds that are left at least when somebody comes to wait
 ASLEEP, PAUSED = 10.0, 300.0  # seconds after which one who plays is gone: without a word, and pausing
@@ -187,6 +187,7 @@ class Run:
         self.job = job
         self.visitor = visitor
         self.submitted = time.monotonic()
+        self.steered = 0  # the number of the newest steering of a walk that is played
         self.strips: deque[Strip] = deque(maxlen=STRIPS)
         self._runner = runner
         self._context = copy_context()  # of the request, from which ZeroGPU reads whose quota it is

@@ -15,17 +15,20 @@ DRAWING = "drawing"
 
 def of(update: Waiting | Loading | RunProgress) -> str:
     """Where a run stands."""
+    if isinstance(update, RunProgress):
+        return _making(update)
+    return message("Loading" if isinstance(update, Loading) else "Waiting", words(update))
+
+
+def words(update: Waiting | Loading) -> str:
+    """Why nothing is made yet, as plain text."""
     if isinstance(update, Loading):
-        return message("Loading", f"The model {update.model} is loaded first.")
-    return _making(update) if isinstance(update, RunProgress) else _waiting(update)
-
-
-def _waiting(state: Waiting) -> str:
-    if not state.place:
-        return message("Waiting", "It is this film's turn.")
-    films = "1 film is" if state.place == 1 else f"{state.place} films are"
-    left = "" if state.seconds is None else f" This one's turn is in about {duration(state.seconds)}."
-    return message("Waiting", f"{films} made first.{left}")
+        return f"The model {update.model} is loaded first."
+    if not update.place:
+        return "It is this film's turn."
+    films = "1 film is" if update.place == 1 else f"{update.place} films are"
+    left = "" if update.seconds is None else f" This one's turn is in about {duration(update.seconds)}."
+    return f"{films} made first.{left}"
 
 
 def _making(state: RunProgress) -> str:

@@ -37,6 +37,19 @@ class Studio:
         check_length(config, session.num_frames + chunks * config.chunk_frames)
         return Job(film, session.model, chunks, session.with_settings(settings).settings)
 
+    def play(self, image, settings: FilmSettings, model: str | None = None) -> Job:
+        """A new film of a picture, to be played."""
+        config = self.models.config(model or self.models.first)
+        picture = np.array(crop_image(image, config.buckets))
+        return Job(self.store.new(), config.name, None, settings, picture)
+
+    def play_on(self, film: Film, settings: FilmSettings) -> Job:
+        """More of a film, to be played."""
+        session = film.session()
+        config = self.models.config(session.model)
+        check_length(config, session.num_frames + min(config.validation_data.live_lengths))
+        return Job(film, session.model, None, session.with_settings(settings).settings)
+
     def redo(self, film: Film, settings: FilmSettings) -> Job:
         """The last chunk again, with the seed of `settings`."""
         return Job(film, film.previous().model, 1, settings, redo=True)
