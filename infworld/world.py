@@ -53,6 +53,15 @@ class Chunk:
 
 
 @dataclass(frozen=True, eq=False)
+class Frames:
+    """The new frames of chunk `index` (T H W 3 uint8, the film's first with the picture before them), as soon as they
+    are decoded: what remains to be done before the Chunk is encoding them into the history."""
+
+    index: int
+    frames: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class CompressedHistory:
     """The compressed part of a memory (1, 16, M, h, w), on the model's device, and how many latents it was made of."""
 
@@ -142,11 +151,11 @@ class World:
     ) -> Generator[Chunk]:
         """Adds chunks of `frames` new frames each (None: 80) to a film; each Chunk's session can be saved, or extended
         again. callback: as for `rollout`."""
-        with closing(self._iterate(session, chunks, frames)) as results:
+        with closing(self.iterate(session, chunks, frames)) as results:
             for result in results:
                 if isinstance(result, Chunk):
                     yield result
-                elif callback is not None:
+                elif isinstance(result, Progress) and callback is not None:
                     callback(result)
 
     def next_chunk(self, session: Session, callback: Callback | None = None, **options) -> Chunk:
@@ -172,7 +181,7 @@ class World:
         since then follow it uncompressed: a deviation from the spec that saves compressing anew for each short chunk.
         Closing the iterator ends the work after the step it is in. It may be run by any thread.
         """
-        return self._iterate(session, 1, frames, noise, compressed)
+        return _without_frames(self.iterate(session, 1, frames, noise, compressed))
 
     @torch.inference_mode()
     def compress(self, session: Session) -> CompressedHistory:
@@ -182,21 +191,22 @@ class World:
             map_windows = self.team.map if self.team else map
             return CompressedHistory(self.transformer.latent_encoder.compress(history, map_windows), history.shape[2])
 
-    def _iterate(
+    def iterate(
         self,
         session: Session,
         chunks: int,
         frames: int | None = None,
         noise: Tensor | None = None,
         compressed: CompressedHistory | None = None,
-    ) -> Generator[Progress | Chunk]:
+    ) -> Generator[Progress | Frames | Chunk]:
+        """All that there is to hear of the next chunks: as `iterate_chunk`, and each chunk's Frames before it."""
         self.check_session(session)
         results = self._make_chunks(session, chunks, self.config.check_chunk_frames(frames), noise, compressed)
         return results if self.team is None else self.team.synced_iterator(results)
 
     def _make_chunks(
         self, session: Session, chunks: int, frames: int, noise: Tensor | None, compressed: CompressedHistory | None
-    ) -> Generator[Progress | Chunk]:
+    ) -> Generator[Progress | Frames | Chunk]:
         tracker = ProgressTracker(chunks, session, frames)
         for _ in range(chunks):
             chunk = yield from self._make_chunk(session, tracker, noise, compressed)
@@ -228,7 +238,7 @@ class World:
         tracker: ProgressTracker,
         noise: Tensor | None,
         compressed: CompressedHistory | None,
-    ) -> Generator[Progress, None, Chunk]:
+    ) -> Generator[Progress | Frames, None, Chunk]:
         """`_compute_chunk`, retried once with the next smaller plan where the GPU runs out of memory."""
         tracker.begin_chunk()
         try:
@@ -269,7 +279,7 @@ class World:
         tracker: ProgressTracker,
         noise: Tensor | None,
         compressed: CompressedHistory | None,
-    ) -> Generator[Progress, None, Chunk]:
+    ) -> Generator[Progress | Frames, None, Chunk]:
         began = time.monotonic()
         generator = torch.Generator()
         generator.set_state(session.generator_state)
@@ -280,6 +290,9 @@ class World:
         latents = yield from self._sample(session, noise.to(self.device), tracker, compressed)
         video = self._decode(latents)
         yield tracker.done("decode")
+        index = len(session.chunk_latents)
+        frames = _new_frames(index, session.picture, video)
+        yield Frames(index, frames)
         # The picture's own frame is known already: the decoded first frame repeats it.
         added, state = self._encode(video[:, :, 1:], session.encoder_state)
         latents = latents.cpu()
@@ -291,8 +304,6 @@ class World:
             generator_state=generator.get_state(),
             num_frames=session.num_frames + tracker.chunk_frames,
         )
-        index = len(session.chunk_latents)
-        frames = _new_frames(index, session.picture, video)
         tracker.done("encode")
         tracker.made += 1
         return Chunk(index, frames, latents, time.monotonic() - began, after)
@@ -366,6 +377,13 @@ class World:
     @torch.inference_mode()
     def _decode(self, latents: Tensor) -> Tensor:
         return self._coder.decode(latents)
+
+
+def _without_frames(results: Generator[Progress | Frames | Chunk]) -> Generator[Progress | Chunk]:
+    with closing(results):
+        for result in results:
+            if not isinstance(result, Frames):
+                yield result
 
 
 def _prompts(session: Session) -> list[str]:
