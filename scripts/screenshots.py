@@ -65,7 +65,7 @@ def visit(browser: Browser, address: str, welcome: bool = False, **options) -> I
 
 def take_example(page: Page, index: int) -> None:
     page.locator("#examples button").nth(index).click()
-    expect(page.locator("#preview img")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#play .still")).to_be_visible(timeout=PATIENCE)
 
 
 def film(page: Page, index: int) -> None:

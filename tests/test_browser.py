@@ -68,7 +68,7 @@ def open_page(browser, address):
 
 def choose(page, picture):
     page.set_input_files("#picture input[type=file]", str(picture))
-    expect(page.locator("#preview img")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#play .still")).to_be_visible(timeout=PATIENCE)
 
 
 def set_length(page, frames):
@@ -198,7 +198,7 @@ def test_an_example_fills_picture_prompt_actions_and_length(open_page):
     expect(buttons).to_have_count(len(examples))
     index = max(range(len(examples)), key=lambda i: len(examples[i].actions))
     buttons.nth(index).click()
-    expect(page.locator("#preview img")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#play .still")).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#prompt textarea, #prompt input")).to_have_value(examples[index].prompt)
     expect(page.locator("#actions textarea")).to_have_value(examples[index].actions.text())
     frames = int(page.input_value("#frames input[type=number]"))

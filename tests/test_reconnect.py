@@ -105,7 +105,7 @@ def visit(page, address, picture, actions="right 80, left 80", frames=161):
     page.goto(address)
     expect(page.locator("#generate")).to_be_visible(timeout=PATIENCE)
     page.set_input_files("#picture input[type=file]", str(picture))
-    expect(page.locator("#preview img")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#play .still")).to_be_visible(timeout=PATIENCE)
     page.locator("#actions textarea").fill(actions)
     page.locator("#actions textarea").press("Tab")
     page.locator("#frames input[type=number]").fill(str(frames))
@@ -119,7 +119,7 @@ def status(page, words):
 def expect_film(page, frames, actions="right 80, left 80"):
     """Film, picture, plan and downloads are on the page."""
     expect(page.locator("#actions textarea")).to_have_value(actions, timeout=PATIENCE)
-    expect(page.locator("#preview img")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#play .still")).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#downloads a")).to_have_count(3, timeout=PATIENCE)
     length = f"() => Math.abs(document.querySelector('#film video').duration - {frames / 30}) < 0.05"
     page.wait_for_function(length, timeout=PATIENCE)

@@ -18,13 +18,13 @@ THUMBNAIL = (200, 150)  # pixels
 
 _CSS = """
 .gallery { display: flex; gap: 0.5rem; align-items: start; overflow-x: auto; padding: 3px; }
-button { flex: 0 0 6.2rem; padding: 0; border: 0; text-align: center; font-size: 0.75rem; line-height: 1.25; }
-button { color: var(--body-text-color-subdued); background: none; cursor: pointer; white-space: nowrap; }
+button { flex: 0 0 6.6rem; width: 6.6rem; padding: 0; border: 0; font-size: 0.75rem; line-height: 1.25; }
+button { text-align: center; color: var(--body-text-color-subdued); background: none; cursor: pointer; }
 img, .plus { display: grid; width: 100%; margin: 0 0 0.2rem; aspect-ratio: 4 / 3; border-radius: 0.4rem; }
 img { object-fit: cover; }
 .plus { place-items: center; font-size: 1.6rem; border: 1px dashed var(--border-color-primary); }
 button:hover > :first-child, button:focus-visible > :first-child { outline: 2px solid var(--color-accent); }
-@media (max-width: 640px) { button { flex-basis: 4.6rem; } }
+@media (max-width: 640px) { button { flex-basis: 4.6rem; width: 4.6rem; } }
 """
 _JS = """
 element.addEventListener("click", (event) => {
@@ -63,11 +63,11 @@ def find_examples(folder: Path) -> list[Example]:
 class Gallery(gr.HTML):
     """Event: `pick`, with the example's place in the list as `index` of the event's data.
 
-    upload: CSS selector of the file input that the first button, for a picture of one's own, opens.
+    opens: CSS selector of the file input that the first button, for a picture of one's own, opens.
     """
 
-    def __init__(self, examples: list[Example], *, upload: str, **kwargs: Any):
-        own = f'<button type="button" data-upload="{escape(upload)}"><span class="plus">+</span>Your picture</button>'
+    def __init__(self, examples: list[Example], *, opens: str, **kwargs: Any):
+        own = f'<button type="button" data-upload="{escape(opens)}"><span class="plus">+</span>Your picture</button>'
         buttons = own + "".join(_button(index, example) for index, example in enumerate(examples))
         super().__init__(
             html_template=f'<div class="gallery" role="group" aria-label="Examples">{buttons}</div>',

@@ -98,7 +98,7 @@ class Page:
             # browser's owner, so that the key need not be one; it has to outlive the server.
             self.remembered = gr.BrowserState(None, storage_key="infinite-world-film", secret="infinite-world")
             self._header()
-            self.gallery = Gallery(self.examples, upload="#picture input[type=file]", elem_id="examples")
+            self.gallery = Gallery(self.examples, opens="#picture input[type=file]", elem_id="examples")
             with gr.Row(elem_id="stage"):
                 with gr.Column(scale=8, min_width=320), gr.Tabs(elem_id="tabs"):
                     with gr.Tab("Play", id="play", elem_id="play-tab", render_children=True):
@@ -143,14 +143,8 @@ class Page:
             visible=len(names) > 1,
             elem_id="model",
         )
-        with gr.Row():
-            sources = ["upload", "clipboard", "webcam"]
-            self.image = Picture(
-                label="Picture", format="png", sources=sources, height=220, buttons=[], elem_id="picture"
-            )
-            self.preview = gr.Image(
-                label="What the model sees", interactive=False, height=220, buttons=[], visible=False, elem_id="preview"
-            )
+        sources = ["upload", "clipboard", "webcam"]
+        self.image = Picture(label="Picture", format="png", sources=sources, height=220, buttons=[], elem_id="picture")
         self.prompt = gr.Textbox(
             "", label="What the world looks like", placeholder="optional", max_length=MAX_PROMPT, elem_id="prompt"
         )
@@ -235,7 +229,7 @@ class Page:
         # errors in the console.
         at_once = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
-        shown = [self.preview, self.player, self.play]
+        shown = [self.player, self.play]
         self.image.change(self.choose, [self.image, self.film, self.model], shown, **at_once)
         self.model.input(self.choose_model, self.model, chosen, **at_once).then(
             self.choose, [self.image, self.film, self.model], shown, **at_once
@@ -293,13 +287,11 @@ class Page:
 
     @plainly()
     def choose(self, image: str | None, film: Film | None, model: str) -> Update:
-        """Shows a picture as the model will see it."""
-        if image is None:
-            return {self.preview: gr.update(value=None, visible=False)}
+        """Shows a picture as the model will see it, where no film is shown or made."""
+        if image is None or (film and self.runner.run_of(film)):
+            return {self.play: gr.skip()}
         cut = crop_image(image, self.models.config(model).buckets)
-        update: Update = {self.preview: gr.update(value=cut, visible=True)}
-        if not (film and self.runner.run_of(film)):
-            update[self.play] = resting("", self._walked(film), still_of(cut))
+        update: Update = {self.play: resting("", self._walked(film), still_of(cut))}
         return update if film else update | {self.player: still_value(cut)}
 
     @plainly()
@@ -406,7 +398,7 @@ class Page:
                 async with aclosing(run.updates(linger=AWAY)) as updates:
                     async for update in updates:
                         if isinstance(update, Ended):
-                            yield await asyncio.to_thread(self.settle, job.film, update, film)
+                            yield await asyncio.to_thread(self.settle, job.film, update, film, True)
                         elif isinstance(update, Played):
                             screen = playing(number, list(run.strips), "", before, update.seconds_left)
                             yield {self.play: screen}
@@ -539,9 +531,9 @@ class Page:
         return {self.status: STOPPING, self.stop: gr.update(interactive=False)}
 
     @plainly()
-    def settle(self, film: Film, ended: Ended, before: Film | None = None) -> Update:
+    def settle(self, film: Film, ended: Ended, before: Film | None = None, walked: bool = False) -> Update:
         """After a run, however it ended: the whole film, its files, and what can be done next. before: the film that
-        the page had."""
+        the page had; walked: whether it was played, so that the plan has to follow."""
         if before and not film.has_begun:
             film = before
         frames, can_go_on = film.num_frames, film.has_begun
@@ -562,6 +554,8 @@ class Page:
             update[self.player] = film_value(film, files["film"])
             update[self.downloads] = status.downloads(files)
             update[self.editor] = gr.update(num_frames=frames)
+        if walked:
+            update[self.editor] = gr.update(value=film.session().settings.actions, num_frames=frames)
         says = outcome if ended.error else ended.why
         update[self.play] = resting(says, self._walked(film), self._last_frame(film) if frames else None)
         return update

@@ -134,7 +134,8 @@ export function start({ element, props, trigger, watch }, initial) {
   function state(playing) {
     for (const name of ["pause", "leave"]) part(name).hidden = !playing;
     for (const name of ["begin", "go-on"]) part(name).hidden = playing;
-    part("hud").hidden = part("map").hidden = !playing;
+    part("hud").hidden = !playing;
+    part("play").classList.toggle("on", playing);
     part("pause").setAttribute("aria-pressed", paused);
     part("pause").textContent = paused ? "Go on" : "Pause";
   }
