@@ -962,7 +962,7 @@ def test_the_model_is_the_one_asked_for_else_the_best(
     monkeypatch.setattr(models.hub, "find", lambda config: known[config.name])
     monkeypatch.setattr(server, "prepare", lambda name: known.get(name) or two_configs["other"])
     monkeypatch.setattr(model_pool.infworld, "load", lambda config, *args, **kwargs: world)
-    monkeypatch.setattr(server, "serve", lambda models, **launching: served.extend(models.names))
+    monkeypatch.setattr(server, "serve", lambda pools, **launching: served.extend(pools[0].names))
     if variable:
         monkeypatch.setenv("INFWORLD_MODEL", variable)
     server.main()
