@@ -47,6 +47,7 @@ SMALL_MODEL = {
         "action_hidden_dim": 16,
     },
     "vae_cfg": {"vae_pth": "vae.safetensors", "dim": 4},
+    "validation_data": {"live_lengths": [8, 16, 24]},
     "buckets": [[32, 48], [48, 32]],
 }
 

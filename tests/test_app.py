@@ -7,6 +7,7 @@ import base64
 import contextlib
 import copy
 import dataclasses
+import io
 import multiprocessing
 import os
 import pickle
@@ -26,6 +27,7 @@ import pytest
 import torch
 import yaml
 from imageio_ffmpeg import count_frames_and_secs
+from PIL import Image
 
 import infworld
 from infworld import models
@@ -33,7 +35,6 @@ from infworld.actions import ActionScript
 from infworld.app import compute, model_pool, server, status
 from infworld.app import page as app
 from infworld.app.compute import Opening, Replay, Report, gpu_seconds
-from infworld.app.drive import driven
 from infworld.app.films import Film, FilmStore
 from infworld.app.gallery import find_examples
 from infworld.app.memory_check import coverage_strip, covered_frames, memory_check, verdict
@@ -683,7 +684,7 @@ def test_a_quota_error_leaves_the_film_and_continue(page, runner, studio, pictur
     assert "161 frames" in settled[page.status] and "exceeded your free GPU quota" in settled[page.status]
     assert settled[page.more]["interactive"] and settled[page.generate]["interactive"]
     assert len(read_mp4(settled[page.player]["complete"])) == 161
-    assert settled[page.drive] is None
+    assert settled[page.play]['over'] and 'exceeded' in settled[page.play]['says']
     monkeypatch.undo()
     make(runner, studio.go_on(film, 1, SETTINGS))
     assert film.num_frames == 241
@@ -852,8 +853,8 @@ def test_a_film_goes_on_with_the_model_that_began_it(two, two_runner, two_page, 
     again = page.make_again(film, "small", *chosen).job
     assert (again.model, again.settings.steps, again.settings.guidance) == ("small", 3, 4.0)  # chosen for this one
     assert again.settings.preset == "fast"
-    driven_on = page.drive_on(film, {"script": "left 80", "number": 1}, None, "other", *chosen).job
-    assert (driven_on.model, driven_on.settings.steps) == ("small", 2)
+    played_on = page.play_on(film, "other", *chosen[1:])
+    assert (played_on.model, played_on.settings.steps) == ("small", 2)
     assert page.begin(None, picture, 81, "other", *chosen).job.model == "other"
     assert app.for_film(settings, session, "small") == settings
 
@@ -867,8 +868,9 @@ def test_choosing_a_model_brings_its_own_settings_and_says_what_runs(two, two_pa
     assert chosen[page.guidance] == {"value": 4.0, "visible": True, "__type__": "update"}
     assert chosen[page.negative_prompt]["value"] == "fog" and chosen[page.negative_prompt]["visible"]
     assert not page.choose_model("small")[page.guidance]["visible"]
-    sizes = {name: page.choose(picture, None, name)[page.preview]["value"].size for name in two.models.names}
-    assert sizes == {"small": (48, 32), "other": (64, 64)}
+    shown = {name: page.choose(picture, None, name)[page.play]["frame"] for name in two.models.names}
+    pictures = {name: Image.open(io.BytesIO(base64.b64decode(data.split(",")[1]))) for name, data in shown.items()}
+    assert {name: found.size for name, found in pictures.items()} == {"small": (48, 32), "other": (64, 64)}
     with pytest.raises(app.gr.Error, match="'huge' is not here: there is small and other"):
         page.choose_model("huge")
 
@@ -962,7 +964,7 @@ def test_the_model_is_the_one_asked_for_else_the_best(
     monkeypatch.setattr(models.hub, "find", lambda config: known[config.name])
     monkeypatch.setattr(server, "prepare", lambda name: known.get(name) or two_configs["other"])
     monkeypatch.setattr(model_pool.infworld, "load", lambda config, *args, **kwargs: world)
-    monkeypatch.setattr(server, "serve", lambda models, **launching: served.extend(models.names))
+    monkeypatch.setattr(server, "serve", lambda pools, **launching: served.extend(pools[0].names))
     if variable:
         monkeypatch.setenv("INFWORLD_MODEL", variable)
     server.main()
@@ -1241,13 +1243,3 @@ def test_the_memory_check_shows_first_look_and_return(runner, studio, picture):
     shown = memory_check(new_film(runner, studio, picture, 161, settings))
     assert shown.count("<img") == 12 and "frame 160" in shown and "PSNR" in shown and "is chance" in shown
     assert "never comes back" in memory_check(new_film(runner, studio, picture, 81))
-
-
-# -------------------------------------------------------------------------------------------------------------- driving
-
-
-def test_what_was_driven_is_a_script_of_one_chunk():
-    assert driven({"script": "forward+left 30, wait 50", "number": 1}, 80).text() == "forward+left 30, wait 50"
-    for bad in (None, [], {"script": 3}, {"script": "forward 81"}, {"script": "fly 3"}, {"script": "x" * 10**6}):
-        with pytest.raises(ValueError):
-            driven(bad, 80)

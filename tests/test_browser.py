@@ -56,6 +56,7 @@ def open_page(browser, address):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.add_init_script(script)
         page.goto(address)
+        page.click("#film-tab-button")
         expect(page.locator("#generate")).to_be_visible(timeout=PATIENCE)
         return page
 
@@ -68,7 +69,7 @@ def open_page(browser, address):
 
 def choose(page, picture):
     page.set_input_files("#picture input[type=file]", str(picture))
-    expect(page.locator("#play .still")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#film .still")).to_be_visible(timeout=PATIENCE)
 
 
 def set_length(page, frames):
@@ -253,30 +254,7 @@ def test_two_people_at_once_get_their_own_films(open_page, picture, tmp_path):
     assert folders[0] != folders[1]
 
 
-# ------------------------------------------------------------------------------------------- driving and remembering
-
-
-def test_keys_held_while_the_film_plays_are_its_next_chunk(open_page, picture, tmp_path):
-    page = open_page()
-    choose(page, picture)
-    page.click("text=Drive: steer")
-    page.click("#drive .toggle")
-    expect(page.locator("#drive .says")).to_contain_text("Drive now", timeout=PATIENCE)
-    page.keyboard.down("KeyW")
-    page.keyboard.down("ArrowRight")
-    expect(page.locator("#drive [data-word=forward]")).to_have_class(re.compile("held"))
-    wait_until(page, lambda v: v["duration"] > 5)
-    page.keyboard.up("ArrowRight")
-    wait_until(page, lambda v: v["duration"] > 7.5)
-    page.click("#drive .toggle")
-    assert re.search(r"key to picture\s+\d", page.inner_text("#drive"))
-    assert "real time" in page.inner_text("#drive")
-    wait_for_status(page, "Done")
-    session = Session.load(download(page, "session", tmp_path))
-    driven = session.settings.actions.pairs(80, session.num_frames - 1)
-    assert {(0, 0), (1, 4), (1, 0)} >= set(driven) and driven.count((1, 4)) > 10 and driven.count((1, 0)) > 10
-    shown = ActionScript.parse(page.input_value("#actions textarea"))  # the plan follows
-    assert shown.pairs(0, session.num_frames - 1) == session.settings.actions.pairs(0, session.num_frames - 1)
+# ------------------------------------------------------------------------------------------------------- remembering
 
 
 def test_returns_to_a_view_are_shown_in_pairs(open_page, picture):

@@ -115,7 +115,7 @@ def perform(world: World, task: Task, frames: int | None = None) -> Generator[Re
     if isinstance(task, Opening):
         task = world.start(task.picture, task.settings)
         yield task
-    with closing(world.iterate_chunk(task, frames=frames)) as results:
+    with closing(world.iterate_chunk(task, frames=frames) if frames else world.iterate_chunk(task)) as results:
         for result in results:
             if isinstance(result, Progress):
                 result = Report(result, device_name(world.device), memory_used(world.device))
@@ -139,7 +139,8 @@ def walk(task: Walk, walker: Walker, config: ModelConfig) -> Generator[Live | Fr
     made = task.made
     while walker.session.num_frames + pace.frames <= config.max_frames and time.monotonic() < ends:
         steering, began = file.read(), time.monotonic()
-        if steering.paused or not pace.is_due(made, steering.shown, began - steering.at):
+        since = began - steering.at if steering.at else 0.0  # nothing was shown before the first word of the browser
+        if steering.paused or not pace.is_due(made, steering.shown, since):
             yield Live(steering, pace.rate)
             time.sleep(POLL)
             continue

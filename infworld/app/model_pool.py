@@ -1,4 +1,4 @@
-"""The models that the page offers. At most one is loaded, since one film is made at a time and a GPU holds one."""
+"""The models that the page offers, on one device. At most one is loaded, as a device makes one film at a time."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ class ModelPool:
     def device(self) -> torch.device:
         """What the models run on."""
         return pick_device(self._device)
+
+    def use_device(self) -> None:
+        """Makes the device the one that the calling thread computes on where none is named."""
+        if self.device.type == "cuda" and not ON_ZERO_GPU:
+            torch.cuda.set_device(self.device)
 
     def config(self, name: str) -> ModelConfig:
         """ValueError for a model that is not offered here."""

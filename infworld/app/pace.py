@@ -76,10 +76,10 @@ class Pace:
         if self.speed >= needed:
             if shorter and self.speed > SPARE * needed and self._seen >= TRUST:
                 self._move(-1)
-        elif longer and speeds.get(longer, needed) > GAIN * self.speed:
-            self._move(1)
         elif shorter and GAIN * speeds[shorter] > self.speed:
             self._move(-1)
+        elif longer and speeds.get(longer, needed) > GAIN * self.speed:
+            self._move(1)
 
     def _move(self, steps: int) -> None:
         self._until_shown *= self._lengths[self._at + steps] / self.frames

@@ -1,8 +1,8 @@
-"""Who makes the films: one thread, which alone touches the models, and the queue of what it has to do.
+"""Who makes the films: a thread for each device, which alone touches the models there, and one queue of runs.
 
-A request submits a job and reads the run's updates. It never waits for the thread, and the thread never waits for it:
-to cancel a run is to set a flag, which the thread sees after the step it is in. A run is over when the thread has left
-it, and only then does the next one begin.
+A request submits a job and reads the run's updates. It never waits for a thread, and no thread waits for it: to cancel
+a run is to set a flag, which its thread sees after the step it is in. A run is over when its thread has left it, and
+only then does that thread begin the next one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import heapq
 import io
 import logging
 import math
@@ -257,18 +258,22 @@ class Run:
 
 
 class Runner:
-    """The one thread that works, and the runs that wait for it. `close` ends it."""
+    """The threads that work, one for each pool of models, and the runs that wait for them. `close` ends them."""
 
-    def __init__(self, models: ModelPool, max_waiting: int = MAX_WAITING):
-        self.models = models
+    def __init__(self, *pools: ModelPool, max_waiting: int = MAX_WAITING):
         self.max_waiting = max_waiting
+        self._pools = pools
         self._queue: deque[Run] = deque()
-        self._current: Run | None = None
+        self._current: dict[ModelPool, Run] = {}  # where there is one
         self._chunk_seconds: dict[str, float] = {}  # that the last chunk took, by model
         self._closed = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="runner", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, args=[models], name=f"runner {number}", daemon=True)
+            for number, models in enumerate(pools)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, job: Job, visitor: Visitor | None = None) -> Run:
         """Puts a job at the queue's end. Raises ValueError if the queue is full, the film has a run already, or the
@@ -296,14 +301,15 @@ class Runner:
             return {run.job.film for run in self._runs()}
 
     def close(self) -> None:
-        """Cancels everything, and waits for the thread to end. Not to be called by a request."""
+        """Cancels everything, and waits for the threads to end. Not to be called by a request."""
         with self._changed:
             self._closed = True
             runs = self._runs()
             self._changed.notify_all()
         for run in runs:
             run.cancel()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _check_share(self, visitor: Visitor) -> None:
         """Raises ValueError for a visitor who has as many runs as one may have."""
@@ -315,7 +321,7 @@ class Runner:
             raise ValueError(f"{MAX_PER_ADDRESS} films of your address are waiting already: try again later")
 
     def _runs(self) -> list[Run]:
-        return [*filter(None, [self._current]), *self._queue]
+        return [*self._current.values(), *self._queue]
 
     def _drop(self, run: Run) -> None:
         """Takes a run out that has not begun."""
@@ -326,10 +332,17 @@ class Runner:
 
     def _waiting_of(self, run: Run) -> Waiting:
         with self._changed:
-            runs = self._runs()
-            before = runs[: runs.index(run)] if run in runs else []
+            if run not in self._queue:
+                return Waiting(0, 0.0)
+            before = [*self._queue][: self._queue.index(run)]
+            idle = len(self._pools) - len(self._current)
+            place = max(0, len(before) + 1 - idle)
+            free = [0.0] * idle + [self._seconds_left(other) for other in self._current.values()]  # until a thread is
             times = [self._seconds_left(other) for other in before]
-        return Waiting(len(before), None if None in times else sum(times))
+        heapq.heapify(free)
+        for seconds in times:
+            heapq.heapreplace(free, free[0] + seconds)
+        return Waiting(place, free[0] if free[0] < math.inf else None)
 
     def _turn_left(self, run: Run) -> float | None:
         """Seconds that a walk may still be played; None as long as nobody waits."""
@@ -339,63 +352,72 @@ class Runner:
             now = time.monotonic()
             return max(0.0, run.began + TURN - now, self._queue[0].submitted + NOTICE - now)
 
-    def _seconds_left(self, run: Run) -> float | None:
+    def _seconds_left(self, run: Run) -> float:
+        """Infinitely many where nothing is known."""
         if run.job.chunks is None:
-            return self._turn_left(run) if run is self._current else TURN
+            left = self._turn_left(run) if run in self._current.values() else TURN
+            return TURN if left is None else left
         last = run._updates[-1] if run._updates else None
         if isinstance(last, RunProgress) and last.remaining is not None:
             return last.remaining
-        per_chunk = self._chunk_seconds.get(run.job.model)
-        return None if per_chunk is None else per_chunk * run.job.chunks
+        return self._chunk_seconds.get(run.job.model, math.inf) * max(1, run.job.chunks)
 
-    # --------------------------------------------------------------------------------------------- in the one thread
+    # ----------------------------------------------------------------------------------------------- in the threads
 
-    def _work(self) -> None:
-        while run := self._next():
-            run._context.run(self._do, run)
+    def _work(self, models: ModelPool) -> None:
+        models.use_device()
+        while run := self._next(models):
+            run._context.run(self._do, run, models)
 
-    def _next(self) -> Run | None:
+    def _next(self, models: ModelPool) -> Run | None:
+        """The first run, as soon as it is for these models; None at the end."""
         with self._changed:
-            while not self._queue and not self._closed:
+            while not self._closed:
+                if self._queue and self._is_for(models, self._queue[0]):
+                    run = self._current[models] = self._queue.popleft()
+                    self._changed.notify_all()  # there is another first one
+                    return run
                 self._changed.wait()
-            if self._closed:
-                return None
-            self._current = self._queue.popleft()
-            return self._current
+        return None
 
-    def _do(self, run: Run) -> None:
+    def _is_for(self, models: ModelPool, run: Run) -> bool:
+        """Whether the run's model is loaded here, or on no other device that is idle."""
+        idle = [pool for pool in self._pools if pool not in self._current]
+        return models.is_loaded(run.job.model) or not any(pool.is_loaded(run.job.model) for pool in idle)
+
+    def _do(self, run: Run, models: ModelPool) -> None:
         try:
-            ended = self._steps(run)
+            ended = self._steps(run, models)
         except Exception as error:
             log.exception("a run ended early")
             ended = Ended(error=error)
         release_memory()
         with self._changed:  # whoever hears of the end may submit the film's next job
-            self._current = None
+            del self._current[models]
         run._tell(ended)
 
-    def _steps(self, run: Run) -> Ended:
+    def _steps(self, run: Run, models: ModelPool) -> Ended:
         """Works until the job is done or the run cancelled."""
         if run.is_cancelled:
             return Ended(stopped=True)
         run.began = time.monotonic()
-        with closing(self._updates_of(run)) as updates:
+        with closing(self._updates_of(run, models)) as updates:
             for update in updates:
                 if isinstance(update, Ended):
                     return update
                 run._tell(update)
                 if run.is_cancelled:
                     return Ended(stopped=True)
-        seconds, memory = time.monotonic() - run.began, peak_memory(self.models.device)
+        seconds, memory = time.monotonic() - run.began, peak_memory(models.device)
         log.info("%s: %s chunks in %.1f s, peak memory %s", run.job.model, run.job.chunks, seconds, memory)
         return Ended()
 
-    def _updates_of(self, run: Run) -> Generator[Update]:
+    def _updates_of(self, run: Run, models: ModelPool) -> Generator[Update]:
         """Does a job. What is finished is in the film's folder before it is told."""
         job = run.job
-        if not self.models.is_loaded(job.model):
+        if not models.is_loaded(job.model):
             yield Loading(job.model)
-        compute = self.models.compute(job.model)
+        compute = models.compute(job.model)
         if job.picture is None:
             job.film.recover()
             yield from self._show(job.film, compute)
@@ -435,7 +457,7 @@ class Runner:
                         if isinstance(result, Session):
                             film.begin(result, job.picture)
                         elif isinstance(result, Live):
-                            live = result if result.actions else live
+                            live = result if result.actions is not None else live
                             if why := self._why_over(run, result.steering):
                                 yield Ended(stopped=True, why=why)
                         elif isinstance(result, Frames):

@@ -2,7 +2,8 @@
 
 `--model` or INFWORLD_MODEL name the model; its weights are downloaded if they are not there. Without a choice it is
 the released one where its weights are and a GPU that it fits on (24 GB), else the small one that comes along.
-`torchrun --nproc-per-node N app.py` films on N GPUs of this machine.
+Several devices make as many films at once, one each: `--device gpus`, `--device cuda:0,cuda:2`, INFWORLD_DEVICE. All
+GPUs make one film at a time, each film sooner, with `torchrun --nproc-per-node N app.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import gradio as gr
 import spaces  # noqa: F401  (patches torch on a ZeroGPU Space, so before anything touches CUDA)
+import torch
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
@@ -36,6 +38,7 @@ from infworld.app.sweeper import Sweeper
 from infworld.arena.hall import Hall
 from infworld.config import ModelConfig
 from infworld.devices import pick_device
+from infworld.layers import fastest_attention
 from infworld.models import available, default_model, prepare
 from infworld.world import World
 
@@ -51,18 +54,21 @@ MAX_OPEN_FILES = 65_536
 
 
 def serve(
-    models: ModelPool | World,
+    models: ModelPool | World | Sequence[ModelPool],
     films: Path | None = None,
     allow_hosts: Sequence[str] = (),
     hall: Hall | None = None,
     **launching: Any,
 ) -> gr.Blocks:
-    """Builds and launches the page for one or more models; films go below `films`, by default a folder of this user's
-    own. allow_hosts: names that the server answers to besides this machine's own. hall: the arena to add as another
-    page. Returns the running page."""
-    models = SingleModelPool(models) if isinstance(models, World) else models
+    """Builds and launches the page for one or more models, on one or more devices (a pool each, of the same models);
+    films go below `films`, by default a folder of this user's own. allow_hosts: names that the server answers to
+    besides this machine's own. hall: the arena to add as another page. Returns the running page."""
+    if isinstance(models, World):
+        models = SingleModelPool(models)
+    pools = [models] if isinstance(models, ModelPool) else models
+    models = pools[0]
     store = FilmStore(films or own_folder("films"), LIFETIME, models.config(models.first).validation_data.fps)
-    runner = Runner(models)
+    runner = Runner(*pools)
     blocks = Page(Studio(models, store), runner).blocks()
     if hall is not None:
         from infworld.app.arena_page import add_arena  # needs the extra "arena"
@@ -153,7 +159,12 @@ def main() -> None:
         help="infinite-world, tiny, or the path of a YAML file; missing weights are downloaded. Default: "
         "INFWORLD_MODEL, else infinite-world if its weights are here and a GPU that it fits on, else tiny",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--device",
+        default=os.environ.get("INFWORLD_DEVICE") or "auto",
+        help="auto, cpu or cuda; several make as many films at once, one each: gpus for all GPUs of this machine, or "
+        "names as cuda:0,cuda:2 (default: INFWORLD_DEVICE, else auto)",
+    )
     parser.add_argument("--host", help="address to listen on: 0.0.0.0 for all (default: only this machine)")
     parser.add_argument("--port", type=port, help="default: the first free one from 7860 on")
     parser.add_argument(
@@ -170,18 +181,32 @@ def main() -> None:
     host = f"[{args.host}]" if args.host and ":" in args.host and not args.host.startswith("[") else args.host
     launching = {"server_name": host, "server_port": args.port, "allow_hosts": args.allow_host}
     try:
-        device = parallel.device_of_rank(args.device)
-        with open_arena(args.arena) as hall, parallel.join_team(pick_device(device)) as team:
-            models = load_models(args.model, device, team)
-            if team is None:
-                serve(models, hall=hall, **launching)
-            elif team.is_rank0:
-                serve(models, hall=hall, **launching)
+        devices = [parallel.device_of_rank(name) for name in device_names(args.device)]
+        first = pick_device(devices[0])
+        with open_arena(args.arena) as hall, parallel.join_team(first) as team:
+            if team and len(devices) > 1:
+                raise ValueError(f"torchrun's processes make one film on a device each: not --device {args.device}")
+            configs = choose_models(args.model, devices[0], team)
+            pools = [ModelPool(configs, device, team) for device in devices]
+            if team and not team.is_rank0:
+                follow(team, pools[0].world)
+                return
+            # The order of attention's backends is the process's: no thread may put it back while another one films.
+            with fastest_attention(first) if len(devices) > 1 else nullcontext():
+                serve(pools, hall=hall, **launching)
+            if team:
                 team.end()
-            else:
-                follow(team, models.world)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def device_names(text: str) -> list[str]:
+    """The devices that `--device` asks for. Raises ValueError for "gpus" where there are none."""
+    if text != "gpus":
+        return text.split(",")
+    if not torch.cuda.is_available():
+        raise ValueError("--device gpus: torch sees no GPU here; use auto or cpu")
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
 def open_arena(films: Path | None) -> AbstractContextManager[Hall | None]:
@@ -201,7 +226,7 @@ def port(text: str) -> int:
     return number
 
 
-def load_models(name: str | None, device: str, team: parallel.Team | None) -> ModelPool:
+def choose_models(name: str | None, device: str, team: parallel.Team | None) -> dict[str, ModelConfig]:
     """The models that are here, the one of this name or the default one first; it may be downloaded."""
 
     def first() -> ModelConfig:
@@ -209,7 +234,7 @@ def load_models(name: str | None, device: str, team: parallel.Team | None) -> Mo
 
     config = first() if team is None else team.broadcast_from_rank0(first)
     others = {name: other for name, other in available().items() if name != config.name}
-    return ModelPool({config.name: config, **others}, device, team)
+    return {config.name: config, **others}
 
 
 if __name__ == "__main__":
