@@ -295,7 +295,7 @@ class Player:
     async def _listen(self) -> None:
         async for update in self.run.updates(pause=0.05):
             self.heard.append(update)
-            if isinstance(update, Played):
+            if not isinstance(update, Ended):
                 self.steer(shown=sum(strip.frames for strip in self.strips.values()))
         self.ended = update
 

@@ -272,7 +272,6 @@ class Recorder:
         self._kept_at = time.monotonic()
 
     def __enter__(self) -> Recorder:
-        self._last = self._film.session() if self._film.has_begun else None
         return self
 
     def __exit__(self, *exception) -> None:
@@ -285,7 +284,8 @@ class Recorder:
 
     def add(self, chunk: Chunk) -> bool:
         """Returns whether there is a new piece."""
-        if self._before is None:
+        if self._last is None:
+            self._last = self._film.session()
             self._film._previous.unlink(missing_ok=True)  # from now on it is not the one before the last chunk
         self._before, self._last = self._last, chunk.session
         if time.monotonic() - self._kept_at > KEEP_SECONDS:

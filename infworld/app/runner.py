@@ -447,7 +447,7 @@ class Runner:
         job, film = run.job, run.job.film
         settings = job.settings
         begin = film.session().with_settings(settings) if job.picture is None else Opening(job.picture, settings)
-        live, number, made = None, 0, 0
+        live, number, made, told = None, 0, 0, time.monotonic()
         with Recorder(film) as recorder:
             while True:
                 walk, is_full = Walk(begin, film.steering_path, made), True
@@ -458,10 +458,10 @@ class Runner:
                             film.begin(result, job.picture)
                         elif isinstance(result, Live):
                             live = result if result.actions is not None else live
-                            if why := self._why_over(run, result.steering):
+                            if why := self._why_over(run, result.steering, told):
                                 yield Ended(stopped=True, why=why)
                         elif isinstance(result, Frames):
-                            number, made = number + 1, made + len(result.frames)
+                            number, made, told = number + 1, made + len(result.frames), time.monotonic()
                             run.strips.append(_strip(number, result.frames, live))
                             yield Played(number, self._turn_left(run))
                         else:
@@ -470,9 +470,9 @@ class Runner:
                 if is_full:
                     yield Ended(stopped=True, why="The film is as long as it can be. Begin another one.")
 
-    def _why_over(self, run: Run, steering: Steering) -> str:
-        """Why a walk has to end now; "" where it may go on."""
-        quiet = time.monotonic() - max(steering.at, run.began)
+    def _why_over(self, run: Run, steering: Steering, told: float) -> str:
+        """Why a walk has to end now; "" where it may go on. told: when the page was last told of frames."""
+        quiet = time.monotonic() - max(steering.at, told)
         left = self._turn_left(run)
         if quiet > (PAUSED if steering.paused else ASLEEP):
             return "Nothing was heard of your page for a while, so the walk was ended."
