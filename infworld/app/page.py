@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import os
 import random
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
@@ -479,6 +480,11 @@ class Page:
         """The film that this browser has made last, with its plan, and its progress if it is in the making."""
         film = self.studio.store.find(name)
         run = film and self.runner.run_of(film)
+        if run and run.job.chunks is None:  # played by the page that was here, or by one beside it
+            deadline = time.monotonic() + 2 * AWAY
+            while not run.is_over and time.monotonic() < deadline:
+                await asyncio.sleep(0.1)
+            run, film = None, film if run.is_over else None
         if not film or not (run or film.has_begun):
             yield {self.film: None}  # Gradio takes nothing at all for a reason to empty every part
         else:
