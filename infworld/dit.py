@@ -95,6 +95,23 @@ class InfiniteWorldTransformer(nn.Module):
         tokens = Recomputed(partial(self._memory_tokens, memory, context, layout))
         return MemoryStream(KEEP[keep](tokens), memory.shape[2])
 
+    def extend_memory(self, stream: MemoryStream, latents: Tensor, context: TextContext) -> MemoryStream:
+        """The stream with latents (B, 16, n, h, w) added: they see all that was there, which stays as it was.
+
+        What `KeptMemory` does for one film, for batches and with gradients.
+        """
+        _, modulation = self._embed_time(latents.new_zeros(1))
+        x = self._patchify(latents.to(self.dtype), mask_value=1)
+        rope = self._rope(latents, stream.latents + latents.shape[2])
+        _of_any_length(rope)
+        last, extended = len(self.blocks) - 1, []
+        for i, (block, known, text) in enumerate(zip(self.blocks, stream.tokens, context.keys_values, strict=True)):
+            _of_any_length(known)
+            extended.append(torch.cat([known, x], dim=1))
+            if i < last:
+                x = block.noisy_step(x, known, modulation, rope, text)
+        return MemoryStream(tuple(extended), stream.latents + latents.shape[2])
+
     def denoise(
         self,
         noisy: Tensor,

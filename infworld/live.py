@@ -25,7 +25,7 @@ from infworld.progress import Progress
 from infworld.sampler import Velocity
 from infworld.session import Session
 from infworld.settings import FilmSettings
-from infworld.world import Chunk, CompressedHistory, Frames, World, of_all_texts
+from infworld.world import Chunk, CompressedHistory, Frames, Ways, World, of_all_texts
 
 REFRESH = 16  # latents that follow the compressed history at most
 MAX_KEPT_BYTES = 2**30  # of keys and values: beyond, they are computed anew for each chunk
@@ -54,6 +54,7 @@ class LiveWalk:
         self.session = session
         self._kept: Kept | None = None
         self._windows: dict[int, Tensor] = {}  # of a long history, compressed ahead, by their first latent
+        self._encoder: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}  # the last state and the same unreduced
 
     def iterate_chunk(self, actions: ActionScript, frames: int) -> Generator[Progress | Frames | Chunk]:
         """The next chunk step by step: a Progress after each stage and step, the new Frames as soon as they are
@@ -64,7 +65,7 @@ class LiveWalk:
         leaves `session` as it was. Raises ValueError for a chunk that cannot be, before anything is computed.
         """
         session = self.session.with_actions(actions)
-        return self._made(self.world.iterate(session, 1, frames, velocity_of=self._velocity))
+        return self._made(self.world.iterate(session, 1, frames, ways=Ways(self._velocity, self._encode)))
 
     def _made(self, results: Generator[Progress | Frames | Chunk]) -> Generator[Progress | Frames | Chunk]:
         with closing(results):
@@ -77,6 +78,9 @@ class LiveWalk:
     def _velocity(self, session: Session, frames: int) -> Velocity:
         """The velocity of the next chunk. What is kept of the memory is extended by the latents that are new."""
         world, settings = self.world, session.settings
+        # A chunk also sees the first action after it: the last one, as if its key were held.
+        known = session.settings.actions.pairs(0, session.num_frames - 1 + frames)
+        session = session.replace_settings(actions=ActionScript.from_pairs([*known, known[-1]]))
         kept = self._kept = self._refreshed(session, frames)
         if not kept.memories:
             return world.velocity(session, frames, kept.compressed)
@@ -158,6 +162,17 @@ class LiveWalk:
             model = self.world.transformer
             with fastest_attention(self.world.device):
                 self._windows[missing[0]] = model.latent_encoder.encode(window.to(self.world.device, model.dtype))
+
+    @torch.inference_mode()
+    def _encode(self, video: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`World.encode`, from the whole of a state if that was the last one."""
+        if self.world.team:
+            return self.world.encode(video, state)
+        last, whole = self._encoder
+        latents, whole = self.world.vae.encode(video, whole if state is last else state, whole=True)
+        state = {name: tensor.cpu() for name, tensor in self.world.vae.reduced(whole).items()}
+        self._encoder = state, whole
+        return latents.cpu(), state
 
 
 def _basis(settings: FilmSettings) -> tuple:

@@ -43,6 +43,17 @@ log = logging.getLogger(__name__)
 VelocityOf = Callable[[Session, int], Velocity]  # of the next chunk, of so many new frames, of a session
 
 
+@dataclass(frozen=True)
+class Ways:
+    """How a chunk's velocity and its new frames' latents are computed: what a live walk does with what it keeps.
+
+    velocity: as `World.velocity`. encode: as `World.encode`.
+    """
+
+    velocity: VelocityOf
+    encode: Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+
+
 @dataclass(frozen=True, eq=False)
 class Chunk:
     """One finished chunk: its new frames (T H W 3 uint8; the film's first begins with the picture), the latents
@@ -137,7 +148,7 @@ class World:
         if not isinstance(settings, FilmSettings):
             settings = FilmSettings.for_model(self.config, settings, *args, **choices)
         video = prepare_image(image, self.config.buckets)
-        encode = partial(self._encode, video, None)
+        encode = partial(self.encode, video, None)
         history, state = encode() if self.team is None else self.team.together(encode)
         return Session(
             model=self.config.name,
@@ -184,7 +195,8 @@ class World:
         since then follow it uncompressed: a deviation from the spec that saves compressing anew for each short chunk.
         Closing the iterator ends the work after the step it is in. It may be run by any thread.
         """
-        return _without_frames(self.iterate(session, 1, frames, noise, partial(self.velocity, compressed=compressed)))
+        ways = Ways(partial(self.velocity, compressed=compressed), self.encode)
+        return _without_frames(self.iterate(session, 1, frames, noise, ways))
 
     @torch.inference_mode()
     def compress(self, session: Session, map_windows: MapWindows | None = None) -> CompressedHistory:
@@ -203,23 +215,23 @@ class World:
         chunks: int,
         frames: int | None = None,
         noise: Tensor | None = None,
-        velocity_of: VelocityOf | None = None,
+        ways: Ways | None = None,
     ) -> Generator[Progress | Frames | Chunk]:
         """All that there is to hear of the next chunks: as `iterate_chunk`, and each chunk's Frames before it.
 
-        velocity_of: a session and new frames -> the next chunk's velocity, in place of `velocity`.
+        ways: how to compute what depends on the past, in place of this World's own.
         """
         self.check_session(session)
-        frames = self.config.check_chunk_frames(frames)
-        results = self._make_chunks(session, chunks, frames, noise, velocity_of or self.velocity)
+        ways = ways or Ways(self.velocity, self.encode)
+        results = self._make_chunks(session, chunks, self.config.check_chunk_frames(frames), noise, ways)
         return results if self.team is None else self.team.synced_iterator(results)
 
     def _make_chunks(
-        self, session: Session, chunks: int, frames: int, noise: Tensor | None, velocity_of: VelocityOf
+        self, session: Session, chunks: int, frames: int, noise: Tensor | None, ways: Ways
     ) -> Generator[Progress | Frames | Chunk]:
         tracker = ProgressTracker(chunks, session, frames)
         for _ in range(chunks):
-            chunk = yield from self._make_chunk(session, tracker, noise, velocity_of)
+            chunk = yield from self._make_chunk(session, tracker, noise, ways)
             session = chunk.session
             yield chunk
 
@@ -247,12 +259,12 @@ class World:
         session: Session,
         tracker: ProgressTracker,
         noise: Tensor | None,
-        velocity_of: VelocityOf,
+        ways: Ways,
     ) -> Generator[Progress | Frames, None, Chunk]:
         """`_compute_chunk`, retried once with the next smaller plan where the GPU runs out of memory."""
         tracker.begin_chunk()
         try:
-            return (yield from self._compute_chunk(session, tracker, noise, velocity_of))
+            return (yield from self._compute_chunk(session, tracker, noise, ways))
         except torch.OutOfMemoryError:
             if self.team is not None:  # which ends the chunk on all ranks alike
                 raise
@@ -267,7 +279,7 @@ class World:
         self.apply_plan(plan)
         tracker.retry_chunk()
         try:
-            return (yield from self._compute_chunk(session, tracker, noise, velocity_of))
+            return (yield from self._compute_chunk(session, tracker, noise, ways))
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemory(TOO_LITTLE) from error
 
@@ -288,7 +300,7 @@ class World:
         session: Session,
         tracker: ProgressTracker,
         noise: Tensor | None,
-        velocity_of: VelocityOf,
+        ways: Ways,
     ) -> Generator[Progress | Frames, None, Chunk]:
         began = time.monotonic()
         generator = torch.Generator()
@@ -297,14 +309,14 @@ class World:
             latents = 1 + tracker.chunk_frames // FRAMES_PER_LATENT
             shape = (*session.history.shape[:2], latents, *session.history.shape[3:])
             noise = torch.randn(shape, generator=generator)
-        latents = yield from self._sample(session, noise.to(self.device), tracker, velocity_of)
+        latents = yield from self._sample(session, noise.to(self.device), tracker, ways.velocity)
         video = self._decode(latents)
         yield tracker.done("decode")
         index = len(session.chunk_latents)
         frames = _new_frames(index, session.picture, video)
         yield Frames(index, frames)
         # The picture's own frame is known already: the decoded first frame repeats it.
-        added, state = self._encode(video[:, :, 1:], session.encoder_state)
+        added, state = ways.encode(video[:, :, 1:], session.encoder_state)
         latents = latents.cpu()
         after = dataclasses.replace(
             session,
@@ -389,8 +401,8 @@ class World:
         return self.transformer.action_encoder(move, view)
 
     @torch.inference_mode()
-    def _encode(self, video: Tensor, state: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Appends frames to an encoder's state; all results on the CPU."""
+    def encode(self, video: Tensor, state: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The latents of video that follows an encoder's state, and the next state; both on the CPU."""
         if state is not None:
             state = {name: tensor.to(self.device) for name, tensor in state.items()}
         latents, state = self._coder.encode(video.to(self.device), state)

@@ -16,6 +16,7 @@ from infworld.progress import Progress
 from infworld.world import Chunk, Frames
 
 FORWARD, RIGHT = ActionScript.parse("forward 8"), ActionScript.parse("right 8")
+HELD, HELD_RIGHT = ActionScript.parse("forward 9"), ActionScript.parse("right 9")  # as a chunk of 8 frames sees them
 
 
 @pytest.fixture
@@ -58,14 +59,14 @@ def compressions(world, monkeypatch):
     "settings", [{}, {"guidance": 3.0, "negative_prompt": "blur", "preset": "fast", "steps": 3}, {"preset": "balanced"}]
 )
 def test_the_first_chunk_is_the_worlds_own(world, picture, settings):
-    session = world.start(picture, FORWARD, "a meadow", **settings)
+    session = world.start(picture, HELD, "a meadow", **settings)
     made, expected = chunk_of(LiveWalk(world, session)), world.next_chunk(session, frames=8)
     torch.testing.assert_close(made.latents, expected.latents, atol=1e-5, rtol=0)
 
 
 def test_a_walk_of_chunks_of_the_models_own_length_is_the_worlds_film(walk, world):
     for _ in range(2):
-        expected = world.next_chunk(walk.session.with_actions(RIGHT))
+        expected = world.next_chunk(walk.session.with_actions("right 8, wait 80"))
         torch.testing.assert_close(chunk_of(walk, RIGHT, 80).latents, expected.latents, atol=1e-5, rtol=0)
 
 
@@ -87,11 +88,28 @@ def test_what_is_kept_is_not_computed_again(walk, world, monkeypatch):
     assert len(seen) == 1 and torch.equal(seen[0], history[:, :, 1:5])
 
 
+def test_the_encoder_goes_on_from_all_that_it_had(walk, world, monkeypatch):
+    """Nothing of it is recomputed, and what it hands on is what a session of the World has."""
+    before = chunk_of(walk).session
+    calls, encode = [], world.vae.encode
+    monkeypatch.setattr(
+        world.vae, "encode", lambda video, *rest, **options: calls.append(video) or encode(video, *rest, **options)
+    )
+    monkeypatch.setattr(world.vae.encoder, "full_rate_features", None)
+    after = chunk_of(walk).session
+    monkeypatch.undo()
+    latents, state = encode(calls[0], before.encoder_state)
+    torch.testing.assert_close(after.history[:, :, -2:], latents, atol=1e-5, rtol=1e-5)
+    assert after.encoder_state.keys() == state.keys()
+    for name, tensor in state.items():
+        torch.testing.assert_close(after.encoder_state[name], tensor, atol=1e-4, rtol=1e-4)
+
+
 def test_a_memory_too_large_to_be_kept_is_computed_for_each_chunk(walk, world, monkeypatch):
     monkeypatch.setattr(live, "MAX_KEPT_BYTES", 0)
     first = walk.session
     chunk_of(walk)
-    session = walk.session.with_actions(RIGHT)
+    session = walk.session.with_actions(HELD_RIGHT)
     expected = world.next_chunk(session, frames=8, compressed=world.compress(first))
     assert torch.equal(chunk_of(walk, RIGHT).latents, expected.latents)
 
@@ -100,7 +118,7 @@ def test_another_prompt_holds_from_the_next_chunk_on_without_compressing_anew(wa
     first = walk.session
     chunk_of(walk)
     walk.session = walk.session.with_prompt("night")
-    session = walk.session.with_actions(RIGHT)
+    session = walk.session.with_actions(HELD_RIGHT)
     made = chunk_of(walk, RIGHT)
     assert compressions == [1]
     expected = world.next_chunk(session, frames=8, compressed=world.compress(first))
@@ -134,6 +152,19 @@ def test_windows_of_a_long_history_are_compressed_ahead(world, picture, compress
     assert compressions == [121, 121 + 24]
     latest = dataclasses.replace(walk.session, history=walk.session.history[:, :, : 121 + 24])
     assert torch.equal(walk._kept.compressed.latents, world.compress(latest).latents)
+
+
+def test_the_last_action_is_taken_to_be_held(walk, monkeypatch):
+    """A chunk sees the first action after it too, which nobody knows yet."""
+    seen = []
+    handle = walk.world.transformer.action_encoder.register_forward_pre_hook(
+        lambda module, given: seen.append(torch.stack(given)[:, 0].T.tolist())
+    )
+    chunk_of(walk, FORWARD)
+    chunk_of(walk, ActionScript.parse("right 4, left 4"))
+    handle.remove()
+    assert seen[0] == [[1, 0]] * 9
+    assert seen[1] == [[0, 4]] * 4 + [[0, 3]] * 5
 
 
 def test_a_walk_that_is_broken_off_is_as_it_was(walk):
