@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from gpu_border import other_process
 from imageio_ffmpeg import count_frames_and_secs
 from PIL import Image
 
@@ -481,37 +482,6 @@ def test_single_frames_are_those_of_the_film(runner, studio, picture):
 # ---------------------------------------------------------------------------------------------- the border to the GPU
 
 
-def other_process(task_function):
-    """`spaces.GPU` as on ZeroGPU: arguments and results are pickled, the forked worker is thrown away."""
-
-    def call(task):
-        results = multiprocessing.get_context("fork").SimpleQueue()
-        arguments = pickle.dumps(task)
-
-        def work():
-            torch.set_num_threads(1)  # the parent's threads are not there after a fork
-            try:
-                for result in task_function(pickle.loads(arguments)):
-                    results.put(pickle.dumps(result))
-                results.put(None)
-            except BaseException as error:
-                results.put(pickle.dumps(RuntimeError(type(error).__name__)))
-
-        worker = multiprocessing.get_context("fork").Process(target=work, daemon=True)
-        worker.start()
-        try:
-            while (data := results.get()) is not None:
-                result = pickle.loads(data)
-                if isinstance(result, RuntimeError):
-                    raise result
-                yield result
-        finally:
-            worker.kill()
-            worker.join()
-
-    return call
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="ZeroGPU forks")
 def test_a_film_is_the_same_across_a_process_border(world, picture, tmp_path, monkeypatch, studio, runner):
     asked = []
@@ -684,7 +654,7 @@ def test_a_quota_error_leaves_the_film_and_continue(page, runner, studio, pictur
     assert "161 frames" in settled[page.status] and "exceeded your free GPU quota" in settled[page.status]
     assert settled[page.more]["interactive"] and settled[page.generate]["interactive"]
     assert len(read_mp4(settled[page.player]["complete"])) == 161
-    assert settled[page.play]['over'] and 'exceeded' in settled[page.play]['says']
+    assert settled[page.play]["over"] and "exceeded" in settled[page.play]["says"]
     monkeypatch.undo()
     make(runner, studio.go_on(film, 1, SETTINGS))
     assert film.num_frames == 241

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,17 +22,18 @@ from PIL import Image
 import infworld
 from infworld import parallel
 from infworld.actions import ActionScript
-from infworld.app.compute import Opening, Replay, Report, follow, leading
+from infworld.app.compute import Opening, Replay, Report, Walk, follow, leading
 from infworld.app.films import FilmStore
 from infworld.app.model_pool import SingleModelPool
 from infworld.app.runner import Ended, Job, Runner, RunProgress
+from infworld.app.steering import Steering, SteeringFile
 from infworld.cli import generate
 from infworld.cli.console import INTERRUPTED
 from infworld.memory_plan import NotEnoughMemory
 from infworld.session import Session
 from infworld.settings import FilmSettings
 from infworld.video import read_mp4
-from infworld.world import World
+from infworld.world import Chunk, World
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's signals are POSIX")
 
@@ -324,13 +326,19 @@ def page(world: World, picture: np.ndarray) -> list[torch.Tensor] | None:
     shown.close()
     *_, changed = compute(first.session.with_prompt("a desert").with_seed(6))
     with TemporaryDirectory() as folder:
+        file = SteeringFile(Path(folder) / "steering.json")
+        file.write(Steering(1, move=1, shown=1000, at=time.monotonic()))
+        walk = compute(Walk(scene, file.path))
+        walked = [result for result in itertools.islice(walk, 8) if isinstance(result, Chunk)]
+        walk.close()
         store, runner = FilmStore(folder, 60, 30), Runner(SingleModelPool(world))
         cancelled, whole = (Job(store.new(), world.config.name, 2, settings, picture) for _ in range(2))
         ended = asyncio.run(cancel_the_first(runner, cancelled, whole))
         runner.close()
         assert ended == [Ended(stopped=True), Ended()]
         assert torch.equal(whole.film.session().chunk_latents[1], second.session.chunk_latents[1])
-    return [chunk.latents for chunk in (first, second, changed)]
+    assert len(walked) == 2 and walked[1].session.num_frames == 17
+    return [chunk.latents for chunk in (first, second, changed, walked[0])]
 
 
 async def cancel_the_first(runner: Runner, *jobs: Job) -> list[Ended]:
@@ -350,5 +358,6 @@ def test_a_visitors_stop_leaves_the_processes_of_the_page_together(small_model, 
     begun = world.start(picture, "forward 80", negative_prompt="", seed=5, steps=3, guidance=2.0)
     first, second = world.extend(begun, 2)
     changed = world.next_chunk(first.session.with_prompt("a desert").with_seed(6))
-    for mine, chunk in zip(ours, (first, second, changed), strict=True):
+    walked = world.next_chunk(begun, frames=8)
+    for mine, chunk in zip(ours, (first, second, changed, walked), strict=True):
         assert error(mine, chunk.latents) < CLOSE["latents"]

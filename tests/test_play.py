@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import threading
 import time
 
 import numpy as np
 import pytest
+from gpu_border import other_process
 
 from infworld.actions import ActionScript, Segment
+from infworld.app import compute
 from infworld.app import runner as runs
 from infworld.app.compute import Live, Opening, Walk, perform
 from infworld.app.films import FilmStore, PieceWriter, Recorder
@@ -424,6 +427,40 @@ def test_a_walk_ends_where_the_film_is_full(world, studio, runner, picture, monk
     player = Player(runner, studio.play(picture, SETTINGS))
     ended = player.wait()
     assert "as long as it can be" in ended.why and player.film.num_frames == 81
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="ZeroGPU forks")
+def test_steering_reaches_a_process_that_was_forked_before_it(world, store, picture, monkeypatch):
+    """And a call that is over is followed by the next, with the same walk."""
+    calls = []
+
+    def gpu(duration):
+        def decorate(function):
+            call = other_process(function)
+
+            def wrapped(task):
+                calls.append((task.made, duration(task)))
+                return call(task)
+
+            return wrapped
+
+        return decorate
+
+    monkeypatch.setattr(compute.spaces, "GPU", gpu)
+    monkeypatch.setattr(compute, "ON_ZERO_GPU", True)
+    monkeypatch.setattr(compute, "WALK_SECONDS", 3.0)
+    models = SingleModelPool(world)
+    studio, runner = Studio(models, store), Runner(models)
+    player = Player(runner, studio.play(picture, SETTINGS))
+    player.until(lambda p: p.strips)
+    player.steer(number=1, move=FORWARD[0], view=FORWARD[1])
+    player.until(lambda p: any(strip.steered == 1 for strip in p.strips.values()))
+    player.until(lambda p: len(calls) >= 2 and len(p.strips) >= 3)
+    player.leave()
+    runner.close()
+    assert FORWARD in actions_of(player)
+    assert calls[0][0] == 0 and calls[1][0] > 0 and all(seconds >= 3 for _, seconds in calls)
+    assert len(read_mp4(player.film.finish()["film"])) == player.film.session().num_frames
 
 
 def test_an_error_in_the_middle_keeps_what_was_walked(world, studio, runner, picture, monkeypatch):

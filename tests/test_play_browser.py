@@ -159,7 +159,7 @@ def test_a_drag_looks_around_and_a_tap_on_the_pad_counts(open_page, picture, tmp
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x, y)
     page.mouse.down()
-    page.mouse.move(x - box["width"] / 4, y, steps=8)  # the world follows to the left: a look to the right by 20 degrees
+    page.mouse.move(x - box["width"] / 4, y, steps=8)  # to the right by 20 degrees
     page.mouse.up()
     wait_for_frames(page, 60)
     page.click("#play [data-word=forward]", delay=40)
