@@ -297,7 +297,9 @@ class _LedWalk:
         self._led = led
 
     def iterate_chunk(self, actions: ActionScript, frames: int) -> Generator[Frames | Chunk]:
-        with closing(self._led(self.session.with_actions(actions), frames)) as results:
+        last = actions.segments[-1]
+        held = actions + ActionScript([dataclasses.replace(last, frames=1)])  # a chunk sees the first action after it
+        with closing(self._led(self.session.with_actions(held), frames)) as results:
             for result in results:
                 if isinstance(result, Chunk):
                     self.session = result.session
