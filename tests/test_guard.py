@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -18,9 +19,10 @@ import httpx
 import psutil
 import pytest
 from page_client import PageClient
+from starlette.responses import PlainTextResponse
 
 from infworld.app import server
-from infworld.app.guard import JSON_BYTES, Stored
+from infworld.app.guard import JSON_BYTES, Guard, Stored
 from infworld.config import PROJECT_ROOT
 
 
@@ -88,6 +90,30 @@ def test_the_pages_own_requests_are_let_in(address, client, picture):
     assert httpx.post(address + "gradio_api/cancel", json={}, headers=own).status_code == 422  # it was read
 
 
+@pytest.mark.parametrize("host", ["person-space.hf.space", "10.0.0.7:7860"])
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://person-space.hf.space"}, 200),
+        ({"Origin": "https://films.example"}, 200),
+        ({}, 200),  # a program
+        ({"Origin": "https://other-space.hf.space"}, 403),
+        ({"Origin": "https://person-space.hf.space.evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+    ],
+)
+def test_a_space_lets_only_its_own_pages_change_something(monkeypatch, host, headers, status):
+    monkeypatch.setenv("SPACE_HOST", "person-space.hf.space,films.example")
+    guard = Guard(PlainTextResponse("done"), hosts=None, upload=0, stored=Stored(0, 0), connections=9)
+
+    async def ask(method: str) -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(guard)) as http:
+            return (await http.request(method, f"http://{host}/gradio_api/queue/join", headers=headers)).status_code
+
+    assert (asyncio.run(ask("POST")), asyncio.run(ask("GET"))) == (status, 200)
+
+
 def test_the_names_of_a_server_are_those_it_was_told(monkeypatch):
     monkeypatch.delenv("GRADIO_SERVER_NAME", raising=False)
     assert server.hosts_of(None, []) == {"localhost", "127.0.0.1", "[::1]"}
@@ -103,9 +129,10 @@ def test_the_names_of_a_server_are_those_it_was_told(monkeypatch):
 
 def test_a_large_request_is_refused_in_words(address):
     body = json.dumps({"data": ["x" * JSON_BYTES]})
-    for path in ("gradio_api/call/film", "gradio_api/queue/join"):
+    headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+    for path in ("call/film", "queue/join", "mcp/", "mcp/messages/"):
         for content in (body, iter([body[: 2**20].encode()] * 6)):
-            answer = httpx.post(address + path, content=content, headers={"Content-Type": "application/json"})
+            answer = httpx.post(f"{address}gradio_api/{path}", content=content, headers=headers)
             assert answer.status_code == 413 and "At most 4 MB" in answer.text
 
 

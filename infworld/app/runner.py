@@ -8,7 +8,6 @@ it, and only then does the next one begin.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
 import threading
@@ -25,7 +24,7 @@ import numpy as np
 from infworld.app.compute import Opening, Replay, Report, Task
 from infworld.app.films import Film
 from infworld.app.model_pool import ModelPool
-from infworld.devices import peak_memory
+from infworld.devices import peak_memory, release_memory
 from infworld.session import Session
 from infworld.settings import FilmSettings
 
@@ -314,6 +313,7 @@ class Runner:
             ended = Ended(error=error)
         else:
             ended = Ended(stopped=stopped)
+        gc.collect()
         release_memory()
         with self._changed:  # whoever hears of the end may submit the film's next job
             self._current = None
@@ -367,13 +367,6 @@ class Runner:
                     if chunk.index >= there:
                         film.add_frames(chunk)
                         yield NewChunk(chunk.index)
-
-
-def release_memory() -> None:
-    """Gives the system back what films have left in this process, which the C library else keeps in many pieces."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _first_task(job: Job) -> Task | None:
