@@ -27,7 +27,7 @@ SIDES = {"films": [128], "uploads": [1024, 1536, 640], "visitors": [128]}  # pix
 
 
 def visit(address: str, kind: str, number: int, folder: Path) -> None:
-    from tests.page_client import PageClient
+    from page_client import PageClient
 
     client = PageClient(address)
     client.http.get(address).raise_for_status()
@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--model", help="tiny, or the path of a YAML file; default: a small one of random weights")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name).resolve()
         with Server(args.model or str(small_model(folder)), folder, LIFETIME) as server:

@@ -21,11 +21,6 @@ DEFAULTS = {"actions": "", "frames": 81, "seed": 0, "prompt": "", "model": "", "
 
 
 @pytest.fixture(scope="module")
-def address(serve, tmp_path_factory) -> str:
-    return serve(tmp_path_factory.mktemp("films"))
-
-
-@pytest.fixture(scope="module")
 def client(address):
     return PageClient(address)
 

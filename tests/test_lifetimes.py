@@ -22,7 +22,7 @@ from infworld.app.sweeper import Sweeper, forget_closed_pages
 posix = pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners and modes are POSIX")
 
 
-def until(condition, seconds: float = 30) -> None:
+def until(condition, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -205,11 +205,11 @@ def test_uploads_that_keep_arriving_do_not_end_the_sweeping(serve, picture, tmp_
 
     uploader = threading.Thread(target=upload)
     uploader.start()
-    time.sleep(4)
+    time.sleep(2.5)
     stop.set()
     uploader.join()
     assert len({*paths}) > 10
-    until(lambda: not any(path.exists() for path in paths), 20)
+    until(lambda: not any(path.exists() for path in paths))
 
 
 def test_an_upload_in_use_is_kept(serve, picture, tmp_path):
