@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import secrets
 import zlib
 from collections.abc import Iterator
@@ -54,6 +55,12 @@ def _exists(path: Path) -> bool:
 def temporary_path(path: Path, end: str = "") -> Path:
     """A hidden name beside `path` that nothing else has, with this process's number: `.film.mp4.1a2b3c4d.123.part`."""
     return path.with_name(f".{_short(path.name)}.{secrets.token_hex(4)}.{os.getpid()}.part{end}")
+
+
+def writer_of(temporary: Path) -> int | None:
+    """The number of the process that writes this temporary file; None for a name that is none of `temporary_path`."""
+    found = re.fullmatch(r"\..*\.[0-9a-f]{8}\.(\d+)\.part(\.\w+)?", temporary.name, re.DOTALL)
+    return int(found[1]) if found else None
 
 
 def remove_leftovers(path: Path, end: str = "") -> None:

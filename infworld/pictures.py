@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms
 
+from infworld.devices import release_memory
 from infworld.picture_files import FORMAT_NAMES, FORMATS, orientation, without_metadata
 
 MIN_SIDE = 16  # pixels; smaller pictures show nothing to walk through
 MAX_SIDE = 20_000
 MAX_PIXELS = 64_000_000
+MAX_WEBP_PIXELS = 32_000_000  # which are in memory four times when they are decoded, and cannot be at reduced size
 KEPT_PIXELS = 6_000_000  # of a large picture at least: the largest bucket has 0.4 million
 STRIP_PIXELS = 1_000_000  # converted at a time
 LARGE_PIXELS = 16_000_000  # pictures of more are decoded one at a time, others two at a time
@@ -59,10 +61,11 @@ def load_image(image: PictureSource) -> Image.Image:
 
     Files may be PNG, JPEG, WebP, GIF, BMP, TIFF and, where Pillow has it, AVIF; of several frames the first counts.
     Arrays are H W, H W 3 or H W 4, uint8 or uint16. EXIF orientation is applied, an embedded ICC profile converted
-    to sRGB (relative colorimetric, black point compensation), transparency laid on white, more than 8 bits scaled (see
-    `_white`). Pictures of 24 megapixels or more come back at 1/2, 1/3, ... of their size, with 6 megapixels or more.
+    to sRGB (relative colorimetric, black point compensation), transparency laid on white. Grey of more than 8 bits is
+    scaled (see `_white`), of 16-bit colours the upper 8 bits count. Pictures of 24 megapixels or more come back at 1/2,
+    1/3, ... of their size, with 6 megapixels or more.
     Raises FileNotFoundError for a missing file and ValueError for one that cannot be read, is under 16 pixels on a
-    side, or too large (20,000 pixels on a side or more than 64 megapixels): too large a file is never decoded.
+    side, or too large (20,000 pixels on a side or more than 64 megapixels, WebP 32): too large a file is never decoded.
     """
     return _read(image, lambda upright: upright)
 
@@ -94,16 +97,27 @@ def _read_file(path: Path, finish: Callable[[Image.Image], Image.Image]) -> Imag
             with Image.open(source, formats=FORMATS) as picture:
                 _check_size(picture.size)
                 _check_file(picture)
-                factor = _reduction(picture.size)
-                if factor > 1:  # JPEGs decode at 1/2, 1/4 or 1/8
-                    picture.draft(None, (picture.width // factor, picture.height // factor))
-                with _LARGE if picture.width * picture.height > LARGE_PIXELS else _SMALL:
-                    return finish(_to_rgb(picture))
+                large = picture.width * picture.height > LARGE_PIXELS
+            with _LARGE if large else _SMALL:
+                image = _decode(source, finish)
+                if large:
+                    release_memory()
+                return image
         except (_Unfit, MemoryError, PermissionError, Image.DecompressionBombError):
             raise
         except Exception as error:
             failure = failure or error
     raise failure
+
+
+def _decode(source: BinaryIO, finish: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Apart, so that all that it has in memory is free again before the next picture's turn comes."""
+    source.seek(0)
+    with Image.open(source, formats=FORMATS) as picture:
+        factor = _reduction(picture.size)
+        if factor > 1:  # JPEGs decode at 1/2, 1/4 or 1/8
+            picture.draft(None, (picture.width // factor, picture.height // factor))
+        return finish(_to_rgb(picture))
 
 
 def _problem(error: Exception) -> str:
@@ -134,6 +148,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
         raise _Unfit(f"must be an array H W, H W 3 or H W 4, not {array.shape}")
     if array.dtype == np.uint16 and array.ndim == 3:
         array = (array >> 8).astype(np.uint8)
+        _check_bright(array.max())
     if array.dtype != np.uint8 and not (array.dtype == np.uint16 and array.ndim == 2):
         raise _Unfit(f"must be an array of uint8 or uint16, not {array.dtype}")
     return Image.fromarray(np.ascontiguousarray(array))
@@ -141,7 +156,10 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
     """The picture that `load_image` promises, from one of a size that was checked and that may not be decoded yet."""
+    deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))  # of which Pillow keeps the upper 8 bits
     picture.load()
+    if deep and picture.mode not in _WIDE_MODES:
+        _check_bright(max(most for _, most in picture.convert("RGB").getextrema()))
     reduced = _reduced(picture, _reduction(picture.size))
     turn = orientation(picture)
     upright = reduced.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else reduced
@@ -170,11 +188,19 @@ def _check_file(picture: Image.Image) -> None:
         if scans > MAX_SCANS:
             raise _Unfit(f"is a JPEG of more than {MAX_SCANS} scans: save it anew")
     tile = _tiff_tag(picture, 322, 0) * _tiff_tag(picture, 323, 0)
+    if picture.format == "WEBP" and picture.width * picture.height > MAX_WEBP_PIXELS:
+        raise _Unfit(f"is a WebP of more than {MAX_WEBP_PIXELS // 1_000_000} megapixels: save it as PNG or JPEG")
     if tile > MAX_PIXELS:
         raise _Unfit(f"is a TIFF in tiles of {tile:,} pixels: save it anew")
     bits, signed, planar = _tiff_tag(picture, 258, 8), _tiff_tag(picture, 339, 1) == 2, _tiff_tag(picture, 284, 1) == 2
     if (bits > 8 and planar and len(picture.getbands()) > 1) or (bits == 8 and signed):  # Pillow reads other values
         raise _Unfit(f"is a TIFF of {bits}-bit {'signed values' if signed else 'planes'}: save it as PNG or JPEG")
+
+
+def _check_bright(most: int) -> None:
+    """Refuses colours of 16 bits that use the lowest 12 alone, and would come out black. most: their upper 8 bits."""
+    if most < 16:
+        raise _Unfit("has 16-bit colours of which none has a sixteenth of white: scale them, or save it with 8 bits")
 
 
 def _tiff_tag(picture: Image.Image, tag: int, default: int) -> int:

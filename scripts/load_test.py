@@ -305,8 +305,8 @@ def main() -> int:
 
 
 def small_model(folder: Path) -> Path:
-    sys.path.insert(0, str(ROOT))
-    from tests.conftest import make_small_model
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    from conftest import make_small_model
 
     (folder / "model").mkdir()
     return make_small_model(folder / "model")

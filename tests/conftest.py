@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 from pathlib import Path
 
 # Before torch is imported, here and in the programs that tests start: tests run side by side, a thread each.
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from servers import CHROMIUM_FLAGS, free_port
 
 from infworld.checkpoint import save_tensors
 from infworld.config import ModelConfig, from_dict
@@ -144,6 +144,28 @@ def chromium() -> str:
     return path
 
 
+@pytest.fixture(scope="module")
+def browser(chromium):
+    """A real browser, which takes longer to start than most tests. Not for the session: it holds an event loop."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory) -> Path:
+    """The films' folder of `address`."""
+    return tmp_path_factory.mktemp("films")
+
+
+@pytest.fixture(scope="session")
+def address(serve, films) -> str:
+    """The page for the small model, for all tests that need none of their own: building one takes seconds."""
+    return serve(films)
+
+
 @pytest.fixture(scope="session")
 def serve(world, serve_models):
     """Starts the page for the small model in this process: serve(films folder) -> its address, with a slash."""
@@ -158,10 +180,7 @@ def serve_models():
     pages = []
 
     def start(models, films: Path, hall=None) -> str:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        where = {"server_name": "127.0.0.1", "server_port": port}
+        where = {"server_name": "127.0.0.1", "server_port": free_port()}
         page = server.serve(models, films, hall=hall, prevent_thread_lock=True, quiet=True, **where)
         pages.append(page)
         return page.local_url

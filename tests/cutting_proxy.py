@@ -4,6 +4,8 @@ import asyncio
 import signal
 import sys
 
+from forwarding import connect, pipe
+
 CUT = 3.0  # seconds
 
 
@@ -14,15 +16,13 @@ class CuttingProxy:
         self.down = False
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.down:
+        there = None if self.down else await connect(self.upstream)
+        if there is None:
             return writer.transport.abort()
-        try:
-            up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.upstream)
-        except OSError:
-            return writer.transport.abort()
-        self.writers |= {writer, up_writer}
-        await asyncio.gather(pipe(reader, up_writer), pipe(up_reader, writer))
-        self.writers -= {writer, up_writer}
+        both = {writer, there[1]}
+        self.writers |= both
+        await pipe((reader, writer), there)
+        self.writers -= both
 
     def cut(self) -> None:
         self.down = True
@@ -34,21 +34,10 @@ class CuttingProxy:
         self.down = False
 
 
-async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    except OSError:
-        pass
-    finally:
-        writer.close()
-
-
 async def main() -> None:
     proxy = CuttingProxy(int(sys.argv[2]))
-    server = await asyncio.start_server(proxy.handle, "127.0.0.1", int(sys.argv[1]))
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, proxy.cut)
+    server = await asyncio.start_server(proxy.handle, "127.0.0.1", int(sys.argv[1]))
     await server.serve_forever()
 
 

@@ -23,7 +23,9 @@ class PageClient:
         self.components = {component["id"]: component for component in self.config["components"]}
         self.by_name = {component["props"].get("elem_id"): component for component in self.config["components"]}
         self.messages: dict[str, list[dict]] = {}
-        self._reader: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._pending: set[str] = set()  # events that are not over, to this client's knowledge
+        self._reading = False
 
     def upload(self, path: Path) -> dict[str, Any]:
         """A file's data as the browser sends it after the upload."""
@@ -38,18 +40,27 @@ class PageClient:
     def start(self, name: str, event: str = "click", event_data: Any = None, **values: Any) -> str:
         """Fires an event of the component of this elem_id, with the page's own values but for those given by elem_id;
         its id."""
-        dependency = self.dependency(name, event)
+        return self._fire(self.dependency(name, event), self.by_name[name]["id"], event_data, values)
+
+    def load(self) -> str:
+        """Fires the event of a page that has been loaded, in a browser that remembers nothing; its id."""
+        dependency = next(dep for dep in self.config["dependencies"] if "load" in dict(map(reversed, dep["targets"])))
+        return self._fire(dependency, None, None, {})
+
+    def _fire(self, dependency: dict, trigger: int | None, event_data: Any, values: dict[str, Any]) -> str:
         inputs = [self.components[number] for number in dependency["inputs"]]
         data = [values.get(part["props"].get("elem_id"), part["props"].get("value")) for part in inputs]
         body = {"data": data, "fn_index": dependency["id"], "session_hash": self.session, "event_data": event_data}
-        body["trigger_id"] = self.by_name[name]["id"]
+        body["trigger_id"] = trigger
         answer = self.http.post(self.address + "queue/join", json=body)
         answer.raise_for_status()
         number = answer.json()["event_id"]
-        self.messages.setdefault(number, [])
-        if self._reader is None or not self._reader.is_alive():
-            self._reader = threading.Thread(target=self._read, daemon=True)
-            self._reader.start()
+        with self._lock:
+            if not any(message["msg"] == "process_completed" for message in self.messages.setdefault(number, [])):
+                self._pending.add(number)
+            if not self._reading:
+                self._reading = True
+                threading.Thread(target=self._read, daemon=True).start()
         return number
 
     def wait(self, event: str, seconds: float = 60) -> dict:
@@ -75,12 +86,22 @@ class PageClient:
         self.http.close()
 
     def _read(self) -> None:
-        """Until nothing is pending: then the server ends the stream."""
+        """Until nothing is pending: then the server ends the stream, maybe while the next event is on its way to it."""
+        while True:
+            self._read_stream()
+            with self._lock:
+                if not self._pending:
+                    self._reading = False
+                    return
+
+    def _read_stream(self) -> None:
         address = self.address + f"queue/data?session_hash={self.session}"
         with httpx.stream("GET", address, timeout=None) as answer:
-            self._answer = answer
             for line in answer.iter_lines():
                 if line.startswith("data: "):
                     message = json.loads(line[6:])
-                    if message.get("event_id"):
-                        self.messages.setdefault(message["event_id"], []).append(message)
+                    if number := message.get("event_id"):
+                        with self._lock:
+                            self.messages.setdefault(number, []).append(message)
+                            if message["msg"] == "process_completed":
+                                self._pending.discard(number)

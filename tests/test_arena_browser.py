@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import socket
-
 import httpx
 import numpy as np
 import pytest
+from servers import CHROMIUM_FLAGS, PATIENCE, free_port
 
 from infworld.app.arena_page import launch, open_hall
 from infworld.arena.votes import QUESTIONS
 from infworld.evaluation.run import FILMS_INDEX, write_text
 from infworld.video import write_mp4
-from tests.test_browser import FLAGS, PATIENCE
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
@@ -41,38 +39,45 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def served(folder, tmp_path):
     """A new arena on the films: its address and its votes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with open_hall(folder, tmp_path / "votes.sqlite") as hall:
         page = launch(hall, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", server_port=port)
         yield page.local_url, hall.votes
         page.close()
 
 
-@pytest.fixture
-def voter(chromium, served):
-    """Opens the arena in a browser of its own, with everything that reaches it kept as text."""
+@pytest.fixture(scope="module")
+def browser(chromium):
+    """One in which films play without being clicked on."""
+    flags = [*CHROMIUM_FLAGS, "--autoplay-policy=no-user-gesture-required"]
     with sync_api.sync_playwright() as playwright:
-        browsers = []
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield browser
+        browser.close()
 
-        def open_arena():
-            browser = playwright.chromium.launch(executable_path=chromium, args=[*FLAGS, "--autoplay-policy=no-user-gesture-required"])  # fmt: skip  # noqa: E501
-            browsers.append(browser)
-            page = browser.new_page(viewport={"width": 1000, "height": 900})
-            page.set_default_timeout(PATIENCE)
-            page.errors = []
-            page.on("pageerror", lambda error: page.errors.append(str(error)))
-            page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))
-            page.addresses = []
-            page.on("request", lambda request: page.addresses.append(request.url))
-            page.goto(served[0])
-            expect(page.locator("#duel .question")).to_be_visible(timeout=PATIENCE)
-            return page
 
-        yield open_arena
-        for browser in browsers:
-            browser.close()
+@pytest.fixture
+def voter(browser, served):
+    """Opens the arena in a browser profile of its own, with everything that reaches it kept as text."""
+    contexts = []
+
+    def open_arena():
+        context = browser.new_context(viewport={"width": 1000, "height": 900})
+        contexts.append(context)
+        context.set_default_timeout(PATIENCE)
+        page = context.new_page()
+        page.errors = []
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))
+        page.addresses = []
+        page.on("request", lambda request: page.addresses.append(request.url))
+        page.goto(served[0])
+        expect(page.locator("#duel .question")).to_be_visible(timeout=PATIENCE)
+        return page
+
+    yield open_arena
+    for context in contexts:
+        context.close()
 
 
 def answer(page, key: str, following: str | None) -> None:
@@ -179,16 +184,14 @@ def test_pages_of_other_sites_cannot_vote(served):
     assert votes.all() == []
 
 
-def test_the_app_has_the_arena_as_another_page(chromium, serve_models, world, folder, tmp_path):
+def test_the_app_has_the_arena_as_another_page(browser, serve_models, world, folder, tmp_path):
     with open_hall(folder, tmp_path / "votes.sqlite") as hall:
         address = serve_models(world, tmp_path / "films", hall)
-        with sync_api.sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-            page = browser.new_page()
-            page.goto(address)
-            expect(page.locator("#generate")).to_be_visible(timeout=PATIENCE)
-            page.get_by_role("link", name="Arena").click()
-            expect(page.locator("#duel .question")).to_be_visible(timeout=PATIENCE)
-            answer(page, "1", "fidelity")
-            browser.close()
+        page = browser.new_page()
+        page.goto(address)
+        expect(page.locator("#play .begin")).to_be_visible(timeout=PATIENCE)
+        page.get_by_role("link", name="Arena").click()
+        expect(page.locator("#duel .question")).to_be_visible(timeout=PATIENCE)
+        answer(page, "1", "fidelity")
+        page.close()
         assert len(hall.votes.all()) == 1

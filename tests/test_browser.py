@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from servers import PATIENCE
 
 from infworld.actions import ActionScript
 from infworld.app.gallery import find_examples
@@ -18,28 +19,7 @@ from infworld.video import read_mp4
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
 
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync""".split()  # noqa: SIM905
 SESSION_INPUT = "input[type=file][accept='.safetensors']"
-PATIENCE = 240_000  # milliseconds; the machine may be busy
-
-
-@pytest.fixture(scope="module")
-def films(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("films")
-
-
-@pytest.fixture(scope="module")
-def address(serve, films) -> str:
-    return serve(films)
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

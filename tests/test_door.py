@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from page_client import PageClient
+from PIL import Image
 
 from infworld.actions import ActionScript
+from infworld.app.inputs import answering_late
 from infworld.video import read_mp4
 
 NAMES = ("actions", "frames", "seed", "prompt", "model", "preset")
 DEFAULTS = {"actions": "", "frames": 81, "seed": 0, "prompt": "", "model": "", "preset": ""}
-
-
-@pytest.fixture(scope="module")
-def address(serve, tmp_path_factory) -> str:
-    return serve(tmp_path_factory.mktemp("films"))
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +106,29 @@ def test_what_is_unambiguous_is_taken(client, image, world, picture):
     assert len(films) == 4 and all((film == films[0]).all() for film in films)
 
 
+def test_an_event_after_a_pages_last_one_is_answered_when_its_stream_has_ended():
+    """Else its client may take the stream for open, and never hear of the event."""
+    answered = []
+
+    async def push(body):
+        answered.append("pushed")
+        return body.session_hash
+
+    queue = SimpleNamespace(
+        pending_messages_per_session={"idle", "busy"}, pending_event_ids_session={"busy": {"event"}}, push=push
+    )
+    push_late = answering_late(queue)
+
+    async def fire(page: str) -> None:
+        answered.append(await push_late(body=SimpleNamespace(session_hash=page)))
+
+    async def fire_all() -> None:
+        await asyncio.gather(fire("idle"), fire("busy"), fire("new"))
+
+    asyncio.run(fire_all())
+    assert answered == ["pushed", "pushed", "busy", "pushed", "new", "idle"]
+
+
 # ----------------------------------------------------------------------------------------------------------------- MCP
 
 
@@ -136,8 +158,10 @@ def test_the_tool_says_what_is_wrong_with_an_argument(address, picture):
         assert result.isError and "verbose" not in words and len(words) > 10, (name, value, words)
 
 
-def test_the_tool_takes_numbers_in_text_and_lists(address, picture):
-    image = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+def test_the_tool_takes_numbers_in_text_lists_and_a_large_picture(address, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (900, 1000, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png", compress_level=0)  # 2.7 MB
+    image = f"data:image/png;base64,{base64.b64encode((tmp_path / 'noise.png').read_bytes()).decode()}"
     actions = ActionScript.parse("right 3").to_list()
     (result,) = call_tool(address, {"image": image, "frames": "81", "seed": "5", "actions": actions})
     assert not result.isError and ".mp4" in result.content[0].text, result.content

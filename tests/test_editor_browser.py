@@ -3,12 +3,11 @@
 import base64
 import json
 import re
-import shutil
-import socket
 import tempfile
 
 import numpy as np
 import pytest
+from servers import free_port
 
 gr = pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -17,17 +16,7 @@ from infworld.actions import ActionScript  # noqa: E402
 from infworld.app.editor import ActionEditor, script_of  # noqa: E402
 from infworld.app.templates import walk_templates  # noqa: E402
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-CHROMIUM = next((path for path in map(shutil.which, BROWSERS) if path), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
-
 EXAMPLE = ActionScript.parse("back 12, up+strafe left 34")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def silent_film() -> str:
@@ -56,14 +45,6 @@ def address():
         _, address, _ = page.launch(server_port=free_port(), prevent_thread_lock=True, **options)
     yield address
     page.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

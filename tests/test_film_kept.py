@@ -19,6 +19,7 @@ from infworld.session import Session
 from infworld.video import read_mp4
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals, descriptors and locks are POSIX")
+PATIENCE = 300  # seconds; the machine may be busy
 INFWORLD = [sys.executable, "-m", "infworld"]
 
 
@@ -47,7 +48,7 @@ def filming(begin, tmp_path):
         command = [*INFWORLD, "generate", *map(str, begin), "--frames", "1281", "--steps", "9"]
         with (tmp_path / "out").open("wb") as out, (tmp_path / "err").open("wb") as err:
             processes.append(subprocess.Popen(command, stdout=out, stderr=err))
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + PATIENCE
         while finished(tmp_path) < 2:
             assert time.monotonic() < deadline and processes[-1].poll() is None, (tmp_path / "err").read_text()
             time.sleep(0.02)
@@ -83,11 +84,12 @@ def goes_on(folder, said: str, frames: int) -> None:
 
 @POSIX
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_keeps_film_and_session(filming, tmp_path, loaded, name):
+def test_a_signal_keeps_film_and_session_also_beside_a_second_run(filming, begin, tmp_path, loaded, capsys, name):
     process = filming()
+    assert run(*begin) == 2 and "another run is writing" in capsys.readouterr().err
     number = getattr(signal, name)
     process.send_signal(number)
-    assert process.wait(60) == 128 + number
+    assert process.wait(PATIENCE) == 128 + number
     said = (tmp_path / "out").read_text()
     session = Session.load(tmp_path / "it's a film.session.safetensors")
     assert len(read_mp4(tmp_path / "it's a film.mp4")) == session.num_frames == 1 + 80 * finished(tmp_path)
@@ -105,7 +107,7 @@ def test_kill_loses_at_most_the_chunk_in_the_making(filming, small_model, tmp_pa
     path = tmp_path / "it's a film.session.safetensors"
     frames = Session.load(path).num_frames
     assert (frames - 1) // 80 in (made, made + 1)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while not any(playable(part) >= frames - 80 for part in tmp_path.glob(".it's a film.mp4.*.part.mp4")):
         assert time.monotonic() < deadline  # ffmpeg outlives the program and ends the file
         time.sleep(0.1)
@@ -295,16 +297,6 @@ def test_a_second_run_with_the_same_file_is_refused_before_it_computes(begin, tm
     with claimed(path):
         assert run(*begin, option, tmp_path / "." / path.name) == 2
     assert f"another run is writing {path}" in capsys.readouterr().err and os.listdir(tmp_path) == []
-
-
-@POSIX
-def test_a_second_run_beside_a_real_one_is_refused_and_harms_nothing(filming, begin, tmp_path, capsys):
-    process = filming()
-    assert run(*begin) == 2
-    assert "another run is writing" in capsys.readouterr().err
-    process.terminate()
-    process.wait(60)
-    assert len(read_mp4(tmp_path / "it's a film.mp4")) == 1 + 80 * finished(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------- sessions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -18,15 +19,12 @@ import httpx
 import psutil
 import pytest
 from page_client import PageClient
+from servers import free_port
+from starlette.responses import PlainTextResponse
 
 from infworld.app import server
-from infworld.app.guard import JSON_BYTES, Stored
+from infworld.app.guard import JSON_BYTES, Guard, Stored
 from infworld.config import PROJECT_ROOT
-
-
-@pytest.fixture(scope="module")
-def address(serve, tmp_path_factory) -> str:
-    return serve(tmp_path_factory.mktemp("films"))
 
 
 @pytest.fixture
@@ -88,6 +86,30 @@ def test_the_pages_own_requests_are_let_in(address, client, picture):
     assert httpx.post(address + "gradio_api/cancel", json={}, headers=own).status_code == 422  # it was read
 
 
+@pytest.mark.parametrize("host", ["person-space.hf.space", "10.0.0.7:7860"])
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://person-space.hf.space"}, 200),
+        ({"Origin": "https://films.example"}, 200),
+        ({}, 200),  # a program
+        ({"Origin": "https://other-space.hf.space"}, 403),
+        ({"Origin": "https://person-space.hf.space.evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+    ],
+)
+def test_a_space_lets_only_its_own_pages_change_something(monkeypatch, host, headers, status):
+    monkeypatch.setenv("SPACE_HOST", "person-space.hf.space,films.example")
+    guard = Guard(PlainTextResponse("done"), hosts=None, upload=0, stored=Stored(0, 0), connections=9)
+
+    async def ask(method: str) -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(guard)) as http:
+            return (await http.request(method, f"http://{host}/gradio_api/queue/join", headers=headers)).status_code
+
+    assert (asyncio.run(ask("POST")), asyncio.run(ask("GET"))) == (status, 200)
+
+
 def test_the_names_of_a_server_are_those_it_was_told(monkeypatch):
     monkeypatch.delenv("GRADIO_SERVER_NAME", raising=False)
     assert server.hosts_of(None, []) == {"localhost", "127.0.0.1", "[::1]"}
@@ -103,9 +125,10 @@ def test_the_names_of_a_server_are_those_it_was_told(monkeypatch):
 
 def test_a_large_request_is_refused_in_words(address):
     body = json.dumps({"data": ["x" * JSON_BYTES]})
-    for path in ("gradio_api/call/film", "gradio_api/queue/join"):
+    headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+    for path in ("call/film", "queue/join", "mcp/", "mcp/messages/"):
         for content in (body, iter([body[: 2**20].encode()] * 6)):
-            answer = httpx.post(address + path, content=content, headers={"Content-Type": "application/json"})
+            answer = httpx.post(f"{address}gradio_api/{path}", content=content, headers=headers)
             assert answer.status_code == 413 and "At most 4 MB" in answer.text
 
 
@@ -157,9 +180,7 @@ def test_an_upload_that_cannot_be_kept_is_said(serve, tmp_path, monkeypatch, pic
 @contextlib.contextmanager
 def started(*arguments: str, limit: int | None = None, log: Path, **environment: str):
     """`python app.py` in this environment, with so many open files allowed: the process, when it answers at port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "app.py", "--port", str(port), *arguments]
     lower = (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))) if limit else None
     environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": "", **environment}
@@ -182,23 +203,41 @@ def wait_for_page(process, address: str, log: Path) -> str:
     raise AssertionError(log.read_text())
 
 
-@pytest.mark.parametrize(
-    "proxies",
-    [
-        {"HTTP_PROXY": "http://127.0.0.1:1", "HTTPS_PROXY": "http://127.0.0.1:1"},
-        {"ALL_PROXY": "socks5://127.0.0.1:1", "http_proxy": "http://127.0.0.1:1"},
-    ],
-)
-def test_the_page_starts_behind_a_proxy(tmp_path, proxies):
-    with started("--model", "tiny", log=tmp_path / "log", **proxies) as (process, port):
-        assert "Infinite-World" in wait_for_page(process, f"http://127.0.0.1:{port}/", tmp_path / "log")
-    assert "Traceback" not in (tmp_path / "log").read_text()
-
-
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
-def test_the_page_listens_on_ipv6(tmp_path):
-    with started("--model", "tiny", "--host", "::1", log=tmp_path / "log") as (process, port):
-        assert "Infinite-World" in wait_for_page(process, f"http://[::1]:{port}/", tmp_path / "log")
+def test_the_page_starts_behind_a_proxy_and_listens_on_ipv6(tmp_path):
+    proxies = {"HTTP_PROXY": "http://127.0.0.1:1", "HTTPS_PROXY": "http://127.0.0.1:1"}
+    log = tmp_path / "log"
+    with started("--model", "tiny", "--host", "::1", log=log, **proxies) as (process, port):
+        assert "Infinite-World" in wait_for_page(process, f"http://[::1]:{port}/", log)
+    assert "Traceback" not in log.read_text()
+
+
+def test_behind_a_socks_proxy_many_connections_do_not_make_the_server_spin(tmp_path):
+    proxies = {"ALL_PROXY": "socks5://127.0.0.1:1", "http_proxy": "http://127.0.0.1:1"}
+    log = tmp_path / "log"
+    with started("--model", "tiny", limit=160, log=log, **proxies) as (process, port):
+        address = f"http://127.0.0.1:{port}/"
+        assert "Infinite-World" in wait_for_page(process, address, log)
+        for beginning in ("GET /gradio_api/heartbeat/{} HTTP/1.1\r\nHost: localhost\r\n\r\n", "GET "):
+            peers = connect(port, beginning)
+            server_process = psutil.Process(process.pid)
+            server_process.cpu_percent()
+            time.sleep(2)
+            assert server_process.cpu_percent() < 60
+            for peer in peers:
+                peer.close()
+            assert "Infinite-World" in wait_for_page(process, address, log)
+    assert "Traceback" not in log.read_text() and len(log.read_bytes()) < 500_000
+
+
+def connect(port: int, beginning: str) -> list[socket.socket]:
+    """As many of 200 connections as can be made, each with the beginning of a request."""
+    peers = []
+    for number in range(200):
+        with contextlib.suppress(OSError):
+            peers.append(socket.create_connection(("127.0.0.1", port), timeout=1))
+            peers[-1].sendall(beginning.format(number).encode())
+    return peers
 
 
 @pytest.mark.parametrize("port", ["70000", "-1", "0", "http"])
@@ -207,24 +246,3 @@ def test_a_port_that_is_none_is_said(monkeypatch, capsys, port):
     with pytest.raises(SystemExit, match="2"):
         server.main()
     assert "port" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("request_line", ["GET /gradio_api/heartbeat/{} HTTP/1.1\r\nHost: localhost\r\n\r\n", "GET "])
-def test_many_connections_do_not_make_the_server_spin(tmp_path, request_line):
-    log = tmp_path / "log"
-    with started("--model", "tiny", limit=160, log=log) as (process, port):
-        wait_for_page(process, f"http://127.0.0.1:{port}/", log)
-        sockets = []
-        for number in range(200):
-            with contextlib.suppress(OSError):
-                peer = socket.create_connection(("127.0.0.1", port), timeout=1)
-                peer.sendall(request_line.format(number).encode())
-                sockets.append(peer)
-        server_process = psutil.Process(process.pid)
-        server_process.cpu_percent()
-        time.sleep(4)
-        assert server_process.cpu_percent() < 60
-        for peer in sockets:
-            peer.close()
-        assert "Infinite-World" in wait_for_page(process, f"http://127.0.0.1:{port}/", log)
-    assert len(log.read_bytes()) < 500_000

@@ -344,7 +344,7 @@ def test_a_truncated_file_of_11_gb_is_noticed_at_once(server, config, released, 
         file.truncate(11_361_920_418)  # sparse: takes no room
     begin = time.monotonic()
     assert [file.path for file in hub.plan(config).files] == ["models/t5.pth"]
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30  # reading it would take minutes
 
 
 def test_a_broken_tokenizer_is_downloaded_again(server, config, released, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,14 +14,15 @@ import pytest
 from page_client import PageClient
 
 from infworld.app import server
+from infworld.app.environment import uploads_folder
 from infworld.app.films import FilmStore
 from infworld.app.folders import make_private, own_folder
-from infworld.app.sweeper import Sweeper
+from infworld.app.sweeper import Sweeper, forget_closed_pages
 
 posix = pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners and modes are POSIX")
 
 
-def until(condition, seconds: float = 30) -> None:
+def until(condition, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -202,11 +205,11 @@ def test_uploads_that_keep_arriving_do_not_end_the_sweeping(serve, picture, tmp_
 
     uploader = threading.Thread(target=upload)
     uploader.start()
-    time.sleep(4)
+    time.sleep(2.5)
     stop.set()
     uploader.join()
     assert len({*paths}) > 10
-    until(lambda: not any(path.exists() for path in paths), 20)
+    until(lambda: not any(path.exists() for path in paths))
 
 
 def test_an_upload_in_use_is_kept(serve, picture, tmp_path):
@@ -217,17 +220,73 @@ def test_an_upload_in_use_is_kept(serve, picture, tmp_path):
     assert time.time() - Path(image["path"]).stat().st_mtime < 60
 
 
-def test_what_a_killed_server_left_of_a_film_is_swept(tmp_path):
+def test_closed_pages_are_forgotten_and_open_ones_are_not(serve, picture, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "LIFETIME", 5.0)  # swept every half a second
+    kept = []
+    monkeypatch.setattr(server, "forget_closed_pages", lambda pages, _: kept.append(pages))
+    address = serve(tmp_path / "films")
+    closed, opened = PageClient(address), PageClient(address)
+    heartbeat = "{0.address}heartbeat/{0.session}".format
+    with opened.http.stream("GET", heartbeat(opened)):
+        with closed.http.stream("GET", heartbeat(closed)):
+            for client in (closed, opened):
+                client.wait(client.start("frames", "change", frames=161))
+        until(lambda: kept)
+        pages = kept[0]
+        until(lambda: pages.session_data[closed.session].is_closed)
+        forget_closed_pages(pages, 60)
+        assert {closed.session, opened.session} <= {*pages.session_data}
+        forget_closed_pages(pages, 0)
+        assert opened.session in pages.session_data and closed.session not in pages.session_data
+    assert client.wait(client.start("frames", "change", frames=81))["success"]
+
+
+@pytest.fixture
+def ended() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.fixture
+def running():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+def test_what_a_killed_server_left_of_a_film_is_swept(tmp_path, ended, running):
     store = FilmStore(tmp_path / "films", 3600, 30)
     film = store.new()
     (film.folder / "pieces").mkdir(parents=True)
-    for name in (".next.safetensors.77.part", "pieces/.001-80-ab.part.mp4", "session.safetensors"):
+    for name in (
+        *(f".next.safetensors.1a2b3c4d.{ended}.part", f"pieces/.001-80-ab.mp4.1a2b3c4d.{ended}.part.mp4"),
+        *(f".next.safetensors.1a2b3c4d.{running}.part", "session.safetensors"),
+    ):
         (film.folder / name).write_bytes(b"a")
-    make_old(film.folder, 900)
-    (film.folder / ".session.safetensors.78.part").write_bytes(b"a")  # being written
+    kept = {"session.safetensors", f".next.safetensors.1a2b3c4d.{running}.part"}
     store.sweep()
-    left = {path.name for path in film.folder.rglob("*") if path.is_file()}
-    assert left == {"session.safetensors", ".session.safetensors.78.part"}
+    assert {path.name for path in film.folder.rglob("*") if path.is_file()} == kept
+    make_old(film.folder, 3000)  # from before that process, which has its number from one that was killed
+    store.sweep()
+    assert {path.name for path in film.folder.rglob("*") if path.is_file()} == {"session.safetensors"}
+
+
+def test_uploads_of_processes_that_have_ended_are_removed_at_the_next_start(tmp_path, monkeypatch, ended, running):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    folder = uploads_folder()
+    for number in (ended, running):
+        (folder.parent / f"process-{number}" / "abc").mkdir(parents=True)
+        (folder.parent / f"process-{number}" / "abc" / "a.png").write_bytes(b"a")
+    (folder / "b.png").write_bytes(b"a")  # of one with this process's number
+    (tmp_path / "somebody else's.png").write_bytes(b"a")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder))  # as a child's own has it
+    assert uploads_folder() == folder and list(folder.iterdir()) == []
+    names = {folder.name, f"process-{running}"}
+    assert {path.name for path in folder.parent.iterdir()} == names
+    assert (tmp_path / "somebody else's.png").exists()
 
 
 def test_the_page_starts_where_somebody_else_has_the_names(shared, picture, serve_models, world):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import SMALL_MODEL
 
 import infworld
 from infworld.actions import MOVES, ActionScript
@@ -24,7 +25,6 @@ from infworld.metrics.quality import motion_smoothness
 from infworld.metrics.stability import seams
 from infworld.video import read_mp4
 from infworld.world import World
-from tests.conftest import SMALL_MODEL
 
 CHUNK = 8  # frames, so that a test takes seconds
 

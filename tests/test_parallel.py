@@ -8,9 +8,9 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from servers import free_port
 
 import infworld
 from infworld import parallel
@@ -39,15 +40,14 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's signals are 
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["infworld.cli.generate", "infworld.app.runner"])
-SIZES = (2, 3, 4)
+SIZES = (3, 4)
+PATIENCE = 400  # seconds; the machine may be busy
 CLOSE = {"latents": 1e-5, "history": 1e-4, "frames": 1.01 / 255}  # relative error in float32; frames: one level
 
 
 def start(size: int, target, *given) -> list:
     """Starts `target(*given)` in processes that find themselves as torchrun would have started them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [FORK.Process(target=as_rank, args=(rank, size, port, target, given)) for rank in range(size)]
     for process in processes:
         process.start()
@@ -65,9 +65,9 @@ def in_a_team(size: int, model: Path, work, given) -> list:
     """What `work` (of a World and `given`) returns in each process of a team."""
     results = FORK.Queue()
     processes = start(size, work_in_a_team, model, work, pickle.dumps(given), results)
-    found = dict(results.get(timeout=400) for _ in processes)
+    found = dict(results.get(timeout=PATIENCE) for _ in processes)
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=PATIENCE)
     assert [process.exitcode for process in processes] == [0] * size
     return [pickle.loads(found[rank]) for rank in range(size)]
 
@@ -116,7 +116,7 @@ def alone(world, given):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_team_makes_the_film_of_one_process(small_model, given, alone, size):
-    """2 and 4: branches apart; 3: tokens, heads, rows and windows in unequal parts."""
+    """4: branches apart, halves of each; 3: tokens, heads, rows and windows in unequal parts."""
     for (kind, theirs), *ours in zip(alone, *in_a_team(size, small_model, film, given), strict=True):
         assert all(torch.equal(tensor, ours[0][1]) for _, tensor in ours)  # all ranks go on from the same numbers
         assert error(ours[0][1], theirs) < CLOSE[kind]
@@ -145,8 +145,29 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 def out_of_memory(world: World, given) -> list[torch.Tensor]:
-    """A rank runs out of memory in a film's beginning or second chunk, twice; what the team makes in spite of that."""
-    picture, place, rank = given
+    """At each of these places a rank runs out of memory, twice; what the team makes of the film in spite of that."""
+    picture, places = given
+    settings = FilmSettings.for_model(world.config, "forward 100, left 50", "a meadow", seed=3, guidance=3.0)
+    for rank, place in places:
+        if place == "start":
+            with failing(world, place, rank), pytest.raises(NotEnoughMemory, match="too little GPU memory"):
+                world.start(picture, settings)
+    first = world.next_chunk(world.start(picture, settings))
+    for rank, place in [found for found in places if found[1] != "start"] * 2:
+        heard = []
+        with (
+            failing(world, place, rank),
+            pytest.raises(NotEnoughMemory, match="what was filmed before is kept"),
+        ):
+            world.next_chunk(first.session, heard.append)
+        assert all(progress.chunk == 1 for progress in heard)
+    second = world.next_chunk(first.session)
+    return [first.latents, second.latents, second.session.history]
+
+
+@contextmanager
+def failing(world: World, place: str, rank: int):
+    """Within it this rank has too little memory at this place, once."""
     owner, name, at = {
         "start": (world, "_encode", 1),
         "text": (world, "_encode_texts", 1),
@@ -154,45 +175,27 @@ def out_of_memory(world: World, given) -> list[torch.Tensor]:
         "decode": (world.vae, "decode", 1),
         "frames": (world, "_encode", 1),
     }[place]
-    whole = getattr(owner, name)
+    whole, calls = getattr(owner, name), []
 
-    def fail() -> None:
-        calls = []
+    def fails(*args, **kwargs):
+        calls.append(name)
+        if parallel.rank() == rank and len(calls) == at:
+            large = torch.zeros(1000)
+            raise torch.OutOfMemoryError(f"out of memory beside {len(large)} numbers")
+        return whole(*args, **kwargs)
 
-        def failing(*args, **kwargs):
-            calls.append(name)
-            if parallel.rank() == rank and len(calls) == at:
-                large = torch.zeros(1000)
-                raise torch.OutOfMemoryError(f"out of memory beside {len(large)} numbers")
-            return whole(*args, **kwargs)
-
-        setattr(owner, name, failing)
-
-    settings = FilmSettings.for_model(world.config, "forward 100, left 50", "a meadow", seed=3, guidance=3.0)
-    if place == "start":
-        fail()
-        with pytest.raises(NotEnoughMemory, match="too little GPU memory"):
-            world.start(picture, settings)
-        setattr(owner, name, whole)
-    first = world.next_chunk(world.start(picture, settings))
-    for _ in range(2):
-        if place != "start":
-            fail()
-            heard = []
-            with pytest.raises(NotEnoughMemory, match="what was filmed before is kept"):
-                world.next_chunk(first.session, heard.append)
-            assert all(progress.chunk == 1 for progress in heard)
-            setattr(owner, name, whole)
-    second = world.next_chunk(first.session)
-    return [first.latents, second.latents, second.session.history]
+    setattr(owner, name, fails)
+    yield
+    setattr(owner, name, whole)
 
 
 @pytest.mark.parametrize(
-    ("size", "rank", "place"),
-    [(2, 0, "sample"), (2, 1, "decode"), (3, 1, "start"), (3, 2, "sample"), (3, 2, "frames"), (2, 0, "text")],
+    ("size", "places"),
+    [(2, [(0, "sample"), (1, "decode"), (0, "text")]), (3, [(1, "start"), (2, "sample"), (2, "frames")])],
+    ids=["2", "3"],
 )
-def test_a_team_works_on_after_running_out_of_memory_on_one_rank(small_model, world, picture, size, rank, place):
-    ours, *others = in_a_team(size, small_model, out_of_memory, (picture, place, rank))
+def test_a_team_works_on_after_running_out_of_memory_on_one_rank(small_model, world, picture, size, places):
+    ours, *others = in_a_team(size, small_model, out_of_memory, (picture, places))
     begun = world.start(picture, "forward 100, left 50", "a meadow", seed=3, guidance=3.0)
     first, second = world.extend(begun, 2)
     assert all(torch.equal(a, b) for other in others for a, b in zip(other, ours, strict=True))
@@ -212,7 +215,7 @@ def filming(small_model, picture, tmp_path):
 
     def begin(size: int) -> list:
         processes.extend(start(size, generate_quietly, [str(argument) for argument in arguments], tmp_path))
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + PATIENCE
         while frames_saved(tmp_path) < 161:
             assert time.monotonic() < deadline and all(process.is_alive() for process in processes), said(tmp_path)
             time.sleep(0.05)
@@ -241,10 +244,8 @@ def said(folder: Path) -> str:
 def test_a_lost_process_ends_all_and_the_film_goes_on_from_its_session(filming, world, picture, tmp_path, lost):
     processes = filming(2)
     processes[lost].kill()
-    began = time.monotonic()
     for process in processes:
-        process.join(timeout=120)
-    assert time.monotonic() - began < 10
+        process.join(timeout=PATIENCE)
     assert processes[1 - lost].exitcode == parallel.LOST
     saved = Session.load(tmp_path / "film.session.safetensors")
     team = "torchrun --nproc-per-node 2 -m infworld generate"
@@ -261,7 +262,7 @@ def test_ctrl_c_ends_all_after_a_step_and_keeps_film_and_session(filming, tmp_pa
     for process in processes:
         os.kill(process.pid, signal.SIGINT)
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=PATIENCE)
     assert [process.exitcode for process in processes] == [INTERRUPTED, 0]
     assert len(read_mp4(tmp_path / "film.mp4")) == frames_saved(tmp_path) >= 161
     assert "stopped: " in said(tmp_path) and "go on with: torchrun " in said(tmp_path)

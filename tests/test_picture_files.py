@@ -211,6 +211,56 @@ def test_twelve_bit_and_white_is_zero_tiffs_have_the_right_white(tmp_path):
     assert np.abs(read(tmp_path / "0.tif") - RAMP[..., None] * 255).max() <= 1
 
 
+def deep_png(values: np.ndarray) -> bytes:
+    """A PNG of 16-bit values, H W C: grey with alpha, RGB or RGBA."""
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    chunks = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def deep_tiff(values: np.ndarray) -> bytes:
+    """An uncompressed TIFF of 16-bit RGB values."""
+    height, width, channels = values.shape
+    pixels = values.astype("<u2").tobytes()
+    sizes = [(256, 3, 1, width), (257, 3, 1, height), (278, 3, 1, height), (279, 4, 1, len(pixels))]
+    entries = [*sizes, (259, 3, 1, 1), (262, 3, 1, 2), (277, 3, 1, channels)]
+    bits = 8 + 2 + 12 * (len(entries) + 2) + 4 + len(pixels)
+    return tiff([*entries, (258, 3, channels, bits)], pixels + struct.pack("<3H", 16, 16, 16))
+
+
+def deep_array(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("write", "channels"), [(deep_png, 2), (deep_png, 3), (deep_png, 4), (deep_tiff, 3), (deep_array, 3)]
+)
+def test_colours_of_sixteen_bits_become_eight_or_are_refused(tmp_path, write, channels):
+    y, x = np.mgrid[0:64, 0:96]
+    values = np.stack([x * 680, y * 1000, x * 300 + y, np.full_like(x, 65535)], -1)[
+        ..., [0, 3] if channels == 2 else range(channels)
+    ]
+    values[..., 3:] = 65535
+
+    def source(values):
+        made = write(values)
+        if isinstance(made, bytes):
+            (tmp_path / "deep").write_bytes(made)
+            return tmp_path / "deep"
+        return made
+
+    colours = values[..., :1] if channels == 2 else values[..., :3]
+    assert np.abs(read(source(values)) - colours / 257).max() <= 1
+    values[..., : colours.shape[-1]] //= 17  # as from a camera of 12 bits
+    with pytest.raises(ValueError, match="16-bit colours of which none"):
+        load_image(source(values))
+
+
 # Metadata
 
 
@@ -411,6 +461,17 @@ for reader in readers:
     reader.join()
 print(most - before)
 """
+
+
+def test_a_webp_has_fewer_pixels_since_it_cannot_be_decoded_at_reduced_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("infworld.pictures.MAX_WEBP_PIXELS", 40 * 30)
+    for name in ("a.webp", "a.png"):
+        Image.new("RGB", (40, 30), (200, 120, 60)).save(tmp_path / name)
+        assert load_image(tmp_path / name).size == (40, 30)
+        Image.new("RGB", (41, 30), (200, 120, 60)).save(tmp_path / name)
+    assert load_image(tmp_path / "a.png").size == (41, 30)
+    with pytest.raises(ValueError, match=r"a\.webp.*WebP of more than"):
+        load_image(tmp_path / "a.webp")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of memory")

@@ -4,77 +4,16 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
-from contextlib import contextmanager
-from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
+from servers import PATIENCE, free_port, page_server, proxy
 
 from infworld.session import Session
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
-
-HERE = Path(__file__).parent
-PATIENCE = 240_000  # milliseconds; the machine may be busy
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-@contextmanager
-def program(*arguments: object):
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE.parent)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-@contextmanager
-def page_server(model: Path, films: Path, port: int):
-    """The page in a process of its own, which can be killed."""
-    code = (
-        "import sys, infworld; from pathlib import Path; from infworld.app import server;"
-        "server.serve(infworld.load(sys.argv[1], 'cpu'), Path(sys.argv[2]), server_name='127.0.0.1',"
-        " server_port=int(sys.argv[3]), quiet=True)"
-    )
-    with program("-c", code, model, films, port) as process:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.3)
-        yield process
-
-
-@pytest.fixture(scope="module")
-def films(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("films")
-
-
-@pytest.fixture(scope="module")
-def address(serve, films) -> str:
-    return serve(films)
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -103,9 +42,10 @@ def slow(world, monkeypatch):
 
 def visit(page, address, picture, actions="right 80, left 80", frames=161):
     page.goto(address)
+    page.click("#film-tab-button", timeout=PATIENCE)
     expect(page.locator("#generate")).to_be_visible(timeout=PATIENCE)
     page.set_input_files("#picture input[type=file]", str(picture))
-    expect(page.locator("#play .still")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#picture img")).to_be_visible(timeout=PATIENCE)
     page.locator("#actions textarea").fill(actions)
     page.locator("#actions textarea").press("Tab")
     page.locator("#frames input[type=number]").fill(str(frames))
@@ -119,7 +59,7 @@ def status(page, words):
 def expect_film(page, frames, actions="right 80, left 80"):
     """Film, picture, plan and downloads are on the page."""
     expect(page.locator("#actions textarea")).to_have_value(actions, timeout=PATIENCE)
-    expect(page.locator("#play .still")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#picture img")).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#downloads a")).to_have_count(3, timeout=PATIENCE)
     length = f"() => Math.abs(document.querySelector('#film video').duration - {frames / 30}) < 0.05"
     page.wait_for_function(length, timeout=PATIENCE)
@@ -181,28 +121,24 @@ def test_a_film_found_again_can_be_stopped(page, address, picture, slow):
 
 def test_a_connection_cut_while_filming_costs_nothing(page, address, picture, slow):
     slow(1.5)
-    port = free_port()
-    with program(HERE / "cutting_proxy.py", port, address.rstrip("/").rsplit(":", 1)[1]) as proxy:
-        time.sleep(1)
+    with proxy("cutting_proxy.py", address) as (cutter, port):
         visit(page, f"http://127.0.0.1:{port}/", picture, frames=401)
         page.click("#generate")
         status(page, "Chunk 2 of 5")
-        proxy.send_signal(signal.SIGUSR1)  # for three seconds
+        cutter.send_signal(signal.SIGUSR1)  # for three seconds
         status(page, re.compile("Chunk [345] of 5"))
         status(page, "Done")
         expect_film(page, 401)
 
 
 def test_continue_during_a_cut_leaves_the_film_on_the_page(page, address, picture):
-    port = free_port()
-    with program(HERE / "cutting_proxy.py", port, address.rstrip("/").rsplit(":", 1)[1]) as proxy:
-        time.sleep(1)
+    with proxy("cutting_proxy.py", address) as (cutter, port):
         visit(page, f"http://127.0.0.1:{port}/", picture)
         page.click("#generate")
         status(page, "Done")
         expect_film(page, 161)
         page.evaluate("window.before = true")
-        proxy.send_signal(signal.SIGUSR1)
+        cutter.send_signal(signal.SIGUSR1)
         page.wait_for_timeout(300)
         page.click("#more")
         page.wait_for_function("!window.before", timeout=PATIENCE)  # Gradio loads the page again
@@ -232,6 +168,7 @@ def test_another_browser_finds_nothing_and_a_forged_name_neither(browser, addres
     context = browser.new_context()
     page = context.new_page()
     page.goto(address)
+    page.click("#film-tab-button", timeout=PATIENCE)
     expect(page.locator("#generate")).to_be_visible(timeout=PATIENCE)
     page.wait_for_timeout(1000)
     status(page, "Ready")
@@ -265,12 +202,10 @@ def test_a_double_click_makes_one_film(page, address, picture, slow, films):
 
 
 def test_the_film_plays_behind_tls_that_the_server_does_not_know_of(page, address, picture, tmp_path):
-    key, certificate, port = tmp_path / "key.pem", tmp_path / "cert.pem", free_port()
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
     subprocess.run([*made, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    upstream = address.rstrip("/").rsplit(":", 1)[1]
-    with program(HERE / "tls_proxy.py", port, upstream, certificate, key):
-        time.sleep(1)
+    with proxy("tls_proxy.py", address, certificate, key) as (_, port):
         visit(page, f"https://127.0.0.1:{port}/", picture)
         page.click("#generate")
         status(page, "Done")

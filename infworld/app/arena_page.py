@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +46,6 @@ def launch(hall: Hall, **launching: Any) -> gr.Blocks:
     guard = Middleware(
         Guard,
         hosts=hosts_of(launching.get("server_name"), ()),
-        cross_site="SPACE_ID" in os.environ,
         upload=0,  # nobody has anything to upload
         stored=Stored(0, 0),
         connections=raise_open_files() // 2,

@@ -7,11 +7,11 @@ import logging
 import os
 from pathlib import Path
 
-from infworld.app.folders import own_folder
+from infworld.app.folders import folder_of_this_process, is_of_a_process, own_folder
 
 log = logging.getLogger(__name__)
 
-UPLOADS = "infinite-world-uploads"
+UPLOADS = "infinite-world-uploads"  # in a folder that others may use as well
 
 
 def prepare() -> None:
@@ -25,12 +25,13 @@ def prepare() -> None:
 
 
 def uploads_folder() -> Path:
-    """A folder that has nothing but uploads in it, since it is swept: within GRADIO_TEMP_DIR where that is set."""
+    """A folder for the uploads of this process, below GRADIO_TEMP_DIR where that is set. What processes that were
+    killed have left there is removed."""
     given = os.environ.get("GRADIO_TEMP_DIR")
     if not given:
-        return own_folder("uploads")
+        return folder_of_this_process(own_folder("uploads"))
     folder = Path(given).resolve()
-    return folder if folder.name == UPLOADS else folder / UPLOADS
+    return folder_of_this_process(folder.parent if is_of_a_process(folder) else folder / UPLOADS)
 
 
 def mind_proxies() -> None:

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from infworld.app.folders import make_private, old_files
+from infworld.app.folders import make_private, was_running
 from infworld.config import FRAMES_PER_LATENT
+from infworld.files import writer_of
 from infworld.session import Session
 from infworld.video import Mp4Writer, concat_mp4, cut_mp4, read_mp4
 from infworld.world import Chunk
@@ -27,7 +28,6 @@ from infworld.world import Chunk
 _PREFIX = "film-"
 PIECE_SECONDS = 10  # that a piece of a played walk lasts
 KEEP_SECONDS = 2  # between two times that a played walk's session is written
-PART_LIFETIME = 600  # seconds after which a file that is not whole belongs to nobody
 
 
 @dataclass(frozen=True)
@@ -328,10 +328,19 @@ class FilmStore:
                 film.remove()
                 removed += 1
             else:
-                for part in old_files(film.folder, min(PART_LIFETIME, self.lifetime)):
-                    if part.name.startswith(".") and ".part" in part.name:
+                for part in film.folder.rglob(".*.part*"):
+                    if not _in_use(part):
                         part.unlink(missing_ok=True)
         return removed
+
+
+def _in_use(part: Path) -> bool:
+    """Whether the process that writes this temporary file still runs."""
+    pid = writer_of(part)
+    try:
+        return pid is None or was_running(pid, part.stat().st_mtime)
+    except FileNotFoundError:  # it is written
+        return True
 
 
 def _last_change(folder: Path) -> float:

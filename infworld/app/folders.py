@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shutil
 import stat
 import tempfile
 import time
@@ -11,7 +13,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 log = logging.getLogger(__name__)
+
+_PROCESS = "process-"  # begins the name of a folder that belongs to one
+_CLOCK = 1.0  # seconds that the system's time of a process's start may be off
 
 
 def own_folder(name: str) -> Path:
@@ -39,6 +46,38 @@ def make_private(folder: Path) -> None:
         raise PermissionError(f"{folder} is a link or not this user's own folder: remove it")
     if stat.S_IMODE(found.st_mode) & 0o077:
         folder.chmod(0o700)
+
+
+def folder_of_this_process(parent: Path) -> Path:
+    """A new folder below `parent` for this process alone. Those of processes that have ended are removed."""
+    own = parent / f"{_PROCESS}{os.getpid()}"
+    for folder in parent.glob(f"{_PROCESS}*"):
+        if folder == own or not _in_use(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    make_private(own)
+    return own
+
+
+def is_of_a_process(folder: Path) -> bool:
+    """Whether `folder_of_this_process` has made it, here or in another process."""
+    return re.fullmatch(rf"{_PROCESS}\d+", folder.name) is not None
+
+
+def _in_use(folder: Path) -> bool:
+    pid = folder.name.removeprefix(_PROCESS)
+    with suppress(FileNotFoundError):
+        return not pid.isdecimal() or was_running(int(pid), folder.lstat().st_mtime)
+    return True  # another process is removing it
+
+
+def was_running(pid: int, when: float) -> bool:
+    """Whether the process of this number runs, and did at that time (seconds since 1970): later ones are others."""
+    try:
+        return psutil.Process(pid).create_time() <= when + _CLOCK
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:  # it is not ours to ask
+        return True
 
 
 def old_files(folder: Path, seconds: float) -> Iterator[Path]:

@@ -15,23 +15,25 @@ from urllib.parse import urlsplit
 log = logging.getLogger(__name__)
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-JSON_BYTES = 4 * 2**20  # of a request that is no upload: above the longest list of actions
-MCP_BYTES = 64 * 2**20  # which may have a picture inside
+JSON_BYTES = (
+    4 * 2**20
+)  # of a request that is no upload: above the longest list of actions; also what MCP's library takes
 READING = ("GET", "HEAD", "OPTIONS")
 
 
 class Guard:
-    """ASGI middleware. hosts: the names that the server answers to, None for all. cross_site: whether pages of other
-    sites may change something. upload: bytes that one upload may have; stored: of all together. connections: how many
-    requests are answered at the same time.
+    """ASGI middleware. hosts: the names that the server answers to, None for all. upload: bytes that one upload may
+    have; stored: of all together. connections: how many requests are answered at the same time.
+
+    Only the server's own pages may change something: those of the host that the request names, and those of
+    `hosts` and `own_sites`, as behind a proxy the browser may know it by another name.
     """
 
-    def __init__(
-        self, app, *, hosts: Iterable[str] | None, cross_site: bool, upload: int, stored: Stored, connections: int
-    ):
+    def __init__(self, app, *, hosts: Iterable[str] | None, upload: int, stored: Stored, connections: int):
         self._app = app
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
-        self._cross_site = cross_site
+        # A loopback name says nothing: every local server has it.
+        self._sites = ((self._hosts or set()) | own_sites()) - set(LOOPBACK)
         self._upload, self._stored = upload, stored
         self._connections, self._open = connections, 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -62,16 +64,15 @@ class Guard:
             return 421, "This server does not answer to that name: start it with --allow-host to change that."
         changes = scope["method"] not in READING or "/mcp" in scope["path"]
         foreign = headers.get("sec-fetch-site") == "cross-site" if origin is None else _netloc(origin) != host
-        # Behind a proxy the host may be another than the browser's; then it was allowed.
-        named = origin is not None and self._hosts and _name(_netloc(origin)) in self._hosts - set(LOOPBACK)
-        if changes and foreign and not named and not self._cross_site:
+        named = origin is not None and _name(_netloc(origin)) in self._sites
+        if changes and foreign and not named:
             return 403, "Requests of other sites are refused."
         return None
 
     async def _limited(self, scope, receive, send) -> None:
         """The request, but for a body that is too large."""
         is_upload = scope["path"].endswith("/upload")
-        limit = self._upload if is_upload else MCP_BYTES if "/mcp" in scope["path"] else JSON_BYTES
+        limit = self._upload if is_upload else JSON_BYTES
         client = scope["client"][0] if scope.get("client") else ""
         answered, received, refused = False, 0, ""
 
@@ -154,6 +155,11 @@ class Patient:
         elif time.monotonic() - self._last > self.PAUSE:
             self._last = time.monotonic()
             log.error("no more connections can be taken: %s", context.get("exception"))
+
+
+def own_sites() -> set[str]:
+    """The names of the Space that this is, none elsewhere: its own, and that of its owner's domain."""
+    return {name.strip().lower() for name in os.environ.get("SPACE_HOST", "").split(",")} - {""}
 
 
 def _netloc(origin: str) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
+from collections.abc import Awaitable, Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.exceptions import InvalidPathError
+from gradio.queueing import Queue
 from gradio.utils import get_upload_folder
 from pydantic import ValidationError
 
@@ -19,8 +22,16 @@ from infworld.actions import ActionScript
 NOT_UPLOADED = "This file was not uploaded to this server, or has expired: upload it again."
 
 
+CLOSING = 0.05  # seconds until a client knows that its stream of messages has ended
+
+
 class CheckedBlocks(gr.Blocks):
-    """Blocks that say what is wrong with an input, which Gradio hides."""
+    """Blocks that say what is wrong with an input, which Gradio hides, and lose no event."""
+
+    def queue(self, *args: Any, **kwargs: Any) -> gr.Blocks:
+        super().queue(*args, **kwargs)
+        self._queue.push = answering_late(self._queue)
+        return self
 
     async def preprocess_data(self, *args: Any, **kwargs: Any) -> list[Any]:
         try:
@@ -31,6 +42,25 @@ class CheckedBlocks(gr.Blocks):
             raise gr.Error(NOT_UPLOADED, print_exception=False) from error
         except Exception as error:
             raise gr.Error(escape(f"An input cannot be used: {error}", quote=False), print_exception=False) from error
+
+
+def answering_late(queue: Queue) -> Callable[..., Awaitable[Any]]:
+    """The queue's `push`, which answers an event that finds no other of its page a little later than Gradio's.
+
+    When a page's last event is over, Gradio ends the stream of its messages. A client that fires its next event at that
+    moment, and is answered before it hears of the end, takes the stream for open and never hears of the event.
+    """
+    push = queue.push
+
+    async def push_late(body: Any, **options: Any) -> Any:
+        known = body.session_hash in queue.pending_messages_per_session
+        alone = known and not queue.pending_event_ids_session.get(body.session_hash)
+        answer = await push(body=body, **options)
+        if alone:
+            await asyncio.sleep(CLOSING)
+        return answer
+
+    return push_late
 
 
 # --------------------------------------------------------------------------------------------------------------- files

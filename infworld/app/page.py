@@ -101,15 +101,16 @@ class Page:
             self._header()
             self.gallery = Gallery(self.examples, opens="#picture input[type=file]", elem_id="examples")
             with gr.Row(elem_id="stage"):
-                with gr.Column(scale=8, min_width=320), gr.Tabs(elem_id="tabs"):
-                    with gr.Tab("Play", id="play", elem_id="play-tab", render_children=True):
+                with gr.Column(scale=8, min_width=320), gr.Tabs(elem_id="tabs") as self.tabs:
+                    with gr.Tab("Play", id="play", elem_id="play-tab", render_children=True) as play:
                         self._play()
-                    with gr.Tab("Film", id="film", elem_id="film-tab", render_children=True):
+                    with gr.Tab("Film", id="film", elem_id="film-tab", render_children=True) as film:
                         self._screen()
                         self._plan()
                 with gr.Column(scale=3, min_width=280):
                     self._scene()
             self._wire(blocks)
+            self._remember_tab(blocks, {"play": play, "film": film})
             self._doors()
         return blocks
 
@@ -263,6 +264,14 @@ class Page:
             self.check_memory, self.film, self.memory, **at_once
         )
         self.stop.click(self.stop_filming, self.film, [self.status, self.stop], **at_once)
+
+    def _remember_tab(self, blocks: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
+        """A page that is loaded again shows the tab that was open."""
+        last = gr.BrowserState(None, storage_key="infinite-world-tab", secret="infinite-world")
+        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        for name, tab in tabs.items():
+            tab.select(lambda name=name: name, None, last, **at_once)
+        blocks.load(lambda name: gr.Tabs(selected=name if name in tabs else "play"), last, self.tabs, **at_once)
 
     def _doors(self) -> None:
         """The one endpoint for programs, which is also the MCP tool. Its parts are seen by nobody."""

@@ -8,7 +8,6 @@ only then does that thread begin the next one.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import heapq
 import io
@@ -31,7 +30,7 @@ from infworld.app.compute import Compute, Live, Opening, Replay, Report, Task, W
 from infworld.app.films import Film, PieceWriter, Recorder
 from infworld.app.model_pool import ModelPool
 from infworld.app.steering import Steering
-from infworld.devices import peak_memory
+from infworld.devices import peak_memory, release_memory
 from infworld.session import Session
 from infworld.settings import FilmSettings
 from infworld.world import Frames
@@ -391,6 +390,7 @@ class Runner:
         except Exception as error:
             log.exception("a run ended early")
             ended = Ended(error=error)
+        gc.collect()
         release_memory()
         with self._changed:  # whoever hears of the end may submit the film's next job
             del self._current[models]
@@ -488,13 +488,6 @@ class Runner:
                 for chunk in chunks:
                     if chunk.index >= there and pieces.add(chunk):
                         yield NewChunk(chunk.index)
-
-
-def release_memory() -> None:
-    """Gives the system back what films have left in this process, which the C library else keeps in many pieces."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _strip(number: int, frames: np.ndarray, live: Live) -> Strip:

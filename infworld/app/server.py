@@ -34,7 +34,7 @@ from infworld.app.modules import read_static
 from infworld.app.page import Page
 from infworld.app.runner import MAX_WAITING, Runner
 from infworld.app.studio import Studio
-from infworld.app.sweeper import Sweeper
+from infworld.app.sweeper import Sweeper, forget_closed_pages
 from infworld.arena.hall import Hall
 from infworld.config import ModelConfig
 from infworld.devices import pick_device
@@ -47,7 +47,8 @@ UPLOADS_LIFETIME = 12 * 3600  # seconds after they were last used
 UPLOAD_ROOM = 100 * 2**20  # bytes of an upload that any model allows: enough for every picture that is accepted
 # Events that Gradio has going at once, as each run that waits is one: far above what the runner lets wait.
 MAX_EVENTS = 2 * MAX_WAITING
-MAX_SESSIONS = 512  # pages whose state is kept, the last used: Gradio holds up to a megabyte for each
+MAX_SESSIONS = 256  # pages whose state is kept, the last used: Gradio holds up to a megabyte for each
+CLOSED_LIFETIME = 300  # seconds that the state of a closed page is kept after its last event
 UPLOADS = 10  # times the largest upload: all uploads together
 UPLOADS_OF_ONE = 3  # times the largest upload: of one address between two sweeps
 MAX_OPEN_FILES = 65_536
@@ -82,12 +83,13 @@ def serve(
         for known in blocks.temp_file_sets:
             known.difference_update(removed)
         stored.reset(size)
+        if blocks.is_running:
+            forget_closed_pages(blocks.state_holder, CLOSED_LIFETIME)
 
     Sweeper(store, Path(get_upload_folder()), UPLOADS_LIFETIME, runner.films, swept).start()
     guard = Middleware(
         Guard,
         hosts=hosts_of(launching.get("server_name"), allow_hosts),
-        cross_site="SPACE_ID" in os.environ,  # there a proxy stands before it, and nothing is behind it but films
         upload=largest + 2**20,
         stored=stored,
         connections=raise_open_files() // 2,

@@ -1,4 +1,4 @@
-"""Removes what has expired: films, uploads, and what a killed server has left of either."""
+"""Removes what has expired: films, uploads, what a killed server has left of either, and closed pages."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
+
+from gradio.state_holder import StateHolder
 
 from infworld.app.films import Film, FilmStore
 from infworld.app.folders import folder_size, make_private, old_files, remove_empty_folders
 
 log = logging.getLogger(__name__)
+
+MOST_PAUSE = 60.0  # seconds between two sweeps
 
 
 class Sweeper:
@@ -45,7 +50,7 @@ class Sweeper:
 
     def start(self) -> None:
         """Sweeps from now on in the background, until the program ends."""
-        pause = max(0.5, min(self.store.lifetime, self.uploads_lifetime) / 10)
+        pause = min(MOST_PAUSE, max(0.5, min(self.store.lifetime, self.uploads_lifetime) / 10))
 
         def work() -> None:
             while True:
@@ -69,3 +74,11 @@ class Sweeper:
             remove_empty_folders(self.uploads)
         make_private(self.uploads)
         self._swept(removed, folder_size(self.uploads))
+
+
+def forget_closed_pages(pages: StateHolder, seconds: float) -> None:
+    """Frees what Gradio keeps of pages that were closed and have done nothing for so long, which it would for good."""
+    with pages.lock:
+        for session, state in list(pages.session_data.items()):
+            if state.is_closed and (datetime.now() - pages.time_last_used[session]).total_seconds() > seconds:
+                del pages.session_data[session], pages.time_last_used[session]
