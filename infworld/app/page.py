@@ -46,7 +46,7 @@ from infworld.settings import MAX_PROMPT, MAX_STEPS, FilmSettings
 
 EXAMPLES = PROJECT_ROOT / "examples"
 RANDOM_SEEDS = 2**31  # short enough to write down
-AWAY = 3.0  # seconds that a walk goes on when its page is gone
+AWAY = 2.0  # seconds that a walk goes on when its page is gone
 LINGER = 30.0  # seconds that a run goes on when its page is gone: time to come back after a cut, or a reload
 
 MEMORY_HINT = (
@@ -383,7 +383,7 @@ class Page:
             return
         steering = Steering.of_message(event._data)
         if steering.number >= run.steered:
-            run.steered = steering.number
+            run.steered, run.heard = steering.number, time.monotonic()
             with suppress(FileNotFoundError):  # the film has not begun, so that there is nothing to steer
                 SteeringFile(film.steering_path).write(steering)
 
@@ -489,10 +489,14 @@ class Page:
         """The film that this browser has made last, with its plan, and its progress if it is in the making."""
         film = self.studio.store.find(name)
         run = film and self.runner.run_of(film)
-        if run and run.job.chunks is None:  # played by the page that was here, or by one beside it
-            deadline = time.monotonic() + 2 * AWAY
-            while not run.is_over and time.monotonic() < deadline:
+        if run and run.job.chunks is None:
+            # Played by the page that was loaded again, which is silent now, or by another one beside it.
+            for _ in range(100):
+                if time.monotonic() - run.heard > AWAY:
+                    run.cancel()
                 await asyncio.sleep(0.1)
+                if run.is_over:
+                    break
             run, film = None, film if run.is_over else None
         if not film or not (run or film.has_begun):
             yield {self.film: None}  # Gradio takes nothing at all for a reason to empty every part

@@ -187,7 +187,8 @@ class Run:
         self.job = job
         self.visitor = visitor
         self.submitted = time.monotonic()
-        self.steered = 0  # the number of the newest steering of a walk that is played
+        self.steered = 0  # the number of the newest steering of a walk that is played, and when that came
+        self.heard = self.submitted
         self.strips: deque[Strip] = deque(maxlen=STRIPS)
         self._runner = runner
         self._context = copy_context()  # of the request, from which ZeroGPU reads whose quota it is
