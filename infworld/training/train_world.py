@@ -5,12 +5,13 @@
     infworld train world ... --resume runs/a/world.safetensors  # from weights alone
 
 Every sample is a chunk of a walk through a procedural world with the walk so far as history; chunks that come back to
-what was lost sight of are drawn more often. Flow matching; a share of the samples is pure noise, where nothing but the
-memory can tell what was there. Some histories fade, and in the later part of a run some are painted by the model itself
-over the truth, so that long films of its own do not drift. The compressor starts as a near-identity that hands key
-frames on, and is frozen for the first part: it would collapse before the transformer has learned to read it. Whether
-the memory is read shows in the wrong-memory gap: the error given another world's memory over the error given the right
-one, on unseen worlds. A run that loses it (1 = memory unused) has failed, however low its loss.
+what was lost sight of are drawn more often. Chunks have the lengths that the config names (`chunk_lengths`), and short
+ones the memory of a live walk (`infworld.live`). Flow matching; a share of the samples is pure noise, where nothing but
+the memory can tell what was there. Some histories fade, and in the later part of a run some are painted by the model
+itself over the truth, so that long films of its own do not drift. The compressor starts as a near-identity that hands
+key frames on, and is frozen for the first part: it would collapse before the transformer has learned to read it.
+Whether the memory is read shows in the wrong-memory gap: the error given another world's memory over the error given
+the right one, on unseen worlds. A run that loses it (1 = memory unused) has failed, however low its loss.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from torch.nn.parallel import DistributedDataParallel
 from infworld.checkpoint import load_strict, read_tensors, save_tensors
 from infworld.config import ModelConfig, SamplerConfig, load_config
 from infworld.dit import InfiniteWorldTransformer, MemoryStream, TextContext
+from infworld.live import REFRESH
 from infworld.memory import MAX_SINGLE_PASS, WINDOW, MemoryCompressor, window_starts
 from infworld.sampler import MAX_TIMESTEP, sample, schedule
 from infworld.text import ByteTextEncoder
-from infworld.training.data import Batch, Labeller, WalkPool, first_seed
+from infworld.training.data import Batch, Cut, Labeller, WalkPool, first_seed, short_lengths
 from infworld.training.labels import jitter, label_actions, naive_labels, poses_to_matrices
 from infworld.training.optim import EMA, GradientClipper, Muon
 from infworld.training.pictures import load_pictures
@@ -60,6 +62,7 @@ NOISES = 2  # noisy targets for every history: they share its way through compre
 PAINT_FROM = (2, 6)  # sampler steps, of 8, before which a painted chunk may start: the truth at noise 0.9 to 0.64
 POSE_LABELS = 0.25  # share of walks whose actions are read off noisy poses, where labels are mixed
 RENEWED_AT_ONCE = 64  # walks
+JUST_REFRESHED = 0.5  # share of the short chunks that could be, which begin off the grid with no recent latents
 UNSEEN_CHUNKS = (2, 8)  # of history, where the memory is measured
 
 
@@ -160,8 +163,9 @@ def train(args: argparse.Namespace) -> None:
             renewals += 1
         warmup = min(1, (step - done["step"] + 1) / WARMUP)
         set_rates(optimizers, args.lr * warmup * min(1, (1 - progress) / max(args.decay, 1e-9)))
-        chunk = pick_chunk(args.chunks, config, random.Random(args.seed * 1_000_003 + step))
-        batch = pool.batch(chunk, max(1, args.batch // NOISES))
+        rng = random.Random(args.seed * 1_000_003 + step)  # the same on all ranks
+        chunk, cut = pick_chunk(args.chunks, config, rng), pick_cut(config, rng)
+        batch = pool.batch(chunk, max(1, args.batch // NOISES), cut)
         with autocast(device):
             loss = flow_loss(trained, batch, shift, frozen=progress < args.unfreeze)
         for optimizer in optimizers:
@@ -227,12 +231,16 @@ class Trainee(nn.Module):
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             text = self.text(batch.ids, batch.mask)
         context = self.transformer.embed_text(text, batch.mask)
+        known = batch.history[:, :, : batch.history.shape[2] - batch.recent]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            compressed = self.transformer.latent_encoder.compress(batch.history)
+            compressed = self.transformer.latent_encoder.compress(known)
         if wrong_memory:
             compressed = compressed.roll(1, dims=0)
-        memory = torch.cat([compressed, batch.history[:, :, -1:].to(compressed.dtype)], dim=2)
+        memory = torch.cat([compressed, known[:, :, -1:].to(compressed.dtype)], dim=2)
         stream = self.transformer.encode_memory(memory, context)
+        if batch.recent:  # as a live walk adds them, chunk by chunk
+            for latents in batch.history[:, :, known.shape[2] :].split(batch.target.shape[2] - 1, dim=2):
+                stream = self.transformer.extend_memory(stream, latents.to(compressed.dtype), context)
         return stream, self.transformer.action_encoder(batch.move, batch.view), context
 
 
@@ -272,20 +280,26 @@ def paint(model: Trainee, batch: Batch, sampler: SamplerConfig) -> Tensor:
 
 
 def memory_report(model: Trainee, unseen: WalkPool) -> dict[str, float]:
-    """`memory_errors` with a short history, and their ratio with a long one as `far_gap`."""
+    """`memory_errors` with a short history, their ratio with a long one as `far_gap`, and as `short_gap` that of the
+    shortest chunks in the middle of two refreshments of their memory, if there are short ones."""
     histories = [chunks for chunks in UNSEEN_CHUNKS if chunks < unseen.chunks] or [unseen.chunks - 1]
     errors = [memory_errors(model, unseen, chunks) for chunks in histories]
-    return errors[0] | {"far_gap": errors[-1]["gap"]}
+    report = errors[0] | {"far_gap": errors[-1]["gap"]}
+    if unseen.shorts:
+        middle = unseen.places[len(unseen.places) // 2]
+        cut = Cut(middle, unseen.shorts[0], middle)
+        report["short_gap"] = memory_errors(model, unseen, histories[0], cut)["gap"]
+    return report
 
 
 @torch.no_grad()
-def memory_errors(model: Trainee, unseen: WalkPool, chunks: int) -> dict[str, float]:
+def memory_errors(model: Trainee, unseen: WalkPool, chunks: int, cut: Cut | None = None) -> dict[str, float]:
     """On unseen worlds, at pure noise, over the last quarter of the chunk after `chunks` chunks: the error with the
     right memory, with another world's, and their ratio; with the compressor's spread across worlds and its correlation
     with key frames."""
     device = unseen.device
     index = torch.arange(unseen.size, device=device)
-    batch = unseen.select(index, torch.zeros_like(index), chunks)
+    batch = unseen.select(index, torch.zeros_like(index), chunks, cut)
     noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)).to(device)
     timestep = torch.full((unseen.size,), MAX_TIMESTEP, device=device)
     last = 3 * batch.target.shape[2] // 4
@@ -456,6 +470,22 @@ def pick_chunk(chunks: int, config: ModelConfig, rng: random.Random) -> int:
     if chunks > single_pass and (draw < FIRST_CHUNK + HIERARCHICAL or single_pass == 1):
         return rng.randrange(single_pass, chunks)
     return rng.randrange(1, single_pass)
+
+
+def pick_cut(config: ModelConfig, rng: random.Random) -> Cut | None:
+    """A short chunk of a length that the model is to know, or None for its own; all lengths are equally likely.
+
+    As live play cuts them whose memory is refreshed on the grid of the model's own chunks, and now and then such as
+    begin elsewhere with a memory just refreshed: of histories of at most 80 latents the compressor meets twice as many
+    lengths as without short chunks, no more.
+    """
+    shorts = short_lengths(config)
+    new = rng.choice([*shorts, config.chunk_latents - 1])
+    if new not in shorts:
+        return None
+    place = rng.randrange(0, min(REFRESH, config.chunk_latents - 2) + 1, new)
+    just_refreshed = place == shorts[-1] and rng.random() < JUST_REFRESHED
+    return Cut(place, new, 0 if just_refreshed else place)
 
 
 def main(arguments: list[str] | None = None) -> None:
