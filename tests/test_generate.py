@@ -75,7 +75,7 @@ def test_a_film_of_short_chunks_goes_on_with_long_ones(begin, small_model, tmp_p
     ],
 )
 def test_chunks_that_cannot_be_are_refused(begin, tmp_path, capsys, options, said):
-    assert run(*begin, *options) == 1
+    assert run(*begin, *options) == 2
     assert said in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
 

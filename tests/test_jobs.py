@@ -145,5 +145,5 @@ def test_each_film_has_chunks_of_its_own_length(make, job, tmp_path):
 
 @pytest.mark.parametrize("length", ["16", 15, 16.0, True])
 def test_a_length_of_chunks_that_cannot_be_is_named(make, job, capsys, length):
-    assert make(job("a.mp4", chunk_frames=length)) == 1
+    assert make(job("a.mp4", chunk_frames=length)) == 2
     assert f"steps of 4, not {length!r}" in capsys.readouterr().err
