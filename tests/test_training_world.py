@@ -1,5 +1,6 @@
 """The world model trains on walks as inference has them, starts with a memory of key frames, and a run goes on."""
 
+import copy
 import json
 import os
 import random
@@ -31,9 +32,12 @@ from infworld.training.pictures import Pictures, make_atlas
 from infworld.training.render import render
 from infworld.training.train_world import (
     FIRST_CHUNK,
+    NO_PROMPT,
     NOISES,
     Trainee,
     averaged,
+    distilling_loss,
+    drop_prompts,
     flow_loss,
     initialize_compressor,
     make_optimizers,
@@ -417,6 +421,29 @@ def test_a_frozen_compressor_gets_no_gradient(model, pool, frozen):
     assert len(learns) > len(compressor)
 
 
+def test_a_model_learns_from_its_teacher_all_but_the_compressor(model, pool):
+    """What it is itself it has nothing to learn of, as long as both are silent."""
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    sampler = SamplerConfig(shift=3.0, num_sampling_steps=8)
+    assert distilling_loss(model, model, teacher, pool.batch(1, 2), sampler, 2) == 0
+    torch.nn.init.normal_(teacher.transformer.head.head.weight)
+    torch.nn.init.normal_(model.transformer.head.head.weight)
+    loss = distilling_loss(model, model, teacher, pool.batch(1, 2), sampler, 2)
+    loss.backward()
+    learns = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert loss > 0 and learns and not any(name.startswith("transformer.latent_encoder") for name in learns)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_some_prompts_are_dropped(pool):
+    batch = pool.batch(1, 200)
+    whole = batch.mask.clone()
+    drop_prompts(batch)
+    dropped = (batch.mask != whole).any(1)
+    assert (batch.mask[dropped].sum(1) == 1).all() and batch.mask[:, 0].all()
+    assert dropped.float().mean() == pytest.approx(NO_PROMPT, abs=0.12)
+
+
 def test_every_parameter_has_one_optimizer(model):
     owned = [p for o in make_optimizers(model, 1e-3) for group in o.param_groups for p in group["params"]]
     assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
@@ -522,21 +549,37 @@ def test_a_run_goes_on_where_another_stopped(run, tmp_path):
     assert lines[-1]["step"] == 2 * STEPS and lines[-1]["samples"] == 2 * STEPS * BATCH
 
 
+PROGRAM = """
+from infworld.training import train_world
+progress, share = iter([0.0, 0.5, 0.9, 1.0]), train_world.from_rank_0
+train_world.from_rank_0 = lambda ranks, *_: share(ranks, next(progress), 1.0)
+train_world.main()
+"""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="torchrun's signals are POSIX")
-def test_two_processes_train_on_short_chunks_and_go_on(run, tmp_path):
-    """By the documented commands: the second run takes up the state of the first."""
+def test_two_processes_train_on_short_chunks_go_on_and_learn_few_steps(run, tmp_path):
+    """Three steps each: a run, one that takes up its state, and one that distils what it wrote."""
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(SHORT_SETTINGS), encoding="utf-8")
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "infworld.training.train_world", "--config", tmp_path / "short.yaml", "--batch", "2"]
-    command += ["--vae", run / "vae.safetensors", "--walks", "2", "--chunks", "2", "--out", tmp_path / "out"]
-    for minutes, more in (("0.3", []), ("0.3", ["--resume", tmp_path / "out" / "state.pt", "--paint", "0"])):
-        done = subprocess.run([*command, "--minutes", minutes, *more], capture_output=True, text=True, timeout=600)
+    command = [*launch, tmp_path / "program.py", "--config", tmp_path / "short.yaml", "--vae", run / "vae.safetensors"]
+    command += ["--batch", "2", "--walks", "2", "--chunks", "2", "--minutes", "60", "--report-every", "0"]
+    weights = tmp_path / "first" / "world.safetensors"
+    runs = {
+        "first": [],
+        "second": ["--resume", tmp_path / "first" / "state.pt", "--paint", "0"],
+        "third": ["--resume", weights, "--teacher", weights, "--few-steps", "2"],
+    }
+    ready, reports = {}, {}
+    for name, more in runs.items():
+        done = subprocess.run([*command, "--out", tmp_path / name, *more], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
-    first, second = (line for line in lines if line["event"] == "ready")
-    assert first["ranks"] == 2 and first["step"] == 0 < second["step"]
-    reports = [line for line in lines if line["event"] == "report"]
-    assert reports[-1]["step"] > second["step"] and {"gap", "short_gap"} <= reports[-1].keys()
+        lines = [json.loads(line) for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
+        ready[name], reports[name] = lines[0], [line for line in lines if line["event"] == "report"]
+    assert [(line["ranks"], line["step"]) for line in ready.values()] == [(2, 0), (2, STEPS), (2, 0)]
+    assert [lines[-1]["step"] for lines in reports.values()] == [STEPS, 2 * STEPS, STEPS]
+    assert all({"gap", "short_gap", "loss"} <= line.keys() for lines in reports.values() for line in lines)
 
 
 def test_a_state_is_taken_up_whole(run, model):

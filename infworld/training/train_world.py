@@ -20,6 +20,7 @@ import argparse
 import math
 import random
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from infworld.memory import MAX_SINGLE_PASS, WINDOW, MemoryCompressor, window_st
 from infworld.sampler import MAX_TIMESTEP, sample, schedule
 from infworld.text import ByteTextEncoder
 from infworld.training.data import Batch, Cut, Labeller, WalkPool, first_seed, short_lengths
+from infworld.training.few_steps import few_steps_loss
 from infworld.training.labels import jitter, label_actions, naive_labels, poses_to_matrices
 from infworld.training.optim import EMA, GradientClipper, Muon
 from infworld.training.pictures import load_pictures
@@ -83,6 +85,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--paint", type=float, default=0.5, help="share of the run after which every other new history is painted")
     add("--fade", type=float, default=0.25, help="share of walks whose history is blurred and paled, the truth is not")
     add("--labels", choices=LABELS, default="actions", help="what was done, or what noisy poses show of it")
+    add("--teacher", type=Path, help="world.safetensors whose samples are learned in --few-steps (training.few_steps)")
+    add("--few-steps", type=int, default=2, help="steps that are to be enough, with --teacher")
     add("--new-actions", action="store_true", help="train the action encoder anew, to compare labels")
     add("--lr", type=float, default=1e-3)
     add("--decay", type=float, default=0.2, help="last share of the run, in which the learning rate falls to 0")
@@ -111,8 +115,10 @@ def train(args: argparse.Namespace) -> None:
     done = resume(args.resume, model, optimizers, ema) if args.resume else {"step": 0, "samples": 0}
     if args.new_actions:
         renew_actions(model, ema)
-    if args.compile:
-        model.transformer.compile_blocks()
+    teacher = load_teacher(args.teacher, config, device) if args.teacher else None
+    for each in (model, teacher) if args.compile else ():
+        if each:
+            each.transformer.compile_blocks()
     trained = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
 
     # The data.
@@ -166,8 +172,12 @@ def train(args: argparse.Namespace) -> None:
         rng = random.Random(args.seed * 1_000_003 + step)  # the same on all ranks
         chunk, cut = pick_chunk(args.chunks, config, rng), pick_cut(config, rng)
         batch = pool.batch(chunk, max(1, args.batch // NOISES), cut)
+        drop_prompts(batch)
         with autocast(device):
-            loss = flow_loss(trained, batch, shift, frozen=progress < args.unfreeze)
+            if teacher:
+                loss = distilling_loss(trained, model, teacher, batch, config.val_scheduler_cfg, args.few_steps)
+            else:
+                loss = flow_loss(trained, batch, shift, frozen=progress < args.unfreeze)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -249,17 +259,34 @@ def flow_loss(model: nn.Module, batch: Batch, shift: float, frozen: bool) -> Ten
 
     Every sample is met with `NOISES` noises.
     """
-    drop = torch.rand(len(batch.target), 1, device=batch.target.device) < NO_PROMPT
     target = batch.target.repeat_interleave(NOISES, dim=0)
     count, device = len(target), target.device
     u = torch.rand(count, device=device)
     t = shift * u / (1 + (shift - 1) * u)
     t = torch.where(torch.rand(count, device=device) < PURE_NOISE, 1.0, t).view(-1, 1, 1, 1, 1)
     noise = torch.randn_like(target)
-    empty = (torch.arange(batch.mask.shape[1], device=device) == 0).long()  # the start token alone: an empty prompt
-    batch.mask = torch.where(drop, empty, batch.mask)
     velocity = model((1 - t) * target + t * noise, MAX_TIMESTEP * t.flatten(), batch, frozen=frozen)
     return F.mse_loss(velocity, noise - target)
+
+
+def distilling_loss(
+    model: nn.Module, own: Trainee, teacher: Trainee, batch: Batch, sampler: SamplerConfig, steps: int
+) -> Tensor:
+    """`few_steps_loss` of every sample with `NOISES` noises. own: the model without its wrapper for several processes.
+    Its compressor stays as it is."""
+
+    def velocities(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda noisy, t: module(noisy, MAX_TIMESTEP * t.flatten(), batch, frozen=True)
+
+    target = batch.target.repeat_interleave(NOISES, dim=0)
+    return few_steps_loss(velocities(model), velocities(own), velocities(teacher), target, sampler, steps)
+
+
+def drop_prompts(batch: Batch) -> None:
+    """Makes some of the prompts empty."""
+    drop = torch.rand(len(batch.mask), 1, device=batch.mask.device) < NO_PROMPT
+    empty = (torch.arange(batch.mask.shape[1], device=batch.mask.device) == 0).long()  # the start token alone
+    batch.mask = torch.where(drop, empty, batch.mask)
 
 
 @torch.no_grad()
@@ -394,10 +421,22 @@ def resume(path: Path, model: Trainee, optimizers: list, ema: EMA) -> dict[str, 
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         return {"step": state["step"], "samples": state["samples"]}
-    model.transformer.load_state_dict(read_tensors(path))
-    model.text.load_state_dict(read_tensors(path.with_name("text.safetensors")))
+    load_weights(path, model)
     ema.load_state_dict(model.state_dict())
     return {"step": 0, "samples": 0}
+
+
+def load_teacher(path: Path, config: ModelConfig, device: torch.device) -> Trainee:
+    """The model of exported weights, which learns nothing more."""
+    teacher = Trainee(config)
+    load_weights(path, teacher)
+    return teacher.to(device).requires_grad_(False)
+
+
+def load_weights(path: Path, model: Trainee) -> None:
+    """Takes up world.safetensors, and text.safetensors beside it."""
+    model.transformer.load_state_dict(read_tensors(path))
+    model.text.load_state_dict(read_tensors(path.with_name("text.safetensors")))
 
 
 def initialize(model: InfiniteWorldTransformer) -> None:
