@@ -17,6 +17,7 @@ from infworld.training.worlds import STEP
 from infworld.videos.mapping import Tracks
 
 BRIDGED = 3  # keyframes in a row that may be missing between two of one model
+APART = 1.5  # degrees between what a model says and what the matches of a camera in place show
 ROUGH = 0.75  # of a model's usual step: places that jump about by more are not where the camera was
 RETURNS_EVERY = 4  # frames from one to the next that `returns` looks at
 
@@ -69,7 +70,7 @@ def _extend(tracks: Tracks) -> tuple[np.ndarray, np.ndarray]:
     From a keyframe with a pose on, both ways, turns go on as long as the camera stays in place; where no keyframe has
     one, turns alone make a model.
     """
-    model, poses = np.where(_rough(tracks), -1, tracks.model), tracks.poses.copy()
+    model, poses = np.where(_rough(tracks) | _apart(tracks), -1, tracks.model), tracks.poses.copy()
     count = len(model)
 
     def turned(from_: int, to: int) -> None:
@@ -109,6 +110,17 @@ def _rough(tracks: Tracks) -> np.ndarray:
         rough[known] = jumping[np.abs(known[:, None] - middle).argmin(1)]
     stood = np.append(tracks.still, False) | np.append(False, tracks.still)
     return rough & ~stood
+
+
+def _apart(tracks: Tracks) -> np.ndarray:
+    """Keyframes (K,) by which a camera in place turned in another way than its matches show: COLMAP was misled."""
+    both = tracks.still & (tracks.model[1:] >= 0) & (tracks.model[1:] == tracks.model[:-1])
+    apart = np.zeros(len(tracks.model), bool)
+    for a in np.flatnonzero(both):
+        turned = tracks.poses[a, :3, :3].T @ tracks.poses[a + 1, :3, :3] @ tracks.turns[a].T
+        if Rotation.from_matrix(turned).magnitude() > math.radians(APART):
+            apart[a] = apart[a + 1] = True
+    return apart
 
 
 def label(poses: Poses, lost: np.ndarray, fps: float) -> tuple[np.ndarray, np.ndarray]:

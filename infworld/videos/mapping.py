@@ -25,11 +25,13 @@ NEAR = (1, 2, 3, 4, 6, 9, 13)  # keyframes apart that are matched
 LOOPS = 8  # every eighth keyframe is matched with every other eighth: the camera may come back
 AT_ONCE = 16  # keyframes between two words of progress
 FOCAL = 0.8  # of the longer side: a guess to begin with, which COLMAP refines
-FOCALS = 0.5 / np.tan(np.radians(np.arange(40, 101, 5)) / 2)  # of the width; tried where the camera only turned
+FOCALS = 0.5 / np.tan(np.radians(np.arange(40, 101, 2)) / 2)  # of the width; which one is it that turns show
 STILL = 0.003  # of the width: as far as matches lie from where a mere rotation puts them, if the camera stays in place
 STILL_SHARE = 0.8  # of the matches that have to; the rest may be people
 STILL_SPAN = 4  # keyframes over which the camera has to stay in place
 LEAST_MATCHES = 25
+LEAST_MODEL = 12  # keyframes; smaller reconstructions are more often wrong than right
+TURNED_ONLY = 0.9  # share of the steps in place from which on there is nothing to reconstruct
 
 Matches = dict[tuple[int, int], np.ndarray]  # of two keyframes: (M, 2, 2) from the middle, in widths
 
@@ -61,13 +63,13 @@ def track(folder: Path) -> Tracks:
     _extract(folder, names)
     _match(folder, names)
     matches, guess = _read_matches(folder, names)
-    turns, still = find_turns(matches, len(names), guess)
-    model, poses = np.full(len(names), -1), np.full((len(names), 4, 4), np.nan)
-    if still.all():
-        focal = best_focal(matches)
-    else:
-        model, poses, focal = _reconstruct(folder, names, guess)
+    focal = best_focal(matches, guess)
     turns, still = find_turns(matches, len(names), focal)
+    model, poses = np.full(len(names), -1), np.full((len(names), 4, 4), np.nan)
+    if still.mean() < TURNED_ONLY:
+        _set_focal(folder, focal)
+        model, poses, focal = _reconstruct(folder, names, focal)
+        turns, still = find_turns(matches, len(names), focal)
     return Tracks(model, poses, turns, still, np.array(focal))
 
 
@@ -126,6 +128,15 @@ def _read_matches(folder: Path, names: Sequence[str]) -> tuple[Matches, float]:
     return found, camera.mean_focal_length() / camera.width
 
 
+def _set_focal(folder: Path, focal: float) -> None:
+    import pycolmap
+
+    with pycolmap.Database.open(folder / "database.db") as database:
+        camera = database.read_all_cameras()[0]
+        camera.focal_length = focal * camera.width
+        database.update_camera(camera)
+
+
 def _reconstruct(folder: Path, names: Sequence[str], guess: float) -> tuple[np.ndarray, np.ndarray, float]:
     """Model and pose of every keyframe, the largest model first, and the focal length."""
     import pycolmap
@@ -137,7 +148,7 @@ def _reconstruct(folder: Path, names: Sequence[str], guess: float) -> tuple[np.n
         registered += 1
         _say("poses", min(registered, len(names)), len(names))
 
-    options = pycolmap.IncrementalPipelineOptions(min_model_size=STILL_SPAN + 1, extract_colors=False)
+    options = pycolmap.IncrementalPipelineOptions(min_model_size=LEAST_MODEL, extract_colors=False)
     (folder / "models").mkdir()
     found = pycolmap.incremental_mapping(
         folder / "database.db", folder / "images", folder / "models", options, next_image_callback=count
@@ -167,11 +178,14 @@ def find_turns(matches: Matches, count: int, focal: float) -> tuple[np.ndarray, 
     return turns, still & np.isfinite(turns).all((1, 2))
 
 
-def best_focal(matches: Matches) -> float:
-    """The focal length by which rotations explain the matches best: what turning far across the picture shows."""
-    far = [both for (a, b), both in matches.items() if b - a >= STILL_SPAN] or list(matches.values())
-    unexplained = [np.mean([fit_turn(both, focal)[1] for both in far]) for focal in FOCALS]
-    return float(FOCALS[int(np.argmin(unexplained))])
+def best_focal(matches: Matches, guess: float) -> float:
+    """The focal length by which the most pairs are explained by a rotation, and those best; the guess if none is."""
+    far = [both for (a, b), both in matches.items() if b - a == STILL_SPAN] or list(matches.values())
+    off = np.array([[fit_turn(both, focal)[1] for both in far] for focal in FOCALS]).reshape(len(FOCALS), -1)
+    explained = np.clip(1 - off / STILL, 0, 1).sum(1)
+    if not explained.any() or np.ptp(explained) < 0.05 * explained.max():  # nothing turned: they all do
+        return guess
+    return float(FOCALS[int(np.argmax(explained))])
 
 
 def fit_turn(both: np.ndarray, focal: float) -> tuple[np.ndarray, float]:

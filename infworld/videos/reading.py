@@ -158,7 +158,8 @@ def to_sdr(pixels: np.ndarray, transfer: ColorTrc) -> np.ndarray:
             10_000 / WHITE * (np.maximum(power - 0.8359375, 0) / (18.8515625 - 18.6875 * power)) ** (1 / 0.1593017578)
         )
     else:
-        scene = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - 0.55991073) / 0.17883277) + 0.28466892) / 12)
+        bright = np.exp((signal - 0.55991073) / 0.17883277) + 0.28466892
+        scene = np.where(signal <= 0.5, signal**2 / 3, bright / 12)
         luma = scene @ np.array([0.2627, 0.678, 0.0593], np.float32)
         light = scene * np.maximum(luma, 1e-6)[..., None] ** 0.2 * (1000 / WHITE)
     light = np.maximum(light @ _TO_709.T, 0)

@@ -16,7 +16,7 @@ SPACING = 4  # frames from one keyframe to the next
 LONGER_SIDE = 640  # pixels of a keyframe
 SMALL = (32, 18)  # width and height of the pictures that are compared
 CHANGE = 0.06  # of black to white: a cut changes more than this on average
-TIMES_USUAL = 3.5  # and more than this many times what changes in the frames around
+TIMES_USUAL = 2.5  # and more than this many times what any of the frames around does: else it is a flash, or a jerk
 AROUND = 3  # frames before and after
 PAUSE = 1.0  # seconds without a frame: the recording went on later
 LATE = 0.1  # seconds that a frame may be from the instant it is shown for; beyond, the film has lost frames
@@ -77,11 +77,12 @@ def find_shots(found: Scan) -> list[tuple[int, int]]:
 def find_cuts(change: np.ndarray) -> list[int]:
     """Frames that begin another shot: unlike the frame before, and much more so than the frames around are."""
     seen = np.flatnonzero(change > 0)  # frames that are shown again, in a film of fewer a second, say nothing
+    if not len(seen):
+        return []
     values = change[seen]
-    around = np.pad(values, AROUND, mode="reflect") if len(values) > AROUND else np.zeros(len(values) + 2 * AROUND)
-    windows = np.lib.stride_tricks.sliding_window_view(around, 2 * AROUND + 1)
-    usual = np.delete(windows, AROUND, axis=1).mean(1) if len(values) else values
-    return seen[(values > CHANGE) & (values > TIMES_USUAL * usual)].tolist()
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(values, AROUND, mode="edge"), 2 * AROUND + 1)
+    most = np.delete(windows, AROUND, axis=1).max(1)
+    return seen[(values > CHANGE) & (values > TIMES_USUAL * most)].tolist()
 
 
 def _ends(gaps: np.ndarray) -> list[int]:
