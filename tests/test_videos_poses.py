@@ -87,6 +87,13 @@ def test_keyframes_that_were_lost_are_uncertain_and_a_few_are_bridged():
     assert (move[141:196] == 1).all()
 
 
+def test_what_lasts_for_an_eighth_of_a_second_is_no_action():
+    flat, _ = flat_walk((AHEAD, 60), (ASIDE, 4), (AHEAD, 60))
+    tracks, at = tracks_of(matrices_of(flat))
+    move, _ = label(from_tracks(tracks, at, 125), np.zeros(125, bool), 30)
+    assert (move[:58] == 1).all() and (move[60:64] == UNCERTAIN).all() and (move[66:124] == 1).all()
+
+
 def test_frames_that_the_film_lost_are_uncertain():
     flat, _ = flat_walk((AHEAD, 100))
     tracks, at = tracks_of(matrices_of(flat))

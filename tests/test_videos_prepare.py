@@ -271,7 +271,7 @@ def stage_film(path: Path, *segments) -> np.ndarray:
     photos = make_atlas([photograph()], SIZES["photos"])
     flat, actions = flat_walk(*segments)
     stages = framing_stages(photos, torch.zeros(1, dtype=torch.int64))
-    write_mp4(path, render_stages(stages, photos, flat, 180, 240, supersample=1)[0].numpy())
+    write_mp4(path, render_stages(stages, photos, flat, 120, 160, supersample=1)[0].numpy())
     return actions
 
 
@@ -291,8 +291,8 @@ def test_a_walk_is_found_by_its_pictures_alone(folder, small_model):
 @needs_colmap
 def test_a_camera_that_turns_and_one_that_stands_still_need_no_places(folder, small_model, capsys):
     actions = stage_film(folder / "films" / "turn.mp4", (LEFT, 30), (RIGHT, 50))
-    write_mp4(folder / "films" / "still.mp4", np.repeat(np.asarray(photograph())[None], 81, 0))
-    write_mp4(folder / "films" / "void.mp4", np.full((81, 180, 240, 3), 90, np.uint8))
+    write_mp4(folder / "films" / "still.mp4", np.repeat(np.asarray(photograph())[None, 100:220, 100:260], 81, 0))
+    write_mp4(folder / "films" / "void.mp4", np.full((81, 120, 160, 3), 90, np.uint8))
     assert prepare(folder, small_model) == 0
     still, turn = open_data(folder / "data")
     assert still.info.poses == turn.info.poses == "turning"

@@ -16,6 +16,7 @@ from infworld.training.walks import revisits
 from infworld.training.worlds import STEP
 from infworld.videos.mapping import Tracks
 
+SHORTEST = 6  # frames that an action lasts at least; between two keyframes two actions look like a third one
 BRIDGED = 3  # keyframes in a row that may be missing between two of one model
 APART = 1.5  # degrees between what a model says and what the matches of a camera in place show
 ROUGH = 0.75  # of a model's usual step: places that jump about by more are not where the camera was
@@ -143,7 +144,16 @@ def label(poses: Poses, lost: np.ndarray, fps: float) -> tuple[np.ndarray, np.nd
     move[known_still] = 0
     gone = lost | np.append(lost[1:], False)
     move[gone] = view[gone] = UNCERTAIN
-    return move, view
+    return _without_short(move), _without_short(view)
+
+
+def _without_short(labels: np.ndarray) -> np.ndarray:
+    """Labels (T,) that hold for less than SHORTEST frames made *uncertain*, except at the beginning and the end."""
+    begins = np.flatnonzero(np.append(True, np.diff(labels) != 0))
+    lengths = np.diff(np.append(begins, len(labels)))
+    short = lengths < SHORTEST
+    short[0] = short[-1] = False
+    return np.where(np.repeat(short, lengths), UNCERTAIN, labels)
 
 
 def at_one_pace(poses: Poses) -> tuple[np.ndarray, float]:

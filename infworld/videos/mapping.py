@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 FEATURES = 2048  # of a keyframe
 NEAR = (1, 2, 3, 4, 6, 9, 13)  # keyframes apart that are matched
@@ -76,9 +77,9 @@ def track(folder: Path) -> Tracks:
 def _extract(folder: Path, names: Sequence[str]) -> None:
     import pycolmap
 
-    bitmap = pycolmap.Bitmap.read(folder / "images" / names[0], True)
-    focal = FOCAL * max(bitmap.width, bitmap.height)
-    reader = pycolmap.ImageReaderOptions(camera_params=f"{focal},{bitmap.width / 2},{bitmap.height / 2},0")
+    with Image.open(folder / "images" / names[0]) as picture:
+        width, height = picture.size
+    reader = pycolmap.ImageReaderOptions(camera_params=f"{FOCAL * max(width, height)},{width / 2},{height / 2},0")
     options = pycolmap.FeatureExtractionOptions()
     options.sift.max_num_features = FEATURES
     for done in range(0, len(names), AT_ONCE):

@@ -69,8 +69,9 @@ def open_film(path: Path) -> Film:
     except (FFmpegError, OSError) as error:
         raise ValueError(f"{path.name} is no video that can be read ({_reason(error)}): is it whole?") from error
     turns = round(frame.rotation / 90) % 4
-    size = (frame.height, round(frame.width * ratio))
-    return Film(path, size[:: -1 if turns % 2 else 1], turns, float(frame.time or 0), fps, float(seconds))
+    height, width = frame.height, round(frame.width * ratio)
+    size = (width, height) if turns % 2 else (height, width)
+    return Film(path, size, turns, float(frame.time or 0), fps, seconds)
 
 
 def frames(film: Film, size: tuple[int, int], start: float = 0.0) -> Iterator[tuple[float, np.ndarray]]:

@@ -31,11 +31,9 @@ PATH_POINTS = 400
 
 def write_report(folder: Path, records: Mapping[str, FilmRecord]) -> Path:
     """Writes report.html for the films in these records; returns its path."""
-    films = [
-        {"name": name, "record": record, "parts": [_part(folder, part) for part in record.parts]}
-        for name, record in records.items()
-    ]
-    clips = [part["clip"] for film in films for part in film["parts"] if part["clip"]]
+    parts = {name: [_part(folder, part) for part in record.parts] for name, record in records.items()}
+    films = [{"name": name, "record": record, "parts": parts[name]} for name, record in records.items()]
+    clips = [part["clip"] for some in parts.values() for part in some if part["clip"]]
     frames = sum(clip.frames for clip in clips)
     environment = Environment(loader=PackageLoader("infworld.videos", "."), autoescape=select_autoescape())
     html = environment.get_template("report.html").render(

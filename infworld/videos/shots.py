@@ -46,7 +46,11 @@ class Scan:
 def scan(film: Film, folder: Path, progress: Callable[[int], object]) -> Scan:
     """Reads a film once and writes its keyframes to a folder. progress: hears the number of frames."""
     size = _within(film.size, LONGER_SIDE)
-    change, off, keys, at, files = [], [], [], [], []
+    change: list[float] = []
+    off: list[float] = []
+    keys: list[int] = []
+    at: list[float] = []
+    files: list[Path] = []
     before, last = None, -1.0
     for number, shown in enumerate(at_rate(frames(film, size), FPS)):
         change.append(0.0)
