@@ -21,6 +21,7 @@ COMMANDS = {
     "check-parity": ("infworld.cli.check_parity", "compare every stage with tensors of the reference computation"),
     "compile-blocks": ("infworld.cli.compile_blocks", "compile the transformer's blocks ahead of time"),
     "random-checkpoint": ("infworld.cli.random_checkpoint", "write random weights in the released files' form"),
+    "prepare-videos": ("infworld.cli.prepare_videos", "make training data of your own films"),
     "train vae": ("infworld.training.train_vae", "train a VAE on procedural worlds"),
     "train world": ("infworld.training.train_world", "train a world model on procedural worlds"),
     "train labels": ("infworld.training.labels", "turn camera poses into actions"),
