@@ -15,7 +15,7 @@ LAYERS = (
     {"packages", "memory_plan", "transfer", "hub", "models"},
     {"world", "loading"},
     {"parallel", "evaluation"},
-    {"training", "cli", "app"},
+    {"training", "videos", "cli", "app"},
 )
 MODELS = {"layers", "offload", "memory", "dit", "vae", "text", "sampler", "presets"}
 
@@ -70,7 +70,9 @@ def test_no_circle():
     left = modules()
     while left:
         free = {name for name, used in left.items() if not used & left.keys()}
-        assert free or left.keys() <= {"training", "cli", "app"}, f"{sorted(left)} import each other in a circle"
+        assert free or left.keys() <= {"training", "videos", "cli", "app"}, (
+            f"{sorted(left)} import each other in a circle"
+        )
         left = {name: used for name, used in left.items() if name in left.keys() - free} if free else {}
 
 
