@@ -231,6 +231,7 @@ class ModelConfig(_Bounded):
     amp_dtype: str = "bfloat16"
     buckets: tuple[tuple[int, int], ...] = RELEASED_BUCKETS
     negative_prompt: str = ""
+    loras: tuple[str, ...] = ()  # files merged into the transformer, FILE or FILE:weight (`infworld.lora`)
     source: Path | None = None  # the YAML it came from; relative weight paths are looked up from there
 
     def __post_init__(self):
@@ -411,7 +412,7 @@ def _value(default: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: expected a list, found {reprlib.repr(value)}")
         if len(value) > MAX_ENTRIES:
             raise ValueError(f"{where}: a list has at most {MAX_ENTRIES} entries, not {len(value)}")
-        return tuple(_value(default[0], item, where) for item in value)
+        return tuple(_value(default[0] if default else "", item, where) for item in value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is not type(default):

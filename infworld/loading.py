@@ -16,6 +16,7 @@ from infworld.checkpoint import RELEASED_EXTRAS, check_file, load_strict, read_t
 from infworld.config import MODELS, PROJECT_ROOT, ModelConfig, load_config
 from infworld.devices import pick_device, pick_dtype, pick_threads, pick_vae_dtype
 from infworld.dit import InfiniteWorldTransformer
+from infworld.lora import LoraChoice, merge
 from infworld.memory_plan import FASTEST, GB, MemoryEstimate, MemoryPlan, choose
 from infworld.models import prepare
 from infworld.text import free_memory, open_text_encoder
@@ -42,9 +43,9 @@ def load(
     and whether it stays loaded: "auto", "gpu" or "cpu", see `UMT5OnDemand`. compile: whether to use torch.compile
     for the transformer's blocks, which delays the first chunk (docs/performance.md); blocks compiled ahead of time
     (`packages`) are always used where they fit, in place of that. team: of `parallel.join_team`, to film
-    together with other processes; its device is used. What stays on a GPU is planned by its free memory (see
-    `memory_plan`), except with text_placement "gpu", which keeps everything there. Raises FileNotFoundError or
-    ValueError for missing, truncated or wrong weights, naming the file.
+    together with other processes; its device is used. LoRAs that the config names (`models.with_loras`) are merged.
+    What stays on a GPU is planned by its free memory (see `memory_plan`), except with text_placement "gpu", which keeps
+    everything there. Raises FileNotFoundError or ValueError for missing, truncated or wrong weights, naming the file.
     """
     began = time.monotonic()
     if not isinstance(name, ModelConfig):
@@ -59,9 +60,10 @@ def load(
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(pick_threads(torch.get_num_threads()))
     plan = make_plan(config, device, dtype, team) if device.type == "cuda" and text_placement != "gpu" else FASTEST
+    loras = [choice.found_by(config.path) for choice in map(LoraChoice.parse, config.loras)]
     transformer = load_strict(
         lambda: InfiniteWorldTransformer(config.model_cfg),
-        read_tensors(path),
+        merge(read_tensors(path), loras, config.name),
         where=path,
         device=device,
         dtype=dtype,

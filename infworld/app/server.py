@@ -36,7 +36,7 @@ from infworld.app.sweeper import Sweeper
 from infworld.arena.hall import Hall
 from infworld.config import ModelConfig
 from infworld.devices import pick_device
-from infworld.models import available, default_model, prepare
+from infworld.models import available, default_model, prepare, with_loras
 from infworld.world import World
 
 LIFETIME = 2 * 3600  # seconds that a film is kept after the last change to it
@@ -153,6 +153,13 @@ def main() -> None:
         help="infinite-world, tiny, or the path of a YAML file; missing weights are downloaded. Default: "
         "INFWORLD_MODEL, else infinite-world if its weights are here and a GPU that it fits on, else tiny",
     )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="a LoRA to merge into that model, a .safetensors file or USER/NAME of the Hub; may be given several times",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--host", help="address to listen on: 0.0.0.0 for all (default: only this machine)")
     parser.add_argument("--port", type=port, help="default: the first free one from 7860 on")
@@ -172,7 +179,7 @@ def main() -> None:
     try:
         device = parallel.device_of_rank(args.device)
         with open_arena(args.arena) as hall, parallel.join_team(pick_device(device)) as team:
-            models = load_models(args.model, device, team)
+            models = load_models(args.model, device, team, args.lora)
             if team is None:
                 serve(models, hall=hall, **launching)
             elif team.is_rank0:
@@ -201,11 +208,11 @@ def port(text: str) -> int:
     return number
 
 
-def load_models(name: str | None, device: str, team: parallel.Team | None) -> ModelPool:
-    """The models that are here, the one of this name or the default one first; it may be downloaded."""
+def load_models(name: str | None, device: str, team: parallel.Team | None, loras: Sequence[str] = ()) -> ModelPool:
+    """The models that are here, the one of this name or the default one first, with LoRAs; it may be downloaded."""
 
     def first() -> ModelConfig:
-        return prepare(name or default_model(device))
+        return with_loras(prepare(name or default_model(device)), loras)
 
     config = first() if team is None else team.broadcast_from_rank0(first)
     others = {name: other for name, other in available().items() if name != config.name}
