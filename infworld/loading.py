@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
+from torch import Tensor
 
 from infworld import hub, packages
 from infworld.checkpoint import RELEASED_EXTRAS, check_file, load_strict, read_tensors
@@ -60,14 +61,12 @@ def load(
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(pick_threads(torch.get_num_threads()))
     plan = make_plan(config, device, dtype, team) if device.type == "cuda" and text_placement != "gpu" else FASTEST
-    loras = [choice.found_by(config.path) for choice in map(LoraChoice.parse, config.loras)]
     transformer = load_strict(
         lambda: InfiniteWorldTransformer(config.model_cfg),
-        merge(read_tensors(path), loras, config.name),
+        read_transformer(config),
         where=path,
         device=device,
         dtype=dtype,
-        drop=RELEASED_EXTRAS,
     )
     if plan.blocks == "gpu":
         places = (path.parent, PROJECT_ROOT / "checkpoints", hub.weights_folder())
@@ -83,6 +82,19 @@ def load(
     )
     log.info("%s from %s on %s (%s) in %.1f s", config.name, path, device, dtype, time.monotonic() - began)
     return World(config, transformer, vae, text_encoder, team, plan)
+
+
+def read_transformer(config: ModelConfig) -> dict[str, Tensor]:
+    """The transformer's tensors by name, with the config's LoRAs merged. Raises the errors of `load`."""
+    tensors = read_tensors(config.path(config.checkpoint_path))
+    for extra in RELEASED_EXTRAS:
+        tensors.pop(extra, None)
+    return merge(tensors, loras_of(config), config.name)
+
+
+def loras_of(config: ModelConfig) -> list[LoraChoice]:
+    """The config's LoRAs, with whole paths."""
+    return [choice.found_by(config.path) for choice in map(LoraChoice.parse, config.loras)]
 
 
 def make_plan(config: ModelConfig, device: torch.device, dtype: torch.dtype, team: Team | None = None) -> MemoryPlan:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,14 +72,14 @@ def loss(velocity: Velocity, target: Tensor, shift: float, noises: int = 1) -> T
     each of which is met with n = `noises` noises, side by side.
     """
     target = target.repeat_interleave(noises, dim=0)
-    u = torch.rand(len(target), device=target.device)
-    t = torch.where(torch.rand(len(target), device=target.device) < PURE_NOISE, 1.0, shifted(u, shift))
-    return velocity_error(velocity, target, t, torch.randn_like(target)).mean()
+    levels = draw_levels(len(target), shift, device=target.device)
+    return velocity_error(velocity, target, levels, torch.randn_like(target)).mean()
 
 
-def shifted(u: Tensor, shift: float) -> Tensor:
-    """Noise levels 0 to 1, evenly drawn, as the sampler's schedule has them (spec section 8)."""
-    return shift * u / (1 + (shift - 1) * u)
+def draw_levels(count: int, shift: float, **random: Any) -> Tensor:
+    """Noise levels (count,) in 0..1 to train at, a share of PURE_NOISE of them 1. random: generator, device."""
+    u = torch.rand(count, **random)
+    return torch.where(torch.rand(count, **random) < PURE_NOISE, 1.0, shift * u / (1 + (shift - 1) * u))
 
 
 def velocity_error(velocity: Velocity, target: Tensor, t: Tensor, noise: Tensor) -> Tensor:
