@@ -168,7 +168,8 @@ class TextConfig(_Bounded):
 class SamplerConfig(_Bounded):
     """`val_scheduler_cfg`: rectified flow with Euler steps (spec section 8). `text_cfg_scale` 1 = no guidance.
 
-    preset: of `infworld.presets`, what films are made with unless another is asked for.
+    preset: of `infworld.presets`, what films are made with unless another is asked for. end_at_zero: whether the steps
+    are evenly spaced down to 0, as those of a distilled model, whatever the preset.
     """
 
     shift: float = 7.0
@@ -177,6 +178,7 @@ class SamplerConfig(_Bounded):
     num_sampling_steps: int = 30
     text_cfg_scale: float = 5.0
     preset: str = "exact"
+    end_at_zero: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ COMMANDS = {
     "compile-blocks": ("infworld.cli.compile_blocks", "compile the transformer's blocks ahead of time"),
     "random-checkpoint": ("infworld.cli.random_checkpoint", "write random weights in the released files' form"),
     "finetune": ("infworld.cli.finetune", "fine-tune a model on prepared videos, or train a LoRA"),
+    "distill": ("infworld.cli.distill", "teach a model to film with a few steps a chunk, without guidance"),
     "train vae": ("infworld.training.train_vae", "train a VAE on procedural worlds"),
     "train world": ("infworld.training.train_world", "train a world model on procedural worlds"),
     "train labels": ("infworld.training.labels", "turn camera poses into actions"),

@@ -11,7 +11,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from infworld.checkpoint import load_strict
 from infworld.cli.console import StopSignals, exit_code
 from infworld.cli.film import LORA_OPTION
+from infworld.cli.training_run import go_through
 from infworld.config import ModelConfig
 from infworld.dit import InfiniteWorldTransformer
 from infworld.loading import read_transformer
@@ -27,10 +28,9 @@ from infworld.text import TextEmbedding, open_text_encoder
 from infworld.training.clips import ClipSampler
 from infworld.training.finetune import STAGES, Finetuning, Settings
 from infworld.training.parts import LORA_PARTS, PAPER, PARTS
-from infworld.training.run import Log, compute_dtype, peak_gib, set_up_devices
+from infworld.training.run import Log, compute_dtype, set_up_devices
 from infworld.training.run_folder import RunFolder
-from infworld.training.sharing import WAYS, any_of_all
-from infworld.training.tracking import Tracker
+from infworld.training.sharing import WAYS
 from infworld.videos.dataset import Clip, open_data
 
 LR, LORA_LR = 1e-5, 1e-4  # the paper's; the usual one of LoRAs
@@ -106,37 +106,20 @@ def run(args: argparse.Namespace, stop: StopSignals) -> None:
     training = make_training(config, clips, settings, device, args.shard)
     if state := folder.state():
         training.load_state(state)
-    began = time.monotonic()
-    log = Log(args.out, began) if rank == 0 else None
+    log = Log(args.out, time.monotonic()) if rank == 0 else None
     rehearse(training, log)
-    if args.dry_run or training.step_number >= args.steps:
+    if args.dry_run:
         return
-    tracker = Tracker(args.out) if rank == 0 else None
     facts = {"stage": args.stage, "parts": ",".join(settings.parts), "learning_rate": settings.lr, "clips": len(clips)}
-    with stop.deferred():
-        stopping = False
-        while training.step_number < args.steps and not stopping:
-            since = time.monotonic()
-            values = {"loss": training.step(), "seconds": time.monotonic() - since, "peak_gib": peak_gib(device)}
-            step = training.step_number
-            if log and tracker:
-                log.add("step", step=step, **values)
-                tracker.add(step, values)
-            stopping = any_of_all(stop.received)
-            if step % args.every and step < args.steps and not stopping:
-                continue
-            measured, state = training.measure(), training.state()
-            if log and tracker:
-                save(folder, training, state, facts | {"steps": step} | measured)
-                log.add("report", step=step, loss=values["loss"], **measured)
-                tracker.add(step, measured)
-                if not stopping:
-                    clip = training.sampler.held_out[-1][0]
-                    log.add("film", step=step, path=str(folder.film(clip, device, step)))
-    if log and tracker:
-        tracker.close()
-        log.plot("step", ["loss", "error_right", "error_wrong"], ["gap"])
-    stop.check()
+
+    def save(state: dict[str, Any], measured: dict[str, float]) -> Path:
+        if settings.rank:
+            folder.save_lora(state, settings.rank, facts | {"steps": training.step_number} | measured)
+        else:
+            folder.save(state)
+        return folder.film(training.sampler.held_out[-1][0], device, training.step_number, "fast")
+
+    go_through(training, lambda: {"loss": training.step()}, save, args.steps, args.every, log, stop)
 
 
 def make_training(
@@ -146,23 +129,28 @@ def make_training(
     scheduler = config.val_scheduler_cfg
     texts = first_on_rank_0(lambda: embed_captions(config, clips, device))
     sampler = ClipSampler(clips, texts, scheduler.shift, STAGES[settings.stage], settings.seed)
-    transformer = load_strict(
+    transformer = load_transformer(config, device)
+    return Finetuning(transformer, sampler, settings, reversed_velocity=scheduler.use_reversed_velocity, way=way)
+
+
+def load_transformer(config: ModelConfig, device: torch.device) -> InfiniteWorldTransformer:
+    """To be trained: in the dtype that the device computes in."""
+    return load_strict(
         lambda: InfiniteWorldTransformer(config.model_cfg),
         read_transformer(config),
         where=config.path(config.checkpoint_path),
         device=device,
         dtype=compute_dtype(device),
     )
-    return Finetuning(transformer, sampler, settings, reversed_velocity=scheduler.use_reversed_velocity, way=way)
 
 
 def embed_captions(config: ModelConfig, clips: list[Clip], device: torch.device) -> Mapping[str, TextEmbedding]:
-    """Every caption and the empty one, on the CPU."""
+    """Every caption, the empty one and, of a model with guidance, the negative prompt, on the CPU."""
     encoder = open_text_encoder(config, device, compute_dtype(device))
     captions = {"", *(clip.info.caption for clip in clips)}
+    if config.val_scheduler_cfg.text_cfg_scale != 1:
+        captions.add(config.negative_prompt)  # for films, and what guidance goes away from
     with torch.no_grad():
-        if config.val_scheduler_cfg.text_cfg_scale != 1:
-            encoder.encode([config.negative_prompt])  # it is kept on the disk for the films
         return {caption: encoder.encode([caption]).to("cpu") for caption in captions}
 
 
@@ -179,13 +167,6 @@ def rehearse(training: Finetuning, log: Log | None) -> None:
         if log:
             log.add("rehearsal", chunks=chunks, seconds=found.seconds, gib=found.gib)
             print(found)
-
-
-def save(folder: RunFolder, training: Finetuning, state: dict, facts: dict) -> None:
-    if training.settings.rank:
-        folder.save_lora(state, training.settings.rank, facts)
-    else:
-        folder.save(state)
 
 
 def first_on_rank_0(work: Callable[[], T]) -> T:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,16 @@ from infworld.training.clips import Batch, ClipSampler, Place
 from infworld.training.flow import condition, memory_gap, velocity_error
 from infworld.training.parts import PAPER, add_lora, check_parts, recompute, train_parts
 from infworld.training.run import autocast, finish, peak_gib
-from infworld.training.sharing import accumulating, local, mean_of_all, share, split_like, whole
+from infworld.training.sharing import (
+    accumulating,
+    load_optimizer_state,
+    local,
+    mean_of_all,
+    optimizer_state,
+    share,
+    split_like,
+    whole,
+)
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +81,16 @@ class Learner(nn.Module):
         texts = batch.text, batch.mask
         given = condition(self.transformer, batch.history, batch.move, batch.view, *texts, wrong_memory=wrong_memory)
         return self.transformer.denoise(noisy, timestep, given.stream, given.actions, given.context)
+
+
+def check_settings(state: Mapping[str, Any], settings: Any) -> None:
+    """Raises ValueError if a run's state is of other settings than these, a dataclass."""
+    for key, value in dataclasses.asdict(settings).items():
+        if (begun := state["settings"].get(key)) != value:
+            raise ValueError(
+                f"the run was begun with {key} {begun} and not {value}: go on with that, or begin another one with "
+                "another --out"
+            )
 
 
 @dataclass(frozen=True)
@@ -223,27 +242,15 @@ class Finetuning:
             "settings": dataclasses.asdict(self.settings),
             "trained": {name: whole(parameter) for name, parameter in self.trained.items()},
             "average": self.averages(),
-            "optimizer": {
-                name: {key: whole(value) for key, value in self.optimizer.state[parameter].items()}
-                for name, parameter in self.trained.items()
-            },
+            "optimizer": optimizer_state(self.optimizer, self.trained),
         }
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from a state. Raises ValueError for one of other settings."""
-        settings = dataclasses.asdict(self.settings)
-        if changed := [key for key in settings if state["settings"].get(key) != settings[key]]:
-            key = changed[0]
-            raise ValueError(
-                f"the run was begun with {key} {state['settings'].get(key)} and not {settings[key]}: go on with that, "
-                "or begin another one with another --out"
-            )
+        check_settings(state, self.settings)
         self.step_number = state["step"]
         for name, parameter in self.trained.items():
             parameter.copy_(split_like(state["trained"][name], parameter))
             self.average[name].copy_(split_like(state["average"][name], parameter))
-            self.optimizer.state[parameter] = {
-                key: value if key == "step" else split_like(value, parameter)
-                for key, value in state["optimizer"][name].items()
-            }
+        load_optimizer_state(self.optimizer, self.trained, state["optimizer"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from functools import partial
 
@@ -56,7 +57,9 @@ def add_lora(model: InfiniteWorldTransformer, parts: Iterable[str], rank: int, n
         for layer, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv3d)) and chosen.match(layer) and "lora_" not in layer
     ]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), model, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there are several sets
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), model, adapter_name=name)
 
 
 def lora_matrices(tensors: dict[str, Tensor], name: str = "default") -> dict[str, tuple[Tensor, Tensor]]:

@@ -53,7 +53,8 @@ class RunFolder:
         self._save_config(checkpoint_path=WEIGHTS, loras=())
 
     def save_lora(self, state: Mapping[str, Any], rank: int, facts: Mapping[str, Any], name: str = "default") -> None:
-        """As `save`, with the averaged weights as a LoRA. facts: said in its file and on its card. name: of the set."""
+        """As `save`, with the averaged weights as a LoRA. facts: said in its file and on its card. name: of the set in
+        the model."""
         self._save_state(state)
         metadata = {"model": self.config.name, "alpha": str(rank), "rank": str(rank)}
         metadata |= {key: str(value) for key, value in facts.items()}
@@ -86,8 +87,9 @@ class RunFolder:
         except Exception as error:  # a damaged pickle can fail in any way at all
             raise ValueError(f"{path} is damaged: delete it to begin anew ({error})") from error
 
-    def film(self, clip: Clip, device: torch.device, step: int) -> Path:
-        """Films the beginning of a clip's walk from its first frame with the saved model, quickly; returns the mp4."""
+    def film(self, clip: Clip, device: torch.device, step: int, preset: str | None = None) -> Path:
+        """Films the beginning of a clip's walk from its first frame with the saved model; returns the mp4. preset: None
+        for the model's own."""
         path = self.folder / "films" / f"step-{step:06d}.mp4"
         path.parent.mkdir(exist_ok=True)
         world = infworld.load(self.folder / MODEL, str(device))
@@ -95,6 +97,6 @@ class RunFolder:
         actions = ActionScript.from_pairs(map(tuple, clip.actions.T[: frames - 1].tolist()))
         picture, caption = clip.read("picture").numpy(), clip.info.caption
         with Mp4Writer(path, world.config.validation_data.fps) as film:
-            for chunk in world.rollout(picture, actions, caption, frames, preset="fast"):
+            for chunk in world.rollout(picture, actions, caption, frames, preset=preset):
                 film.write(chunk.frames)
         return path

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,3 +81,34 @@ def mean_of_all(value: float) -> float:
     shared = torch.tensor(value, dtype=torch.float64)  # on the CPU, where every group has gloo
     dist.all_reduce(shared)
     return shared.item() / dist.get_world_size()
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """What an optimizer remembers of named parameters, whole on the CPU; empty before its first step."""
+    return {
+        name: {key: whole(value) for key, value in optimizer.state[parameter].items()}
+        for name, parameter in parameters.items()
+    }
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Any]
+) -> None:
+    """Takes up what `optimizer_state` gave."""
+    for name, parameter in parameters.items():
+        remembered = state[name].items()
+        optimizer.state[parameter] = {
+            key: value if key == "step" else split_like(value, parameter) for key, value in remembered
+        }
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """The mean over all processes of the gradients of parameters that each has whole."""
+    if not dist.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together)
+    parts = (together / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
