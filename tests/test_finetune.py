@@ -294,6 +294,22 @@ def test_a_dry_run_only_says_what_it_takes(small, tmp_path, capsys):
     assert not log_of(tmp_path / "run", "step") and not (tmp_path / "run/state.pt").exists()
 
 
+def test_the_benchmark_measures_every_part(small, tmp_path, capsys):
+    from infworld.cli.benchmark import finetune as benchmark
+
+    arguments = ["--model", str(small[0].source), "--histories", "1,4", "--lora-rank", "2"]
+    assert benchmark.main([*arguments, "--out", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [figure["part"] for figure in figures] == [
+        *["lora"] * 2,
+        *["paper"] * 2,
+        "distill, consistency",
+        "distill, matching",
+    ]
+    assert [figure.get("history_chunks") for figure in figures[:4]] == [1, 4, 1, 4]
+    assert all(figure["seconds_a_step"] > 0 for figure in figures)
+
+
 def test_a_full_disk_keeps_the_state_before(small, tmp_path, monkeypatch):
     folder = RunFolder(tmp_path, small[0])
     folder.save({"step": 1, "average": {}})

@@ -17,6 +17,7 @@ COMMANDS = {
     "upload": ("infworld.cli.upload", "upload this project to the Hub as a model or a Space"),
     "benchmark": ("infworld.cli.benchmark.run", "measure the engine on this machine"),
     "benchmark team": ("infworld.cli.benchmark.team", "measure several devices against one (under torchrun)"),
+    "benchmark finetune": ("infworld.cli.benchmark.finetune", "measure time and memory of fine-tuning on this machine"),
     "check-parity": ("infworld.cli.check_parity", "compare every stage with tensors of the reference computation"),
     "compile-blocks": ("infworld.cli.compile_blocks", "compile the transformer's blocks ahead of time"),
     "random-checkpoint": ("infworld.cli.random_checkpoint", "write random weights in the released files' form"),
