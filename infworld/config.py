@@ -168,7 +168,8 @@ class TextConfig(_Bounded):
 class SamplerConfig(_Bounded):
     """`val_scheduler_cfg`: rectified flow with Euler steps (spec section 8). `text_cfg_scale` 1 = no guidance.
 
-    preset: of `infworld.presets`, what films are made with unless another is asked for.
+    preset: of `infworld.presets`, what films are made with unless another is asked for. end_at_zero: whether the steps
+    are evenly spaced down to 0, as those of a distilled model, whatever the preset.
     """
 
     shift: float = 7.0
@@ -177,6 +178,7 @@ class SamplerConfig(_Bounded):
     num_sampling_steps: int = 30
     text_cfg_scale: float = 5.0
     preset: str = "exact"
+    end_at_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ class ModelConfig(_Bounded):
     amp_dtype: str = "bfloat16"
     buckets: tuple[tuple[int, int], ...] = RELEASED_BUCKETS
     negative_prompt: str = ""
+    loras: tuple[str, ...] = ()  # files merged into the transformer, FILE or FILE:weight (`infworld.lora`)
     source: Path | None = None  # the YAML it came from; relative weight paths are looked up from there
 
     def __post_init__(self):
@@ -425,7 +428,7 @@ def _value(default: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: expected a list, found {reprlib.repr(value)}")
         if len(value) > MAX_ENTRIES:
             raise ValueError(f"{where}: a list has at most {MAX_ENTRIES} entries, not {len(value)}")
-        return tuple(_value(default[0], item, where) for item in value)
+        return tuple(_value(default[0] if default else "", item, where) for item in value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is not type(default):

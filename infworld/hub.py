@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -51,6 +52,7 @@ FALLBACK_REPO = "Wan-AI/Wan2.1-T2V-1.3B"  # has the same VAE, text encoder and t
 TOKENIZER = "tokenizer"
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
 RECORD = ".hub.json"
+LORA_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,34 @@ def check(config: ModelConfig) -> None:
             tensors = umt5_names(content) if key == "text" and text.type == "umt5" else content
             drop = RELEASED_EXTRAS if key == "transformer" else ()
             load_strict(builders[key], tensors, where=path, device="meta", drop=drop)
+
+
+# LoRAs
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name could be USER/NAME of the Hub, by its form."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.endswith(LORA_SUFFIX)
+
+
+def fetch_lora(repo: str, progress: Callable[[Transfer], None] | None = None) -> Path:
+    """The LoRA of a repository, which is downloaded to `weights_folder()` if it is not there; asks nothing if it is.
+
+    Raises HubError as `fetch` does, and for a repository without a LoRA or with several.
+    """
+    folder = weights_folder() / "loras"
+    target = folder / f"{repo.replace('/', '--')}{LORA_SUFFIX}"
+    if target.is_file():
+        return target
+    commit, entries = _Listings({}).listing(repo)
+    names = [name for name in entries if name.endswith(LORA_SUFFIX)]
+    if len(names) != 1:
+        raise HubError(f"{repo} has {len(names)} {LORA_SUFFIX} files and not one LoRA: download the right one yourself")
+    file = HubFile(repo, commit, names[0], *entries[names[0]], target)
+    with locked(folder):
+        check_space([file])
+        download(file, TransferProgress([file], progress))
+    return target
 
 
 # Where the files of a config are
@@ -304,7 +334,7 @@ class _Listings:
     def files(self, key: str, name: str, target: Path) -> list[HubFile]:
         """The files of a part, from the first repository that has it. Raises HubError if none does."""
         for repo in (REPO, FALLBACK_REPO):
-            commit, entries = self._listing(repo)
+            commit, entries = self.listing(repo)
             if paths := _match(key, name, entries):
                 return [
                     HubFile(
@@ -317,7 +347,7 @@ class _Listings:
             f"correct its path in the config"
         )
 
-    def _listing(self, repo: str) -> tuple[str, dict[str, tuple[int, str]]]:
+    def listing(self, repo: str) -> tuple[str, dict[str, tuple[int, str]]]:
         """The commit, and size and digest of every file."""
         if repo not in self._known:
             revision = self._revisions.get(repo)

@@ -160,4 +160,5 @@ def fastest_attention(device: torch.device) -> Iterator[None]:
 
 def linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer in float32 whatever its weights' dtype."""
-    return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+    with torch.autocast(x.device.type, enabled=False):  # that of training
+        return F.linear(x.float(), layer.weight.float(), layer.bias.float())

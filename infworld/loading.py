@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
+from torch import Tensor
 
 from infworld import hub, packages
 from infworld.checkpoint import RELEASED_EXTRAS, check_file, load_strict, read_tensors
 from infworld.config import MODELS, PROJECT_ROOT, ModelConfig, load_config
 from infworld.devices import pick_device, pick_dtype, pick_threads, pick_vae_dtype
 from infworld.dit import InfiniteWorldTransformer
+from infworld.lora import LoraChoice, merge
 from infworld.memory_plan import FASTEST, GB, MemoryEstimate, MemoryPlan, choose
 from infworld.models import prepare
 from infworld.text import free_memory, open_text_encoder
@@ -42,9 +44,9 @@ def load(
     and whether it stays loaded: "auto", "gpu" or "cpu", see `UMT5OnDemand`. compile: whether to use torch.compile
     for the transformer's blocks, which delays the first chunk (docs/performance.md); blocks compiled ahead of time
     (`packages`) are always used where they fit, in place of that. team: of `parallel.join_team`, to film
-    together with other processes; its device is used. What stays on a GPU is planned by its free memory (see
-    `memory_plan`), except with text_placement "gpu", which keeps everything there. Raises FileNotFoundError or
-    ValueError for missing, truncated or wrong weights, naming the file.
+    together with other processes; its device is used. LoRAs that the config names (`models.with_loras`) are merged.
+    What stays on a GPU is planned by its free memory (see `memory_plan`), except with text_placement "gpu", which keeps
+    everything there. Raises FileNotFoundError or ValueError for missing, truncated or wrong weights, naming the file.
     """
     began = time.monotonic()
     if not isinstance(name, ModelConfig):
@@ -61,11 +63,10 @@ def load(
     plan = make_plan(config, device, dtype, team) if device.type == "cuda" and text_placement != "gpu" else FASTEST
     transformer = load_strict(
         lambda: InfiniteWorldTransformer(config.model_cfg),
-        read_tensors(path),
+        read_transformer(config),
         where=path,
         device=device,
         dtype=dtype,
-        drop=RELEASED_EXTRAS,
     )
     if plan.blocks == "gpu":
         places = (path.parent, PROJECT_ROOT / "checkpoints", hub.weights_folder())
@@ -81,6 +82,19 @@ def load(
     )
     log.info("%s from %s on %s (%s) in %.1f s", config.name, path, device, dtype, time.monotonic() - began)
     return World(config, transformer, vae, text_encoder, team, plan)
+
+
+def read_transformer(config: ModelConfig) -> dict[str, Tensor]:
+    """The transformer's tensors by name, with the config's LoRAs merged. Raises the errors of `load`."""
+    tensors = read_tensors(config.path(config.checkpoint_path))
+    for extra in RELEASED_EXTRAS:
+        tensors.pop(extra, None)
+    return merge(tensors, loras_of(config), config.name)
+
+
+def loras_of(config: ModelConfig) -> list[LoraChoice]:
+    """The config's LoRAs, with whole paths."""
+    return [choice.found_by(config.path) for choice in map(LoraChoice.parse, config.loras)]
 
 
 def make_plan(config: ModelConfig, device: torch.device, dtype: torch.dtype, team: Team | None = None) -> MemoryPlan:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from tqdm import tqdm
 from infworld import hub
 from infworld.config import MODELS, ModelConfig, load_config
 from infworld.devices import pick_device
+from infworld.lora import Lora, LoraChoice
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +57,30 @@ def prepare(name: str | Path) -> ModelConfig:
             bar.update(transfer.done - bar.n)
 
         return hub.fetch(config, progress)
+
+
+def with_loras(config: ModelConfig, texts: Iterable[str]) -> ModelConfig:
+    """The config with more LoRAs, as `lora_files` finds them. Raises the same errors."""
+    return dataclasses.replace(config, loras=(*config.loras, *lora_files(texts)))
+
+
+def lora_files(texts: Iterable[str]) -> list[str]:
+    """LoRAs with whole paths, of each "FILE" or "USER/NAME" of the Hub, with ":weight" or not; downloads what is not
+    here.
+
+    Raises FileNotFoundError or ValueError for a file that is missing, damaged or no LoRA, HubError for a failed
+    download.
+    """
+    choices = [LoraChoice.parse(text).found_by(_lora_file) for text in texts]
+    for choice in choices:
+        Lora.load(choice.source)
+    return list(map(str, choices))
+
+
+def _lora_file(source: str) -> Path:
+    """Where a LoRA is, by its path or its repository on the Hub."""
+    path = Path(source).expanduser().absolute()
+    return hub.fetch_lora(source) if hub.is_repository(source) and not path.exists() else path
 
 
 def available() -> dict[str, ModelConfig]:

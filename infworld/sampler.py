@@ -19,10 +19,11 @@ def schedule(config: SamplerConfig, steps: int, *, end_at_zero: bool = False) ->
     """The timesteps of so many steps and the final 0, (steps + 1,) float32, falling from 1000.
 
     Before the shift they are evenly spaced down to 1, followed by 0, as in the spec, so that the last step is tiny.
-    end_at_zero: evenly spaced down to 0 instead.
+    end_at_zero: evenly spaced down to 0 instead, as always where the config says so.
     """
     if type(steps) is not int or not 1 <= steps <= MAX_TIMESTEP:
         raise ValueError(f"sampling steps must be a whole number from 1 to {MAX_TIMESTEP:.0f}, not {steps!r}")
+    end_at_zero = end_at_zero or config.end_at_zero
     points = torch.linspace(MAX_TIMESTEP, 0 if end_at_zero else 1, steps + end_at_zero, dtype=torch.float64)[:steps]
     u = points / MAX_TIMESTEP
     if config.use_timestep_transform:

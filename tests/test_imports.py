@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "infworld"
 # From the leaves upwards. Modules of one layer may import each other, as long as there is no circle.
 LAYERS = (
     {"config", "actions", "camera", "files", "video", "pictures", "picture_files", "measures", "devices"},
-    {"layers", "offload", "memory", "dit", "vae", "text", "sampler", "presets", "checkpoint"},
+    {"layers", "offload", "memory", "dit", "vae", "text", "sampler", "presets", "checkpoint", "lora"},
     {"settings", "session", "progress"},
     {"metrics", "arena"},
     {"packages", "memory_plan", "transfer", "hub", "models"},

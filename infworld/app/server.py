@@ -39,7 +39,7 @@ from infworld.arena.hall import Hall
 from infworld.config import ModelConfig
 from infworld.devices import pick_device
 from infworld.layers import fastest_attention
-from infworld.models import available, default_model, prepare
+from infworld.models import available, default_model, prepare, with_loras
 from infworld.world import World
 
 LIFETIME = 2 * 3600  # seconds that a film is kept after the last change to it
@@ -162,6 +162,13 @@ def main() -> None:
         "INFWORLD_MODEL, else infinite-world if its weights are here and a GPU that it fits on, else tiny",
     )
     parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="a LoRA to merge into that model, a .safetensors file or USER/NAME of the Hub; may be given several times",
+    )
+    parser.add_argument(
         "--device",
         default=os.environ.get("INFWORLD_DEVICE") or "auto",
         help="auto, cpu or cuda; several make as many films at once, one each: gpus for all GPUs of this machine, or "
@@ -188,7 +195,7 @@ def main() -> None:
         with open_arena(args.arena) as hall, parallel.join_team(first) as team:
             if team and len(devices) > 1:
                 raise ValueError(f"torchrun's processes make one film on a device each: not --device {args.device}")
-            configs = choose_models(args.model, devices[0], team)
+            configs = choose_models(args.model, devices[0], team, args.lora)
             pools = [ModelPool(configs, device, team) for device in devices]
             if team and not team.is_rank0:
                 follow(team, pools[0].world)
@@ -228,11 +235,13 @@ def port(text: str) -> int:
     return number
 
 
-def choose_models(name: str | None, device: str, team: parallel.Team | None) -> dict[str, ModelConfig]:
-    """The models that are here, the one of this name or the default one first; it may be downloaded."""
+def choose_models(
+    name: str | None, device: str, team: parallel.Team | None, loras: Sequence[str] = ()
+) -> dict[str, ModelConfig]:
+    """The models that are here, the one of this name or the default one first, with LoRAs; it may be downloaded."""
 
     def first() -> ModelConfig:
-        return prepare(name or default_model(device))
+        return with_loras(prepare(name or default_model(device)), loras)
 
     config = first() if team is None else team.broadcast_from_rank0(first)
     others = {name: other for name, other in available().items() if name != config.name}

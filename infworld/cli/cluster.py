@@ -21,7 +21,7 @@ from infworld.cli.film import FilmPlan, film
 from infworld.cli.jobs import PATHS, WRONG, Job, check_jobs, read_jobs
 from infworld.config import MODELS, PROJECT_ROOT
 from infworld.devices import limit_memory, pick_device
-from infworld.models import default_model, prepare
+from infworld.models import default_model, lora_files, prepare, with_loras
 
 RETRIES = 3  # of a film whose worker died
 PATIENCE = 1.0  # seconds between looks at what is finished, in which Ctrl-C waits
@@ -30,10 +30,10 @@ PATIENCE = 1.0  # seconds between looks at what is finished, in which Ctrl-C wai
 class Filmmaker:
     """A worker: a loaded model that makes one film after the other."""
 
-    def __init__(self, model: str, device: str, compile: bool, memory_gb: float | None):
+    def __init__(self, model: str, loras: list[str], device: str, compile: bool, memory_gb: float | None):
         began = time.monotonic()
         limit_memory(pick_device(device), memory_gb)
-        self._world = infworld.load(prepare(model), device, compile=compile)
+        self._world = infworld.load(with_loras(prepare(model), loras), device, compile=compile)
         self._loading = time.monotonic() - began
 
     def make(self, job: Job) -> str:
@@ -57,7 +57,7 @@ def generate_on_cluster(args: argparse.Namespace, stop: StopSignals) -> int:
         from ray.util import ActorPool
     except ModuleNotFoundError as error:
         raise ValueError("--cluster needs Ray: pip install 'infworld[cluster]'") from error
-    args.model = _everywhere(args.model or default_model(args.device))
+    args.model, args.lora = _everywhere(args.model or default_model(args.device)), lora_files(args.lora)
     jobs, problems = check_jobs(*read_jobs(Path(args.jobs).expanduser(), args))
     jobs = [Job(job.where, _with_whole_paths(job.args)) for job in jobs]
     left = [job for job in jobs if not finished(FilmPlan.of(job.args))]
@@ -107,7 +107,7 @@ def _workers(ray, args: argparse.Namespace, films: int) -> list:
     count = max(1, min(args.workers or gpus or 1, films))
     needs = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": max(1, int(resources.get("CPU", 1)) // count)}
     maker = ray.remote(Filmmaker).options(**needs, max_restarts=-1, max_task_retries=RETRIES)
-    return [maker.remote(args.model, args.device, args.compile, args.memory_gb) for _ in range(count)]
+    return [maker.remote(args.model, args.lora, args.device, args.compile, args.memory_gb) for _ in range(count)]
 
 
 def _with_whole_paths(args: argparse.Namespace) -> argparse.Namespace:

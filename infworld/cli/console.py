@@ -84,6 +84,11 @@ class StopSignals:
         finally:
             self._deferring = False
 
+    @property
+    def received(self) -> bool:
+        """Whether a signal waits for the next `check`."""
+        return self._received is not None
+
     def check(self) -> None:
         if self._received is not None:
             raise Stopped(self._received)

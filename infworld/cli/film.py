@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -29,6 +30,10 @@ from infworld.settings import FilmSettings
 from infworld.video import Mp4Writer
 
 SESSION = ".safetensors"
+LORA_OPTION: dict[str, Any] = {
+    **{"action": "append", "default": [], "metavar": "FILE[:WEIGHT]"},
+    "help": "a LoRA to merge into the model, a .safetensors file or USER/NAME of the Hub; may be given several times",
+}
 
 
 @contextmanager
@@ -117,6 +122,7 @@ class FilmPlan:
         given |= {"--device": device, "--memory-gb": args.memory_gb}
         for name, value in given.items():
             words += [] if value is None else [name, _word(value)]
+        words += [word for lora in args.lora for word in ("--lora", _word(lora))]
         return shlex.join([*program, *words, *(["--compile"] if args.compile else [])])
 
     def _longer(self) -> int:

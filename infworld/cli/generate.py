@@ -16,11 +16,12 @@ import infworld
 from infworld import parallel
 from infworld.cli.cluster import generate_on_cluster
 from infworld.cli.console import StopSignals, exit_code
-from infworld.cli.film import FilmPlan, film
+from infworld.cli.film import LORA_OPTION, FilmPlan, film
 from infworld.cli.jobs import WRONG, generate_all
+from infworld.config import ModelConfig
 from infworld.devices import limit_memory, pick_device
 from infworld.memory_plan import NotEnoughMemory
-from infworld.models import prepare
+from infworld.models import prepare, with_loras
 from infworld.presets import PRESETS
 
 
@@ -89,6 +90,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "session's model, else the variable INFWORLD_MODEL, else infinite-world if its weights are here and a GPU that "
         "it fits on, else tiny",
     )
+    machine.add_argument("--lora", **LORA_OPTION)
     machine.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     machine.add_argument("--compile", action="store_true", help="for long films on a GPU: faster after a slow start")
     machine.add_argument(
@@ -121,7 +123,11 @@ def generate(args: argparse.Namespace, stop: StopSignals) -> int:
     plan = FilmPlan.of(args)
     device = parallel.device_of_rank(args.device)
     with plan.claimed() if parallel.rank() == 0 else nullcontext(), parallel.join_team(pick_device(device)) as team:
-        config = prepare(plan.model) if team is None else team.broadcast_from_rank0(lambda: prepare(plan.model))
+
+        def prepared() -> ModelConfig:
+            return with_loras(prepare(plan.model), args.lora)
+
+        config = prepared() if team is None else team.broadcast_from_rank0(prepared)
         began = time.monotonic()
         limit_memory(pick_device(device), args.memory_gb)
         world = infworld.load(config, device, compile=args.compile, team=team)

@@ -22,11 +22,12 @@ from infworld.cli.film import FilmPlan, film, unknown_homes
 from infworld.config import load_config
 from infworld.devices import limit_memory, pick_device
 from infworld.memory_plan import NotEnoughMemory
-from infworld.models import default_model, prepare
+from infworld.models import default_model, prepare, with_loras
 
 OF_ALL = {
     "jobs",
     "model",
+    "lora",
     "device",
     "compile",
     "memory_gb",
@@ -65,7 +66,7 @@ def generate_all(args: argparse.Namespace, stop: StopSignals) -> int:
             raise ValueError(f"the files of {name} are not here: get them first with `infworld download`")
         began = time.monotonic()
         limit_memory(pick_device(device), args.memory_gb)
-        world = infworld.load(prepare(name), device, compile=args.compile, team=None)
+        world = infworld.load(with_loras(prepare(name), args.lora), device, compile=args.compile, team=None)
         loading = time.monotonic() - began
     for job in jobs[parallel.rank() :: parallel.world_size()]:
         try:

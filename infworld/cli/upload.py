@@ -1,4 +1,5 @@
-"""Puts this project on the Hub: a model repository, or with --space a Gradio Space. Run it again: it goes on.
+"""Puts this project on the Hub: a model repository, or with --space a Gradio Space; with --lora a LoRA alone. Run it
+again: it goes on.
 
 python scripts/upload_to_hf.py USER/NAME --space --hardware zero-a10g
 
@@ -23,14 +24,17 @@ from huggingface_hub import CommitOperationAdd, HfApi, SpaceHardware, constants,
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from infworld import lora
 from infworld.checkpoint import SUFFIXES
 from infworld.cli.console import exit_code
 from infworld.config import INSTALLED, PROJECT_ROOT, faster_form
-from infworld.hub import TOKENIZER_SUFFIXES
+from infworld.hub import REPO, TOKENIZER_SUFFIXES
+from infworld.models import RELEASED
 from infworld.transfer import NETWORK_ERRORS, RetryPolicy, explain, hash_like, is_same, size_text, status_of
 
 COMMIT_FILES, COMMIT_BYTES = 50, 2_000_000_000  # per commit: what a cut connection can cost
-STARTERS = ("README.md", "app.py", "requirements.txt")  # what makes a Space start
+CARD = "README.md"
+STARTERS = (CARD, "app.py", "requirements.txt")  # what makes a Space start
 SPACE_BYTES = 1_000_000_000  # what the repository of a Space holds for free
 NOT_OURS = ("outputs", ".git", ".venv*", "venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".gradio", ".cache")
 SECRET_NAMES = (
@@ -71,6 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--hardware", choices=[flavor.value for flavor in SpaceHardware], metavar="FLAVOR", help=HARDWARE_HELP
     )
+    parser.add_argument("--lora", type=Path, metavar="FILE", help="upload this LoRA with a card, and nothing else")
     parser.add_argument("--private", action="store_true", help="only for you, where the repository is new")
     parser.add_argument(
         "--released-weights",
@@ -83,6 +88,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("name the repository: USER/NAME, or set HF_REPO_ID")
     if args.hardware and not args.space:
         parser.error("--hardware is of a Space: add --space")
+    if args.lora and (args.space or args.released_weights):
+        parser.error("--lora uploads a LoRA alone, to a model repository")
     if args.released_weights is None:
         args.released_weights = not args.space
     return args
@@ -90,9 +97,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def upload(args: argparse.Namespace) -> int:
     """Uploads what `args` ask for; returns the exit code. What cannot work fails before the first byte goes."""
-    if INSTALLED:
+    left_out: dict[str, str] = {}
+    if args.lora:
+        files = lora_and_card(args.lora, args.repo)
+    elif INSTALLED:
         raise UploadError("an installed package is not the whole project: upload from a clone of its repository")
-    files, left_out = project_files(PROJECT_ROOT, args.released_weights)
+    else:
+        files, left_out = project_files(PROJECT_ROOT, args.released_weights)
     show(files, left_out, args)
     if holders := [file.name for file in files if holds_token(file)]:
         raise UploadError(f"{holders[0]} holds what looks like a Hub token: take it out, nothing is uploaded before")
@@ -105,6 +116,8 @@ def upload(args: argparse.Namespace) -> int:
     try:
         make_repo(api, repo, kind, args)
         there = on_hub(api, repo, kind)
+        kept = {CARD} & there.keys() if args.lora else set()  # it may have been edited there
+        files = [file for file in files if file.name not in kept]
         missing = [file for file in files if not is_there(file, there)]
         print(f"{page} has {len(files) - len(missing)} of {len(files)} files")
         send(api, repo, kind, missing, page)
@@ -118,6 +131,13 @@ def upload(args: argparse.Namespace) -> int:
 
 
 # What goes up
+
+
+def lora_and_card(path: Path, repo: str) -> list[Upload]:
+    """A LoRA's file and its card. Raises FileNotFoundError or ValueError for a file that is none."""
+    found = lora.Lora.load(path)
+    base = REPO if found.model == RELEASED else ""
+    return [Upload(path, "lora.safetensors"), Upload(path, CARD, lora.card(found, repo, base).encode())]
 
 
 def project_files(root: Path, released_weights: bool) -> tuple[list[Upload], dict[str, str]]:
@@ -222,7 +242,7 @@ def holds_token(file: Upload) -> bool:
     """Whether the text of a file has a Hub token in it: any that looks like one, and surely this user's own."""
     if file.size > SEARCHED_BYTES:
         return False
-    content, own = file.path.read_bytes(), get_token()
+    content, own = file.path.read_bytes() if file.content is None else file.content, get_token()
     return TOKEN_TEXT.search(content) is not None or bool(own and own.encode() in content)
 
 

@@ -22,24 +22,26 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from infworld.checkpoint import load_strict, read_tensors, save_tensors
 from infworld.config import ModelConfig, SamplerConfig, load_config
-from infworld.dit import InfiniteWorldTransformer, MemoryStream, TextContext
+from infworld.dit import InfiniteWorldTransformer
 from infworld.live import REFRESH
 from infworld.memory import MAX_SINGLE_PASS, WINDOW, MemoryCompressor, window_starts
 from infworld.sampler import MAX_TIMESTEP, sample, schedule
 from infworld.text import ByteTextEncoder
+from infworld.training import flow
 from infworld.training.data import Batch, Cut, Labeller, WalkPool, first_seed, short_lengths
 from infworld.training.few_steps import few_steps_loss
+from infworld.training.flow import Conditions, memory_gap
 from infworld.training.labels import jitter, label_actions, naive_labels, poses_to_matrices
 from infworld.training.optim import EMA, GradientClipper, Muon
 from infworld.training.pictures import load_pictures
@@ -54,7 +56,6 @@ MIXTURES = {
     "mixed": MIXED,
 }
 LABELS = ("actions", "mixed", "poses", "naive")
-PURE_NOISE = 0.4  # share of samples at timestep 1000
 NO_PROMPT = 0.3  # share of samples without their caption
 FIRST_CHUNK = 0.125  # share of steps whose history is the picture alone
 HIERARCHICAL = 0.3  # share of steps with more than 80 latents of history, where walks are long enough
@@ -224,49 +225,31 @@ class Trainee(nn.Module):
         neighbour in the batch, and its own last latent.
         """
         noises = len(noisy) // len(batch.history)
-        stream, actions, context = self.condition(batch, frozen, wrong_memory)
+        given = self.condition(batch, frozen, wrong_memory).repeated(noises)
+        return self.transformer.denoise(noisy, timestep, given.stream, given.actions, given.context)
 
-        def each(x: Tensor) -> Tensor:
-            return x if noises == 1 else x.repeat_interleave(noises, dim=0)
-
-        stream = MemoryStream(tuple(map(each, stream.tokens)), stream.latents)
-        context = TextContext(tuple((each(keys), each(values)) for keys, values in context.keys_values))
-        return self.transformer.denoise(noisy, timestep, stream, each(actions), context)
-
-    def condition(
-        self, batch: Batch, frozen: bool = False, wrong_memory: bool = False
-    ) -> tuple[MemoryStream, Tensor, TextContext]:
+    def condition(self, batch: Batch, frozen: bool = False, wrong_memory: bool = False) -> Conditions:
         """What a batch's velocities depend on besides the noise: memory, actions and text."""
         # cuDNN's attention has wrong gradients under a mask of 64 tokens (pytorch issue 196678).
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             text = self.text(batch.ids, batch.mask)
-        context = self.transformer.embed_text(text, batch.mask)
-        known = batch.history[:, :, : batch.history.shape[2] - batch.recent]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            compressed = self.transformer.latent_encoder.compress(known)
-        if wrong_memory:
-            compressed = compressed.roll(1, dims=0)
-        memory = torch.cat([compressed, known[:, :, -1:].to(compressed.dtype)], dim=2)
-        stream = self.transformer.encode_memory(memory, context)
-        if batch.recent:  # as a live walk adds them, chunk by chunk
-            for latents in batch.history[:, :, known.shape[2] :].split(batch.target.shape[2] - 1, dim=2):
-                stream = self.transformer.extend_memory(stream, latents.to(compressed.dtype), context)
-        return stream, self.transformer.action_encoder(batch.move, batch.view), context
+        return flow.condition(
+            self.transformer,
+            batch.history,
+            batch.move,
+            batch.view,
+            text,
+            batch.mask,
+            recent=batch.recent,
+            step=batch.target.shape[2] - 1,
+            frozen=frozen,
+            wrong_memory=wrong_memory,
+        )
 
 
 def flow_loss(model: nn.Module, batch: Batch, shift: float, frozen: bool) -> Tensor:
-    """Mean squared error of the velocity (noise minus data) at timesteps drawn as the sampler's schedule has them.
-
-    Every sample is met with `NOISES` noises.
-    """
-    target = batch.target.repeat_interleave(NOISES, dim=0)
-    count, device = len(target), target.device
-    u = torch.rand(count, device=device)
-    t = shift * u / (1 + (shift - 1) * u)
-    t = torch.where(torch.rand(count, device=device) < PURE_NOISE, 1.0, t).view(-1, 1, 1, 1, 1)
-    noise = torch.randn_like(target)
-    velocity = model((1 - t) * target + t * noise, MAX_TIMESTEP * t.flatten(), batch, frozen=frozen)
-    return F.mse_loss(velocity, noise - target)
+    """`flow.loss` of a batch, every sample with `NOISES` noises."""
+    return flow.loss(lambda z, timestep: model(z, timestep, batch, frozen=frozen), batch.target, shift, NOISES)
 
 
 def distilling_loss(
@@ -298,10 +281,10 @@ def paint(model: Trainee, batch: Batch, sampler: SamplerConfig) -> Tensor:
     timesteps = schedule(sampler, sampler.num_sampling_steps)
     timesteps = timesteps[int(torch.randint(*PAINT_FROM, ())) * sampler.num_sampling_steps // 8 :]
     t = timesteps[0].item() / MAX_TIMESTEP
-    stream, actions, context = model.condition(batch)
+    given = model.condition(batch)
 
     def velocity(z: Tensor, timestep: Tensor) -> Tensor:
-        return model.transformer.denoise(z, timestep.expand(len(z)), stream, actions, context)
+        return model.transformer.denoise(z, timestep.expand(len(z)), given.stream, given.actions, given.context)
 
     return sample(velocity, (1 - t) * batch.target + t * torch.randn_like(batch.target), timesteps)
 
@@ -328,20 +311,13 @@ def memory_errors(model: Trainee, unseen: WalkPool, chunks: int, cut: Cut | None
     index = torch.arange(unseen.size, device=device)
     batch = unseen.select(index, torch.zeros_like(index), chunks, cut)
     noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    timestep = torch.full((unseen.size,), MAX_TIMESTEP, device=device)
-    last = 3 * batch.target.shape[2] // 4
-    errors = []
     with autocast(device):
-        for wrong in (False, True):
-            velocity = model(noise, timestep, batch, wrong_memory=wrong)
-            errors.append(F.mse_loss(velocity[:, :, last:], (noise - batch.target)[:, :, last:]).item())
+        errors = memory_gap(lambda wrong: partial(model, batch=batch, wrong_memory=wrong), batch.target, noise)
         compressed = model.transformer.latent_encoder.compress(batch.history).float()
     keys = batch.history[:, :, key_latents(batch.history.shape[2])]
     correlation = torch.corrcoef(torch.stack((compressed.flatten(), keys.flatten())))[0, 1]
     return {
-        "error_right": errors[0],
-        "error_wrong": errors[1],
-        "gap": errors[1] / errors[0],
+        **errors,
         "memory_std_across_worlds": compressed.std(dim=0).mean().item(),
         "memory_key_frame_correlation": correlation.item(),
     }
