@@ -158,22 +158,23 @@ def check(config: ModelConfig) -> None:
     # Imported here because torch and transformers take seconds, and finding the files needs neither.
     from infworld.checkpoint import RELEASED_EXTRAS, load_strict
     from infworld.dit import InfiniteWorldTransformer
-    from infworld.text import ByteTextEncoder, build_umt5, umt5_names
+    from infworld.text import ByteTextEncoder, read_umt5
     from infworld.vae import build_vae
 
     text = config.text_encoder_cfg
     builders = {
         "transformer": lambda: InfiniteWorldTransformer(config.model_cfg),
         "vae": lambda: build_vae(config),
-        "text": lambda: build_umt5(text) if text.type == "umt5" else ByteTextEncoder(text),
+        "text": lambda: ByteTextEncoder(text),
     }
     for key, name in _named(config).items():
         path = config.path(name)
         content = _read(key, path)
-        if key in builders:
-            tensors = umt5_names(content) if key == "text" and text.type == "umt5" else content
+        if key == "text" and text.type == "umt5":
+            read_umt5(text, path)
+        elif key in builders:
             drop = RELEASED_EXTRAS if key == "transformer" else ()
-            load_strict(builders[key], tensors, where=path, device="meta", drop=drop)
+            load_strict(builders[key], content, where=path, device="meta", drop=drop)
 
 
 # LoRAs

@@ -16,7 +16,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from infworld.checkpoint import check_fit, load_strict, read_tensors, save_tensors
 from infworld.config import PROJECT_ROOT, ModelConfig, TextConfig
+from infworld.quantized import Widened, is_narrow, split_scales, widen
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,11 @@ _UMT5_BLOCK_NAMES = {
     "ffn.fc1": "layer.1.DenseReluDense.wi_1",
     "ffn.fc2": "layer.1.DenseReluDense.wo",
 }
+
+
+# Transformers' own name of the embedding, which its files have, and what ComfyUI's files have besides the encoder.
+_SHARED = "shared.weight"
+_FILE_EXTRAS = ("scaled_fp8", "spiece_model")
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,7 @@ def load_text_encoder(
     if text.type == "bytes":
         return load_strict(lambda: ByteTextEncoder(text), read_tensors(path), where=path, device=device, dtype=dtype)
     tokenizer = load_tokenizer(_tokenizer_folder(config))
-    encoder = load_strict(
-        lambda: build_umt5(text), umt5_names(read_tensors(path)), where=path, device=device, dtype=dtype
-    )
-    return UMT5TextEncoder(encoder, tokenizer, text.model_max_length)
+    return UMT5TextEncoder(load_umt5(text, path, torch.device(device), dtype), tokenizer, text.model_max_length)
 
 
 def open_text_encoder(
@@ -124,9 +126,8 @@ class UMT5OnDemand:
         self._lock = threading.Lock()
         text = config.text_encoder_cfg
         self._path, self._tokenizer = _weights(config), _tokenizer_folder(config)
-        tensors = read_tensors(self._path)
-        check_fit(umt5_shapes(text), tensors, self._path)
-        self._bytes = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+        tensors, _ = read_umt5(text, self._path)
+        self._bytes = sum(tensor.numel() * min(tensor.itemsize, dtype.itemsize) for tensor in tensors.values())
         if placement == "gpu":
             self._encoder = self._load(device)
 
@@ -160,11 +161,9 @@ class UMT5OnDemand:
         began = time.monotonic()
         text = self._config.text_encoder_cfg
         tokenizer = load_tokenizer(self._tokenizer)
-        tensors = umt5_names(read_tensors(self._path))
-        on_gpu = device.type == "cuda"
-        dtype = self._dtype if on_gpu else None  # on the CPU the tensors stay where they are, in the file
-        stack = load_strict(lambda: build_umt5(text), tensors, where=self._path, device=device, dtype=dtype)
-        encoder = UMT5TextEncoder(stack if on_gpu else in_float32(stack), tokenizer, text.model_max_length)
+        # On the CPU the tensors stay where they are, in the file.
+        stack = load_umt5(text, self._path, device, self._dtype if device.type == "cuda" else None)
+        encoder = UMT5TextEncoder(stack, tokenizer, text.model_max_length)
         log.info("text encoder on %s in %.1f s", device, time.monotonic() - began)
         return encoder
 
@@ -287,27 +286,60 @@ def build_umt5(config: TextConfig) -> nn.Module:
     return UMT5EncoderModel(sizes).encoder
 
 
-def in_float32(encoder: nn.Module) -> nn.Module:
-    """umT5's stack computing in float32 whatever its weights are, which stay as they are.
+def load_umt5(config: TextConfig, path: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """umT5's stack of a file, computing in `dtype`; None: in float32 with its weights left as they are in the file.
 
-    For a CPU, where 16-bit arithmetic is slow, and a copy of all weights would be 23 GB.
+    Weights of 8 bits stay as they are in either case, and each block is widened while it computes.
     """
-    encoder.block = nn.ModuleList(Widened(block) for block in encoder.block)
-    encoder.embed_tokens.register_forward_hook(lambda module, args, output: output.float())
-    encoder.final_layer_norm.float()
+    tensors, scales = read_umt5(config, path)
+    narrow = any(map(is_narrow, tensors.values()))
+    stack = load_strict(
+        lambda: build_umt5(config).requires_grad_(False),
+        tensors,
+        where=path,
+        device=device,
+        dtype=None if narrow else dtype,
+    )
+    return stack if dtype and not narrow else widened(stack, dtype or torch.float32, scales)
+
+
+def widened(encoder: nn.Module, dtype: torch.dtype = torch.float32, scales: Mapping[str, Tensor] | None = None):
+    """umT5's stack computing in `dtype` whatever its weights are, which stay as they are, block by block.
+
+    scales: of weights of 8 bits, by name. On a CPU 16-bit arithmetic is slow, and a copy of all weights would be 23 GB.
+    """
+    scales = {name: scale.to(encoder.device) for name, scale in (scales or {}).items()}
+    for index, block in enumerate(encoder.block):
+        start = f"block.{index}."
+        own = {name.removeprefix(start): scale for name, scale in scales.items() if name.startswith(start)}
+        encoder.block[index] = Widened(block, dtype, own)
+    table = encoder.embed_tokens.weight
+    if is_narrow(table):  # rows of which torch cannot look up
+        encoder.embed_tokens.weight = nn.Parameter(
+            widen(table, scales.get("embed_tokens.weight"), torch.bfloat16), requires_grad=False
+        )
+    encoder.embed_tokens.register_forward_hook(lambda module, args, output: output.to(dtype))
+    encoder.final_layer_norm.to(dtype)
     return encoder
 
 
-class Widened(nn.Module):
-    """A block whose weights are float32 while it computes, and only then."""
+def read_umt5(config: TextConfig, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The encoder's tensors and the scales of those with 8 bits, both under transformers' names: from the released
+    file, or one with transformers' names, such as ComfyUI's. Raises ValueError for one that does not fit."""
+    tensors, scales = split_scales(read_tensors(path), path)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in _FILE_EXTRAS}
+    expected = umt5_shapes(config)
+    if _SHARED in tensors:
+        tensors, scales = _without_prefix(tensors), _without_prefix(scales)
+        expected = {_umt5_name(name): shape for name, shape in expected.items()}
+    check_fit(expected, tensors, path)
+    return umt5_names(tensors), umt5_names(scales)
 
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.block = block
 
-    def forward(self, *args, **kwargs):
-        weights = {name: parameter.float() for name, parameter in self.block.named_parameters()}
-        return functional_call(self.block, weights, args, kwargs)
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the whole model by their names in its encoder, where the embedding has a name of its own."""
+    renamed = {"embed_tokens.weight" if name == _SHARED else name: tensor for name, tensor in tensors.items()}
+    return {name.removeprefix("encoder."): tensor for name, tensor in renamed.items()}
 
 
 def umt5_shapes(config: TextConfig) -> dict[str, torch.Size]:

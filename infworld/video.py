@@ -6,12 +6,14 @@ Mp4 files are H.264 yuv420p, which every browser plays, written by the ffmpeg th
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -78,9 +80,20 @@ class Mp4Writer:
 
     def close(self) -> None:
         """Ends the file and puts it in its place. OSError if that fails: then there is no file."""
+        if part := self.end():
+            try:
+                os.replace(part, self.path)
+            except OSError:
+                self.frames = 0
+                part.unlink(missing_ok=True)
+                raise
+
+    def end(self) -> Path | None:
+        """Ends the file and leaves it where it was written, which is returned; None without frames. OSError if that
+        fails: then there is no file."""
         self._closed = True
         if self._process is None:
-            return
+            return None
         process, self._process = self._process, None
         with contextlib.suppress(OSError):  # ffmpeg has gone with data still unwritten: its exit code tells
             process.stdin.close()
@@ -88,14 +101,11 @@ class Mp4Writer:
         self._log.seek(0)
         reason = _reason(self._log.read())
         self._log.close()
-        try:
-            if code:
-                raise OSError(f"ffmpeg could not write {self.path}: {reason or f'it ended with code {code}'}")
-            os.replace(self._part, self.path)
-        except OSError:
+        if code:
             self.frames = 0
             self._part.unlink(missing_ok=True)
-            raise
+            raise OSError(f"ffmpeg could not write {self.path}: {reason or f'it ended with code {code}'}")
+        return self._part
 
     def discard(self) -> None:
         """Ends without a file: what was at `path` before stays."""
@@ -117,13 +127,55 @@ class Mp4Writer:
         codec = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF), "-preset", "veryfast"]
         codec += ["-bf", "0"] if self.fragmented else []
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close); a pipe would fill up unread
-        self._process = subprocess.Popen(
-            [*self._command, *source, *_COLOUR, *codec, "-movflags", flags, "-f", "mp4", _file(self._part)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=self._log,
-            start_new_session=True,  # a Ctrl-C in the terminal must not reach ffmpeg, which has to end the file
-        )
+        with _out_of_reach():
+            self._process = subprocess.Popen(
+                [*self._command, *source, *_COLOUR, *codec, "-movflags", flags, "-f", "mp4", _file(self._part)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=self._log,
+                start_new_session=True,
+            )
+
+
+class JoinedMp4Writer:
+    """As `Mp4Writer`, for a film that comes chunk by chunk: each `write` encodes its frames by themselves, as the page
+    does to show them, and `close` joins the pieces. The same chunks make the same file, whoever writes them."""
+
+    def __init__(self, path: str | os.PathLike, fps: float = FPS):
+        self.path = check_output(path)
+        self.fps = fps
+        self.frames = 0
+        self._pieces: list[Path] = []
+        _ffmpeg()  # or say at once that there is none
+
+    def write(self, frames: np.ndarray) -> None:
+        """Appends frames: uint8, T H W 3, H and W even, of one size."""
+        writer = Mp4Writer(self.path, self.fps, fragmented=True)
+        writer.write(frames)
+        if piece := writer.end():
+            self._pieces.append(piece)
+            self.frames += len(frames)
+
+    def close(self) -> None:
+        """Joins what was written and puts it in its place. OSError if that fails: then there is no file."""
+        try:
+            if self._pieces:
+                concat_mp4(self._pieces, self.path)
+        except OSError:
+            self.frames = 0
+            raise
+        finally:
+            self._remove()
+
+    def discard(self) -> None:
+        """Ends without a file: what was at `path` before stays."""
+        self.frames = 0
+        self._remove()
+
+    def _remove(self) -> None:
+        for piece in self._pieces:
+            piece.unlink(missing_ok=True)
+        self._pieces = []
 
 
 def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = FPS, fragmented: bool = False) -> Path:
@@ -203,19 +255,35 @@ def _ffmpeg() -> list[str]:
     return [program, "-y", "-nostdin", "-loglevel", "error"]
 
 
+@contextlib.contextmanager
+def _out_of_reach() -> Iterator[None]:
+    """A Ctrl-C in the terminal must not reach what is started here: ffmpeg has to end its file. Its session of its own
+    begins a moment after it, so it also inherits that the signals are blocked."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _file(path: str | os.PathLike) -> str:
     """A path as ffmpeg takes it, which reads `a:b.mp4` as an address."""
     return f"file:{os.fspath(path)}"
 
 
 def _run(command: list[str], what: str) -> None:
-    result = subprocess.run(command, capture_output=True, start_new_session=True)
+    with _out_of_reach():
+        result = subprocess.run(command, capture_output=True, start_new_session=True)
     if result.returncode:
         raise OSError(f"ffmpeg could not {what}: {_reason(result.stderr)}")
 
 
 def _reason(log: bytes) -> str:
-    """The last line of what ffmpeg says, without the part of it that says so; empty if it says nothing."""
+    """Why ffmpeg failed: that the disk is full if it says so, else the last thing it says; empty if there is none."""
     lines = log.decode(errors="replace").split("\n")
     said = [re.sub(r"^\[[^]]*\] ", "", line).strip() for line in lines if line.strip()]
-    return said[-1][:500] if said else ""
+    full = os.strerror(errno.ENOSPC)
+    return next((line for line in said if full in line), said[-1] if said else "")[:500]

@@ -170,14 +170,14 @@ class _Handler(BaseHTTPRequestHandler):
             r"/api/whoami-v2": self._whoami,
             r"/api/validate-yaml": lambda: self._json({"errors": [], "warnings": []}),
             r"/api/repos/create": self._create,
-            r"/api/(?:models|spaces)/([^/]+/[^/]+)(?:/revision/(.+))?": self._info,
-            r"/api/(?:models|spaces)/([^/]+/[^/]+)/tree/([^/]+)": self._tree,
-            r"/api/(?:models|spaces)/([^/]+/[^/]+)/preupload/main": self._preupload,
-            r"/api/(?:models|spaces)/([^/]+/[^/]+)/commit/main": self._commit,
+            r"/api/(?:models|spaces|datasets)/([^/]+/[^/]+)(?:/revision/(.+))?": self._info,
+            r"/api/(?:models|spaces|datasets)/([^/]+/[^/]+)/tree/([^/]+)": self._tree,
+            r"/api/(?:models|spaces|datasets)/([^/]+/[^/]+)/preupload/main": self._preupload,
+            r"/api/(?:models|spaces|datasets)/([^/]+/[^/]+)/commit/main": self._commit,
             r"/api/spaces/([^/]+/[^/]+)/hardware": self._hardware,
-            r"/(?:spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch": self._lfs_batch,
+            r"/(?:spaces/|datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch": self._lfs_batch,
             r"/lfs/([0-9a-f]{64})": self._lfs_object,
-            r"/(?:spaces/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)": self._resolve,
+            r"/(?:spaces/|datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)": self._resolve,
             r"/cdn/([0-9a-f]{64})/(.+)": self._cdn,
         }
         for pattern, answer in routes.items():
@@ -250,7 +250,7 @@ class _Handler(BaseHTTPRequestHandler):
         wish = json.loads(self.body)
         name = f"{wish.get('organization') or self.server.who['name']}/{wish['name']}"
         kind = wish.get("type", "model")
-        url = f"{self.server.url}/{'spaces/' if kind == 'space' else ''}{name}"
+        url = f"{self.server.url}/{'' if kind == 'model' else f'{kind}s/'}{name}"
         if name in self.server.repos:
             return self._answer(409, json.dumps({"error": "You already created this repo", "url": url}).encode())
         self.server.repo(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, kind).settings = wish

@@ -11,8 +11,7 @@ from itertools import islice
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from peak import Peak
 
 import infworld
 from infworld import memory
@@ -136,36 +135,13 @@ def needs(released) -> MemoryEstimate:
     return MemoryEstimate.of(config, *released)
 
 
-class Peak(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, on any device."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive: set[int] = set()
-        self.now = self.most = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.alive:
-                self.alive.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
-        self.most = max(self.most, self.now)
-        return result
-
-    def freed(self, name: int, size: int) -> None:
-        self.alive.discard(name)
-        self.now -= size
-
-
 @pytest.fixture
 def peak(monkeypatch) -> Callable[[Callable[[], object]], int]:
     """The most bytes that a function's tensors take, with attention that keeps no scores, as on a GPU."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
 
     def measure(run: Callable[[], object]) -> int:
-        with torch.inference_mode(), torch.device("meta"), Peak() as counted:
+        with torch.inference_mode(), torch.device("meta"), Peak("meta") as counted:
             run()
         return counted.most
 

@@ -185,3 +185,48 @@ def test_any_name_is_written_joined_and_read(tmp_path, monkeypatch, name):
     video.write_mp4(name, moving())
     (tmp_path / "folder").mkdir()
     assert len(video.read_mp4(video.concat_mp4([name, name], f"folder/{name}"))) == 24
+
+
+# ------------------------------------------------------------------------------------------------------ chunk by chunk
+
+
+@pytest.fixture
+def noise() -> np.ndarray:
+    """25 frames that no encoder keeps as they are."""
+    return np.random.default_rng(0).integers(0, 256, (25, 32, 48, 3), dtype=np.uint8)
+
+
+def test_a_film_of_chunks_is_the_joined_pieces_of_its_chunks(tmp_path, noise):
+    chunks = [noise[:9], noise[9:17], noise[17:]]
+    film = video.JoinedMp4Writer(tmp_path / "film.mp4")
+    for chunk in chunks:
+        film.write(chunk)
+    film.close()
+    assert film.frames == len(noise) and os.listdir(tmp_path) == ["film.mp4"]
+    pieces = [
+        video.write_mp4(tmp_path / f"{number}.mp4", chunk, fragmented=True) for number, chunk in enumerate(chunks)
+    ]
+    joined = video.concat_mp4(pieces, tmp_path / "joined.mp4")
+    assert (tmp_path / "film.mp4").read_bytes() == joined.read_bytes()
+    whole = video.write_mp4(tmp_path / "whole.mp4", noise)  # encoded as one, it is another one
+    assert not np.array_equal(video.read_mp4(whole), video.read_mp4(joined))
+
+
+def test_a_film_of_chunks_that_cannot_be_joined_leaves_nothing(tmp_path, noise, monkeypatch):
+    film = video.JoinedMp4Writer(tmp_path / "film.mp4")
+    film.write(noise[:9])
+    assert len(os.listdir(tmp_path)) == 1
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "false")
+    with pytest.raises(OSError, match="could not join"):
+        film.close()
+    assert film.frames == 0 and not os.listdir(tmp_path)
+
+
+def test_a_film_of_chunks_that_is_discarded_leaves_what_was_there(tmp_path, noise):
+    path = video.write_mp4(tmp_path / "film.mp4", noise[:9])
+    before = path.read_bytes()
+    film = video.JoinedMp4Writer(path)
+    film.write(noise)
+    film.discard()
+    film.close()
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["film.mp4"] and film.frames == 0

@@ -15,20 +15,19 @@ from infworld.app.arena import arena
 from infworld.app.guard import Guard, Stored
 from infworld.app.server import hosts_of, raise_open_files, theme
 from infworld.arena.hall import Hall
+from infworld.arena.hub_votes import open_votes
 from infworld.arena.matches import Matches
-from infworld.arena.votes import Votes, default_path
 
 INTRODUCTION = """# Which film is better?
 Two films of the same picture and actions. Keys: **1** left, **2** no difference, **3** right."""
 
 
 @contextmanager
-def open_hall(films: Path, votes: Path | None = None) -> Iterator[Hall]:
-    """The films of a folder, with their votes; the copies of films that are shown end with it."""
-    matches, kept = Matches.read(films), Votes(votes or default_path(films))
-    with tempfile.TemporaryDirectory(prefix="infworld-arena-") as stage:
+def open_hall(films: Path, votes: str | None = None) -> Iterator[Hall]:
+    """The films of a folder, with their votes (`open_votes`); the copies of films that are shown end with it."""
+    matches = Matches.read(films)
+    with open_votes(films, votes) as kept, tempfile.TemporaryDirectory(prefix="infworld-arena-") as stage:
         yield Hall(matches, kept, stage)
-    kept.close()
 
 
 def add_arena(blocks: gr.Blocks, hall: Hall) -> None:

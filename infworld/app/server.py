@@ -184,7 +184,13 @@ def main() -> None:
         help="a name that the server answers to, as that of a proxy before it (default: localhost and 127.0.0.1; with "
         "--host 0.0.0.0 all)",
     )
-    parser.add_argument("--arena", type=Path, metavar="FILMS", help="add the arena for these films (docs/measuring.md)")
+    parser.add_argument(
+        "--arena",
+        type=Path,
+        default=os.environ.get("INFWORLD_ARENA") or None,
+        metavar="FILMS",
+        help="add the arena for these films (docs/measuring.md; default: INFWORLD_ARENA, else none)",
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     host = f"[{args.host}]" if args.host and ":" in args.host and not args.host.startswith("[") else args.host

@@ -82,6 +82,23 @@ class Votes:
             done = self._connection.execute(f"INSERT OR IGNORE INTO votes VALUES ({', '.join('?' * 8)})", values)
             return done.rowcount == 1
 
+    def add_csv(self, text: str) -> None:
+        """Adds the votes that `as_csv` gave of another file, but for those that are here already. ValueError for other
+        text."""
+        try:
+            rows = [
+                (
+                    float(row["time"]),
+                    *(row[field.name] for field in fields(Vote)[1:-1]),
+                    row["first_was_left"] == "True",
+                )
+                for row in csv.DictReader(io.StringIO(text))
+            ]
+            with self._lock:
+                self._connection.executemany(f"INSERT OR IGNORE INTO votes VALUES ({', '.join('?' * 8)})", rows)
+        except (KeyError, TypeError, ValueError, sqlite3.IntegrityError) as error:
+            raise ValueError(f"these are no votes: {error!r}") from error
+
     def answered(self, voter: str) -> dict[Pair, set[str]]:
         """The questions that a voter has answered, by pair."""
         found: dict[Pair, set[str]] = {}

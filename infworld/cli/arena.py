@@ -23,9 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("films", type=Path, metavar="FILMS", help="folder with a folder of films for each model or setting")
     add(
         "--votes",
-        type=Path,
         metavar="FILE",
-        help="where the votes are; default: FILMS/votes.sqlite, or a Space's storage",
+        help="where the votes are: a file, or hf://datasets/USER/NAME for a dataset of the Hub; default: "
+        "INFWORLD_VOTES, else a Space's storage, else FILMS/votes.sqlite",
     )
     add("--export", type=Path, metavar="FILE", help="write the votes as .csv or .json and the table, and end")
     add("--host", help="address to listen on: 0.0.0.0 for all (default: only this machine)")
@@ -46,19 +46,21 @@ def serve(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Writes the votes and prints the tables."""
+    from infworld.arena.hub_votes import DATASET, open_votes, place
     from infworld.arena.ranking import standings
-    from infworld.arena.votes import QUESTIONS, Votes, default_path
+    from infworld.arena.votes import QUESTIONS
 
-    path = args.votes or default_path(args.films)
-    if not path.is_file():
-        raise FileNotFoundError(f"no votes at {path}")
+    where = place(args.films, args.votes)
+    if not where.startswith(DATASET) and not Path(where).is_file():
+        raise FileNotFoundError(f"no votes at {where}")
     if args.export.suffix not in (".csv", ".json"):
         raise ValueError(f"the votes are written as .csv or .json, not as {args.export.name!r}")
-    votes = Votes(path)
-    args.export.write_text(votes.as_json() if args.export.suffix == ".json" else votes.as_csv(), encoding="utf-8")
+    with open_votes(args.films, where) as votes:
+        cast = votes.all()
+        args.export.write_text(votes.as_json() if args.export.suffix == ".json" else votes.as_csv(), encoding="utf-8")
     for question in QUESTIONS:
         print(question)
-        for line in standings([vote for vote in votes.all() if vote.question == question]):
+        for line in standings([vote for vote in cast if vote.question == question]):
             print(f"  {line.rating:5.0f} [{line.low:.0f}, {line.high:.0f}]  Elo {line.elo:.0f}  {line.name}")
     return 0
 

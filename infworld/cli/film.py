@@ -27,7 +27,7 @@ from infworld.models import default_model
 from infworld.pictures import load_image
 from infworld.session import check_session
 from infworld.settings import FilmSettings
-from infworld.video import Mp4Writer
+from infworld.video import JoinedMp4Writer
 
 SESSION = ".safetensors"
 LORA_OPTION: dict[str, Any] = {
@@ -175,7 +175,7 @@ def film(plan: FilmPlan, world: infworld.World, loading: float, stop: StopSignal
     if world.plan != FASTEST:
         print(f"there is too little GPU memory for all at once: {world.plan}")
     with stop.deferred():
-        mp4 = Mp4Writer(plan.out, world.config.validation_data.fps)
+        mp4 = JoinedMp4Writer(plan.out, world.config.validation_data.fps)
         writer = FilmWriter(mp4, plan.session_path, plan.next_command, plan.keeps_session)
         if team:
             team.if_lost(lambda: "; ".join(writer.rescue()))

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import infworld
-from infworld.video import Mp4Writer
+from infworld.video import JoinedMp4Writer
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,11 @@ class FilmWriter:
     """
 
     def __init__(
-        self, film: Mp4Writer, session_path: Path, next_command: Callable[[Path, int], str], must_save: bool = True
+        self,
+        film: JoinedMp4Writer,
+        session_path: Path,
+        next_command: Callable[[Path, int], str],
+        must_save: bool = True,
     ):
         self._film = film
         self._session_path = session_path
@@ -110,7 +114,7 @@ def _elsewhere(path: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"infworld-{secrets.token_hex(8)}{path.suffix}"
 
 
-def describe(film: Mp4Writer) -> str:
+def describe(film: JoinedMp4Writer) -> str:
     return f"{film.path} has {film.frames} frames ({film.frames / film.fps:.1f} s)"
 
 
