@@ -271,7 +271,9 @@ class Page:
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         for name, tab in tabs.items():
             tab.select(lambda name=name: name, None, last, **at_once)
-        blocks.load(lambda name: gr.Tabs(selected=name if name in tabs else "play"), last, self.tabs, **at_once)
+        # The first tab is there already; by the time of the answer another one may have been opened.
+        later = list(tabs)[1:]
+        blocks.load(lambda name: gr.Tabs(selected=name) if name in later else gr.skip(), last, self.tabs, **at_once)
 
     def _doors(self) -> None:
         """The one endpoint for programs, which is also the MCP tool. Its parts are seen by nobody."""
