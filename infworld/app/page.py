@@ -491,7 +491,7 @@ class Page:
         """The film that this browser has made last, with its plan, and its progress if it is in the making."""
         film = self.studio.store.find(name)
         run = film and self.runner.run_of(film)
-        if run and run.job.chunks is None:
+        if run and run.job.played:
             # Played by the page that was loaded again, which is silent now, or by another one beside it.
             for _ in range(100):
                 if time.monotonic() - run.heard > AWAY:
@@ -499,7 +499,8 @@ class Page:
                 await asyncio.sleep(0.1)
                 if run.is_over:
                     break
-            run, film = None, film if run.is_over else None
+            film = film if run.is_over else None
+            run = None
         if not film or not (run or film.has_begun):
             yield {self.film: None}  # Gradio takes nothing at all for a reason to empty every part
         else:

@@ -53,16 +53,17 @@ MAX_PER_ADDRESS = MAX_WAITING // 2  # runs of everybody who comes from one addre
 class Job:
     """What to do with a film: begin it with `picture` (uint8, H W 3), make its last chunk again (`redo`), or go on.
 
-    chunks: how many to make; None: play, that is as many as a person walks, steered through the film's
-    `steering_path`. Without settings none are made: the film of its session is decoded and shown. model: the film's.
+    chunks: how many to make. Without settings none are made: the film of its session is decoded and shown. model: the
+    film's. played: as many chunks are made as a person walks, steered through the film's `steering_path`.
     """
 
     film: Film
     model: str
-    chunks: int | None
+    chunks: int
     settings: FilmSettings | None = None
     picture: np.ndarray | None = None
     redo: bool = False
+    played: bool = False
 
 
 @dataclass(frozen=True)
@@ -354,7 +355,7 @@ class Runner:
 
     def _seconds_left(self, run: Run) -> float:
         """Infinitely many where nothing is known."""
-        if run.job.chunks is None:
+        if run.job.played:
             left = self._turn_left(run) if run in self._current.values() else TURN
             return TURN if left is None else left
         last = run._updates[-1] if run._updates else None
@@ -422,7 +423,7 @@ class Runner:
         if job.picture is None:
             job.film.recover()
             yield from self._show(job.film, compute)
-        yield from self._play(run, compute) if job.chunks is None else self._make(job, compute)
+        yield from self._play(run, compute) if job.played else self._make(job, compute)
 
     def _make(self, job: Job, compute: Compute) -> Generator[Update]:
         """The job's chunks, one GPU call each."""

@@ -41,14 +41,14 @@ class Studio:
         """A new film of a picture, to be played."""
         config = self.models.config(model or self.models.first)
         picture = np.array(crop_image(image, config.buckets))
-        return Job(self.store.new(), config.name, None, settings, picture)
+        return Job(self.store.new(), config.name, 0, settings, picture, played=True)
 
     def play_on(self, film: Film, settings: FilmSettings) -> Job:
         """More of a film, to be played."""
         session = film.session()
         config = self.models.config(session.model)
         check_length(config, session.num_frames + min(config.validation_data.live_lengths))
-        return Job(film, session.model, None, session.with_settings(settings).settings)
+        return Job(film, session.model, 0, session.with_settings(settings).settings, played=True)
 
     def redo(self, film: Film, settings: FilmSettings) -> Job:
         """The last chunk again, with the seed of `settings`."""

@@ -61,9 +61,8 @@ def open_film(path: Path) -> Film:
             frame = next(_decode(container), None)
             if frame is None:
                 raise ValueError(f"{path.name} has no frame that can be decoded: it is damaged or of an unknown codec")
-            seconds = (
-                stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
-            )
+            whole = (container.duration or 0) / av.time_base
+            seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else whole
             fps = float(stream.average_rate or stream.guessed_rate or 30)
             ratio = float(stream.sample_aspect_ratio or 1) or 1.0
     except (FFmpegError, OSError) as error:
