@@ -55,7 +55,7 @@ def visit(browser: Browser, address: str, welcome: bool = False, **options) -> I
     context.set_default_timeout(PATIENCE)
     page = context.new_page()
     page.goto(address)
-    expect(page.locator("#generate")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#play .begin")).to_be_visible(timeout=PATIENCE)
     hint = page.get_by_text("Got it")
     if not welcome and hint.is_visible():
         hint.click()
@@ -64,15 +64,25 @@ def visit(browser: Browser, address: str, welcome: bool = False, **options) -> I
 
 
 def take_example(page: Page, index: int) -> None:
-    page.locator("#examples button").nth(index).click()
+    page.locator("#examples button[data-index]").nth(index).click()
     expect(page.locator("#play .still")).to_be_visible(timeout=PATIENCE)
 
 
 def film(page: Page, index: int) -> None:
     """Makes the film of an example, to its end."""
     take_example(page, index)
+    page.click("#film-tab-button")
     page.click("#generate")
     expect(page.locator("#status")).to_contain_text("Done", timeout=PATIENCE)
+
+
+def play(page: Page) -> None:
+    """Walks and turns until there is something to see on the map."""
+    page.click("#play .begin")
+    for key, seconds in (("KeyW", 3), ("ArrowRight", 2), ("KeyW", 3)):
+        page.keyboard.down(key)
+        page.wait_for_timeout(1000 * seconds)
+        page.keyboard.up(key)
 
 
 def until_chunk(page: Page, number: int) -> None:
@@ -94,9 +104,16 @@ def save(part: Page | Locator, path: Path, **options) -> None:
 def take_all(browser: Browser, address: str, out: Path) -> None:
     with visit(browser, address, welcome=True) as page:
         take_example(page, 0)
-        save(page, out / "desktop.png", full_page=True)
+        save(page, out / "desktop.png")
+    with visit(browser, address) as page:
+        take_example(page, 1)
+        play(page)
+        save(page, out / "playing.png")
+        page.click("#play .leave")
+        expect(page.locator("#play .go-on")).to_be_visible(timeout=PATIENCE)
     with visit(browser, address) as page:
         take_example(page, 2)
+        page.click("#film-tab-button")
         page.click("#generate")
         until_chunk(page, 2)
         save(page, out / "generating.png")
@@ -110,7 +127,8 @@ def take_all(browser: Browser, address: str, out: Path) -> None:
         expect(page.locator("#memory .pair").first).to_be_visible(timeout=PATIENCE)
         save(page.locator("#memory-panel"), out / "memory-check.png")
     with visit(browser, address, viewport=PHONE, is_mobile=True, has_touch=True, device_scale_factor=2) as page:
-        film(page, 0)
+        take_example(page, 0)
+        play(page)
         save(page, out / "phone.png")
 
 
