@@ -106,7 +106,7 @@ class LiveWalk:
         # The negative prompt's velocity is asked for at every few steps only.
         every = 1, find_preset(settings.preset).guidance_interval
         steps = (itertools.count(0, interval) for interval in every)
-        return of_all_texts([of_text(*each) for each in zip(kept.memories, steps)], settings)  # noqa: B905
+        return of_all_texts([of_text(*each) for each in zip(kept.memories, steps, strict=False)], settings)
 
     def _refreshed(self, session: Session, frames: int) -> Kept:
         """What is kept, made anew where it has become old or other settings hold."""
@@ -181,7 +181,7 @@ class LiveWalk:
     def _basis(self, settings: FilmSettings) -> tuple:
         """What keys and values of a memory depend on besides the latents, and whether they are kept at all."""
         prompts = settings.prompt, settings.guidance == 1 or settings.negative_prompt
-        return *prompts, settings.steps, settings.preset, self.world.plan
+        return *prompts, settings.steps, settings.preset, self.refresh, self.world.plan
 
 
 def refresh_after(config: ModelConfig) -> int:

@@ -126,6 +126,16 @@ def test_a_walk_that_runs_out_of_memory_keeps_less(walk, world, monkeypatch):
     assert not walk._kept.memories
 
 
+def test_a_walk_may_be_refreshed_less_often_from_any_chunk_on(walk, compressions):
+    """There is room for the latents that a longer time brings."""
+    walk.refresh = 0
+    chunk_of(walk)
+    walk.refresh = 50
+    for _ in range(3):
+        chunk_of(walk, frames=64)
+    assert compressions == [1]
+
+
 def test_models_for_short_chunks_are_refreshed_less_often(world):
     lengths = dataclasses.replace(world.config.validation_data, chunk_lengths=(16, 80))
     trained = dataclasses.replace(world.config, validation_data=lengths)
