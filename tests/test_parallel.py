@@ -146,11 +146,11 @@ def out_of_memory(world: World, given) -> list[torch.Tensor]:
     """A rank runs out of memory in a film's beginning or second chunk, twice; what the team makes in spite of that."""
     picture, place, rank = given
     owner, name, at = {
-        "start": (world, "_encode", 1),
+        "start": (world, "encode", 1),
         "text": (world, "_encode_texts", 1),
         "sample": (world.transformer, "denoise", 2),
         "decode": (world.vae, "decode", 1),
-        "frames": (world, "_encode", 1),
+        "frames": (world, "encode", 1),
     }[place]
     whole = getattr(owner, name)
 
