@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from infworld.actions import ActionScript
-from infworld.config import FRAMES_PER_LATENT
+from infworld.config import FRAMES_PER_LATENT, ModelConfig
 from infworld.dit import KeptMemory
 from infworld.layers import fastest_attention
 from infworld.memory import MAX_SINGLE_PASS, WINDOW, memory_latents, window_starts
+from infworld.memory_plan import FASTEST
 from infworld.presets import find_preset
 from infworld.progress import Progress
 from infworld.sampler import Velocity
@@ -27,14 +28,15 @@ from infworld.session import Session
 from infworld.settings import FilmSettings
 from infworld.world import Chunk, CompressedHistory, Frames, Ways, World, of_all_texts
 
-REFRESH = 16  # latents that follow the compressed history at most
+REFRESH = 16  # latents that follow the compressed history at most, as models for short chunks are trained
+UNTRAINED_REFRESH = 4  # the same for other models, which soon forget what is not compressed (docs/performance.md)
 MAX_KEPT_BYTES = 2**30  # of keys and values: beyond, they are computed anew for each chunk
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
     """What a walk keeps between chunks: the compressed history; and, unless it is too large, for each text the keys and
-    values of the whole memory, which hold for these settings (`_basis`)."""
+    values of the whole memory, which hold for this basis (`LiveWalk._basis`)."""
 
     compressed: CompressedHistory
     basis: tuple
@@ -45,13 +47,15 @@ class LiveWalk:
     """A film that goes on in short chunks. `session` is the film after the last finished chunk.
 
     Its settings may be changed between chunks (`walk.session = walk.session.with_prompt("night")`); another film needs
-    another walk. Raises ValueError for a session that does not fit the world's model.
+    another walk. `refresh`: how many latents may follow the compressed history before it is compressed anew. Raises
+    ValueError for a session that does not fit the world's model.
     """
 
     def __init__(self, world: World, session: Session):
         world.check_session(session)
         self.world = world
         self.session = session
+        self.refresh = refresh_after(world.config)
         self._kept: Kept | None = None
         self._windows: dict[int, Tensor] = {}  # of a long history, compressed ahead, by their first latent
         self._encoder: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}  # the last state and the same unreduced
@@ -102,29 +106,29 @@ class LiveWalk:
         # The negative prompt's velocity is asked for at every few steps only.
         every = 1, find_preset(settings.preset).guidance_interval
         steps = (itertools.count(0, interval) for interval in every)
-        return of_all_texts([of_text(*each) for each in zip(kept.memories, steps)], settings)  # noqa: B905
+        return of_all_texts([of_text(*each) for each in zip(kept.memories, steps, strict=False)], settings)
 
     def _refreshed(self, session: Session, frames: int) -> Kept:
         """What is kept, made anew where it has become old or other settings hold."""
         kept, known = self._kept, session.history.shape[2]
-        if kept is None or known - kept.compressed.length > REFRESH:
+        if kept is None or known - kept.compressed.length > self.refresh:
             compressed = self.world.compress(session) if self.world.team else self._compress(session)
-        elif kept.basis != _basis(session.settings):
+        elif kept.basis != self._basis(session.settings):
             compressed = kept.compressed
         else:
             if not self.world.team:
                 self._compress_ahead(session, kept.compressed.length, frames // FRAMES_PER_LATENT)
             return kept
-        return Kept(compressed, _basis(session.settings), self._memories(session, compressed))
+        return Kept(compressed, self._basis(session.settings), self._memories(session, compressed))
 
     def _memories(self, session: Session, compressed: CompressedHistory) -> list[KeptMemory]:
         """The memory of the session for each text, or none where it is not to be kept."""
         world, model = self.world, self.world.transformer
         timesteps = world.timesteps(session.settings)[:-1]
         size = (session.history.shape[3], session.history.shape[4])
-        room = memory_latents(MAX_SINGLE_PASS) + REFRESH + world.config.chunk_latents
+        room = memory_latents(MAX_SINGLE_PASS) + self.refresh + world.config.chunk_latents
         nbytes = KeptMemory.nbytes(model.config, len(timesteps), size, room, model.dtype)
-        if world.team or world.plan.streams != "gpu" or nbytes > MAX_KEPT_BYTES:
+        if world.team or world.plan != FASTEST or nbytes > MAX_KEPT_BYTES:
             return []
         recent = session.history[:, :, compressed.length - 1 :].to(compressed.latents)
         latents, memories = torch.cat([compressed.latents, recent], dim=2), []
@@ -153,7 +157,7 @@ class LiveWalk:
         length: of the compressed history. new: latents of a chunk.
         """
         known = until = session.history.shape[2]
-        while until - length <= REFRESH:
+        while until - length <= self.refresh:
             until += new
         starts = window_starts(until)
         missing = [start for start in starts if start not in self._windows and start + WINDOW <= known]
@@ -174,7 +178,12 @@ class LiveWalk:
         self._encoder = state, whole
         return latents.cpu(), state
 
+    def _basis(self, settings: FilmSettings) -> tuple:
+        """What keys and values of a memory depend on besides the latents, and whether they are kept at all."""
+        prompts = settings.prompt, settings.guidance == 1 or settings.negative_prompt
+        return *prompts, settings.steps, settings.preset, self.refresh, self.world.plan
 
-def _basis(settings: FilmSettings) -> tuple:
-    """The settings that keys and values of a memory depend on."""
-    return settings.prompt, settings.guidance == 1 or settings.negative_prompt, settings.steps, settings.preset
+
+def refresh_after(config: ModelConfig) -> int:
+    """`LiveWalk.refresh` of a model's walks."""
+    return REFRESH if min(config.validation_data.chunk_lengths) < config.chunk_frames else UNTRAINED_REFRESH

@@ -108,7 +108,7 @@ def test_noise_depends_on_world_chunk_and_seed_only(bench, film, model, text_enc
 
 def test_a_live_film_is_a_live_walk(bench, model, monkeypatch):
     """A world of a batch gets what `LiveWalk` makes of it, across a refreshment of its memory."""
-    monkeypatch.setattr(live, "REFRESH", 2)
+    monkeypatch.setattr(live, "UNTRAINED_REFRESH", 2)
     script = same_script(bench, "right 8, forward 12")
     start = films.true_film(bench, bench.render(spawn(bench.worlds)[:, None]))
     made = films.live_film(bench, start, script, 5, films.LiveMemory())

@@ -21,7 +21,10 @@ HELD, HELD_RIGHT = ActionScript.parse("forward 9"), ActionScript.parse("right 9"
 
 @pytest.fixture
 def walk(world, picture):
-    return LiveWalk(world, world.start(picture, "back 400", seed=3))
+    """As of a model that was trained on short chunks."""
+    walk = LiveWalk(world, world.start(picture, "back 400", seed=3))
+    walk.refresh = REFRESH
+    return walk
 
 
 def chunk_of(walk, actions=FORWARD, frames=8) -> Chunk:
@@ -114,6 +117,31 @@ def test_a_memory_too_large_to_be_kept_is_computed_for_each_chunk(walk, world, m
     assert torch.equal(chunk_of(walk, RIGHT).latents, expected.latents)
 
 
+def test_a_walk_that_runs_out_of_memory_keeps_less(walk, world, monkeypatch):
+    """After a chunk that was repeated with a smaller plan, the walk goes on from the compressed history alone."""
+    chunk_of(walk)
+    assert walk._kept.memories
+    monkeypatch.setattr(world, "plan", dataclasses.replace(world.plan, streams="cpu"))
+    chunk_of(walk)
+    assert not walk._kept.memories
+
+
+def test_a_walk_may_be_refreshed_less_often_from_any_chunk_on(walk, compressions):
+    """There is room for the latents that a longer time brings."""
+    walk.refresh = 0
+    chunk_of(walk)
+    walk.refresh = 50
+    for _ in range(3):
+        chunk_of(walk, frames=64)
+    assert compressions == [1]
+
+
+def test_models_for_short_chunks_are_refreshed_less_often(world):
+    lengths = dataclasses.replace(world.config.validation_data, chunk_lengths=(16, 80))
+    trained = dataclasses.replace(world.config, validation_data=lengths)
+    assert live.refresh_after(world.config) < live.refresh_after(trained) == REFRESH
+
+
 def test_another_prompt_holds_from_the_next_chunk_on_without_compressing_anew(walk, world, compressions):
     first = walk.session
     chunk_of(walk)
@@ -141,6 +169,7 @@ def long_session(world, picture, latents: int):
 def test_windows_of_a_long_history_are_compressed_ahead(world, picture, compressions, monkeypatch):
     """Between two refreshments a window at a time; the refreshment itself then has fewer left, and is no other."""
     walk = LiveWalk(world, long_session(world, picture, 121))
+    walk.refresh = REFRESH
     encoded, encode = [], world.transformer.latent_encoder.encode
     monkeypatch.setattr(
         world.transformer.latent_encoder, "encode", lambda x: encoded.append(x.shape[2]) or encode(x), raising=False

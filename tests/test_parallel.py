@@ -169,11 +169,11 @@ def out_of_memory(world: World, given) -> list[torch.Tensor]:
 def failing(world: World, place: str, rank: int):
     """Within it this rank has too little memory at this place, once."""
     owner, name, at = {
-        "start": (world, "_encode", 1),
+        "start": (world, "encode", 1),
         "text": (world, "_encode_texts", 1),
         "sample": (world.transformer, "denoise", 2),
         "decode": (world.vae, "decode", 1),
-        "frames": (world, "_encode", 1),
+        "frames": (world, "encode", 1),
     }[place]
     whole, calls = getattr(owner, name), []
 

@@ -269,7 +269,7 @@ def test_a_stopped_film_goes_on_from_its_last_chunk(world, begun, film):
     ],
 )
 def test_bad_wishes_are_refused_before_anything_is_computed(world, picture, monkeypatch, settings, message):
-    monkeypatch.setattr(World, "_encode", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(World, "encode", lambda *_: pytest.fail("encoded"))
     with pytest.raises(ValueError, match=message):
         world.rollout(**{"image": picture, **settings})
 

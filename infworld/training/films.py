@@ -154,7 +154,7 @@ class LiveMemory:
     def update(self, bench: Bench, film: Film) -> MemoryStream:
         """The memory of the film so far."""
         model, history = bench.model.transformer, film.history.to(bench.model.transformer.dtype)
-        if self.stream is None or history.shape[2] - self.length > live.REFRESH:
+        if self.stream is None or history.shape[2] - self.length > live.refresh_after(bench.model.config):
             compressed = model.latent_encoder.compress(history)
             if self.wrong:
                 compressed = compressed.roll(1, dims=0)
