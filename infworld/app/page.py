@@ -52,6 +52,16 @@ MEMORY_HINT = (
 
 STOPPING = status.message("Stopping", "What has been made stays.")
 
+REMEMBERED = "infinite-world-film"  # what the browser calls the film's name that it keeps, for all tabs and for each
+KEEP = f"(name) => window.hasFoundFilm && sessionStorage.setItem('{REMEMBERED}', name)"
+FIND = f"""(latest) => {{
+  const name = sessionStorage.getItem('{REMEMBERED}') ?? latest;
+  if (name) sessionStorage.setItem('{REMEMBERED}', name);
+  window.hasFoundFilm = true;  // before, the latest film of all tabs is no change
+  return name;
+}}"""
+SWITCH = "() => ({{__type__: 'update', interactive: {}}})"
+
 Update = dict[Any, Any]
 
 
@@ -92,7 +102,7 @@ class Page:
             self.film = gr.State(None)  # a Film
             # The film's name, with which a page that was cut off or loaded again finds it. It is no secret from the
             # browser's owner, so that the key need not be one; it has to outlive the server.
-            self.remembered = gr.BrowserState(None, storage_key="infinite-world-film", secret="infinite-world")
+            self.remembered = gr.BrowserState(None, storage_key=REMEMBERED, secret="infinite-world")
             self._header()
             with gr.Row(elem_id="stage"):
                 with gr.Column(scale=4, min_width=300):
@@ -229,6 +239,7 @@ class Page:
         self.gallery.pick(self.take_example, None, [self.image, self.prompt, self.editor, self.frames], **at_once)
         self.frames.change(self.plan_length, self.frames, self.editor, **at_once)
         resumed = [*filming, self.prompt, self.randomise, self.model, *chosen]
+        buttons = {self.begin: self.generate, self.go_on: self.more, self.make_again: self.redo}
         for event, begin, inputs, outputs in (
             (self.generate.click, self.begin, [self.image, self.frames, self.model, *settings], filming),
             (self.more.click, self.go_on, [self.extra, self.model, *settings], filming),
@@ -236,11 +247,17 @@ class Page:
             (self.session_file.upload, self.resume, [self.session_file], resumed),
             (self.drive.drive, self.drive_on, [self.drive, self.image, self.model, *settings], filming),
         ):
-            event(self.filming(begin), [self.film, *inputs], outputs, **at_once).then(
-                self.check_memory, self.film, self.memory, **at_once
-            )
+            button = buttons.get(begin)
+            if button:  # it is off in the browser at once, before the server answers
+                event(None, None, button, js=SWITCH.format("false"), api_visibility="private")
+            made = event(self.filming(begin), [self.film, *inputs], outputs, **at_once)
+            made.then(self.check_memory, self.film, self.memory, **at_once)
+            if button:
+                made.failure(None, None, button, js=SWITCH.format("true"), api_visibility="private")
         found = [*resumed, self.image, self.frames]
-        blocks.load(self.come_back, self.remembered, found, **at_once).then(
+        # A tab that is loaded again has its own film, another one that of the browser's latest.
+        self.remembered.change(None, self.remembered, None, js=KEEP, api_visibility="private")
+        blocks.load(self.come_back, self.remembered, found, js=FIND, **at_once).then(
             self.check_memory, self.film, self.memory, **at_once
         )
         self.stop.click(self.stop_filming, self.film, [self.status, self.stop], **at_once)
