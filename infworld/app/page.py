@@ -60,7 +60,9 @@ FIND = f"""(latest) => {{
   window.hasFoundFilm = true;  // before, the latest film of all tabs is no change
   return name;
 }}"""
-SWITCH = "() => ({{__type__: 'update', interactive: {}}})"
+# A button is off in the browser at once, before the server answers, and on again after an error.
+OFF = "(...values) => {{ document.getElementById('{}').disabled = true; return values; }}"
+ON = "() => {{ document.getElementById('{}').disabled = false; }}"
 
 Update = dict[Any, Any]
 
@@ -239,7 +241,7 @@ class Page:
         self.gallery.pick(self.take_example, None, [self.image, self.prompt, self.editor, self.frames], **at_once)
         self.frames.change(self.plan_length, self.frames, self.editor, **at_once)
         resumed = [*filming, self.prompt, self.randomise, self.model, *chosen]
-        buttons = {self.begin: self.generate, self.go_on: self.more, self.make_again: self.redo}
+        buttons = {self.begin: "generate", self.go_on: "more", self.make_again: "redo"}
         for event, begin, inputs, outputs in (
             (self.generate.click, self.begin, [self.image, self.frames, self.model, *settings], filming),
             (self.more.click, self.go_on, [self.extra, self.model, *settings], filming),
@@ -248,12 +250,11 @@ class Page:
             (self.drive.drive, self.drive_on, [self.drive, self.image, self.model, *settings], filming),
         ):
             button = buttons.get(begin)
-            if button:  # it is off in the browser at once, before the server answers
-                event(None, None, button, js=SWITCH.format("false"), api_visibility="private")
-            made = event(self.filming(begin), [self.film, *inputs], outputs, **at_once)
+            off = button and OFF.format(button)
+            made = event(self.filming(begin), [self.film, *inputs], outputs, js=off, **at_once)
             made.then(self.check_memory, self.film, self.memory, **at_once)
             if button:
-                made.failure(None, None, button, js=SWITCH.format("true"), api_visibility="private")
+                made.failure(None, js=ON.format(button), api_visibility="private")
         found = [*resumed, self.image, self.frames]
         # A tab that is loaded again has its own film, another one that of the browser's latest.
         self.remembered.change(None, self.remembered, None, js=KEEP, api_visibility="private")
