@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 
+from infworld.files import read_json_text
+
 MOVES = (
     "no-op",
     "go forward",
@@ -136,7 +138,7 @@ class ActionScript:
             raise FileNotFoundError(f"no action file at {path}")
         try:
             _check_length(path.stat().st_size)
-            return ActionScript.from_json(path.read_text(encoding="utf-8-sig"))
+            return ActionScript.from_json(read_json_text(path))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not a JSON text file") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 import secrets
@@ -18,6 +19,13 @@ except ImportError:  # Windows: two runs with one output are not noticed, and th
 
 _SHORT = 40  # characters of a name that the names made from it keep, so that they fit where the name itself fits
 _LONGEST = 255  # bytes of a name, on nearly all file systems
+
+
+def read_json_text(path: Path) -> str:
+    """The text of a JSON file, in whichever of UTF-8, 16 and 32 it is, with or without the mark that Windows writes.
+    UnicodeDecodeError for none of these."""
+    data = path.read_bytes()
+    return data.decode(json.detect_encoding(data)).removeprefix("\ufeff")
 
 
 def check_output(path: str | os.PathLike, suffix: str = ".mp4") -> Path:

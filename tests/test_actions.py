@@ -195,7 +195,7 @@ def test_the_longest_script_has_all_its_forms():
     assert ActionScript.from_json(script.to_json()) == script == ActionScript.parse(script.text())
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_files_and_text_from_other_systems_are_read(tmp_path, encoding):
     script = ActionScript.parse("forward 2, strafe left+up 3")
     text = script.to_json().replace("\n", "\r\n").replace("}", "\u00a0}").replace("[", "\u2028[\u2003")

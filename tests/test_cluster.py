@@ -17,7 +17,7 @@ from infworld.config import PROJECT_ROOT
 from infworld.video import read_mp4
 
 pytest.importorskip("ray")
-FILMS, PATIENCE = 5, 300  # seconds; the machine may be busy
+FILMS, PATIENCE = 4, 600  # seconds; the machine may be busy
 
 
 @pytest.fixture
@@ -60,7 +60,9 @@ def wait(until, what: str):
     return value
 
 
-def test_a_killed_worker_costs_no_film_and_changes_none(small_model, jobs, tmp_path):
+def test_a_killed_worker_costs_no_film_and_changes_none(small_model, jobs, tmp_path, world, monkeypatch):
+    films = jobs.read_text()
+    jobs.write_text("\n".join([json.dumps({"image": "gone.png", "out": "gone.mp4"}), films]))
     program = start(small_model, jobs, "--cluster", "--workers", "2")
     try:
         wait(lambda: list(tmp_path.glob("*.mp4")) or program.poll() is not None, "the first film")
@@ -69,33 +71,25 @@ def test_a_killed_worker_costs_no_film_and_changes_none(small_model, jobs, tmp_p
         _, errors = program.communicate(timeout=PATIENCE)
     finally:
         program.kill()
-    assert program.returncode == 0, errors
+    assert program.returncode == 2 and "job 1, gone.mp4" in errors and "no picture" in errors, errors
+    assert errors.count("error:") == 1  # nothing else went wrong
     names = sorted(path.name for path in tmp_path.glob("*.mp4"))
     assert names == [f"{number}.mp4" for number in range(FILMS)]
     made = [read_mp4(tmp_path / name) for name in names]
     times = [(tmp_path / name).stat().st_mtime_ns for name in names]
 
+    jobs.write_text(films)
     again = start(small_model, jobs, "--cluster", "--workers", "2")  # nothing is left to do
     assert again.wait(PATIENCE) == 0
     assert [(tmp_path / name).stat().st_mtime_ns for name in names] == times
 
     for name in names:
         (tmp_path / name).unlink()
-    alone = start(small_model, jobs)
-    _, errors = alone.communicate(timeout=PATIENCE)
-    assert alone.returncode == 0, errors
+    monkeypatch.setattr(generate.infworld, "load", lambda *_, **__: world)  # here, one after the other
+    monkeypatch.chdir(tmp_path)
+    assert generate.main(["--model", str(small_model), "--device", "cpu", "--jobs", jobs.name]) == 0
     for name, frames in zip(names, made, strict=True):
         np.testing.assert_array_equal(read_mp4(tmp_path / name), frames)
-
-
-def test_a_film_that_cannot_be_made_is_named_and_the_others_are_made(small_model, jobs, tmp_path):
-    lines = jobs.read_text().splitlines()[:1] + [json.dumps({"image": "gone.png", "out": "gone.mp4"})]
-    jobs.write_text("\n".join(lines))
-    program = start(small_model, jobs, "--cluster")
-    _, errors = program.communicate(timeout=PATIENCE)
-    assert program.returncode == 2
-    assert "job 2, gone.mp4" in errors and "no picture" in errors
-    assert (tmp_path / "0.mp4").is_file()
 
 
 def test_a_film_with_too_few_frames_is_not_finished(small_model, picture, tmp_path, world, monkeypatch):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
 from servers import PATIENCE, free_port, page_server, proxy
 
+from infworld.app.environment import UPLOADS
+from infworld.app.studio import Studio
 from infworld.session import Session
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -147,13 +150,16 @@ def test_continue_during_a_cut_leaves_the_film_on_the_page(page, address, pictur
         status(page, "321 frames")
 
 
-def test_a_restart_of_the_server_loses_neither_film_nor_picture(page, small_model, picture, tmp_path):
+def test_a_restart_of_the_server_loses_neither_film_nor_picture(page, small_model, picture, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     films, port = tmp_path / "films", free_port()
     with page_server(small_model, films, port):
         visit(page, f"http://127.0.0.1:{port}/", picture)
         page.click("#generate")
         status(page, "Done")
         expect_film(page, 161)
+    (uploads,) = (tmp_path / UPLOADS).iterdir()
+    assert list(uploads.rglob("picture.png"))
     page.evaluate("window.before = true")
     with page_server(small_model, films, port):
         page.wait_for_function("!window.before", timeout=PATIENCE)  # Gradio loads the page again
@@ -162,6 +168,19 @@ def test_a_restart_of_the_server_loses_neither_film_nor_picture(page, small_mode
         status(page, "321 frames")
         page.click("#generate")  # with the picture of before
         status(page, re.compile("Done The film has 161 frames"))
+        assert not uploads.exists()  # those of the server that was killed
+
+
+def test_each_tab_finds_its_own_film(page, address, picture):
+    tabs = [page, page.context.new_page()]
+    plans = ["right 80", "left 80"]
+    for tab, plan in zip(tabs, plans, strict=True):
+        visit(tab, address, picture, plan, 81)
+        tab.click("#generate")
+        status(tab, "Done")
+    for tab, plan in zip(tabs, plans, strict=True):
+        tab.reload()
+        expect_film(tab, 81, plan)
 
 
 def test_another_browser_finds_nothing_and_a_forged_name_neither(browser, address, picture, films):
@@ -199,6 +218,25 @@ def test_a_double_click_makes_one_film(page, address, picture, slow, films):
     expect_film(page, 161)
     assert len(list(films.iterdir())) == there + 1
     expect(page.locator(".toast-body.error")).to_have_count(0)
+
+
+def refuse(*arguments):
+    raise ValueError("no more films")
+
+
+def test_a_button_is_off_from_the_click_on_and_on_again_after_an_error(page, address, picture, monkeypatch):
+    go, begin = threading.Event(), Studio.begin
+    monkeypatch.setattr(Studio, "begin", lambda *arguments: go.wait(PATIENCE / 1000) and begin(*arguments))
+    visit(page, address, picture)
+    page.click("#generate")
+    expect(page.locator("#generate")).to_be_disabled()  # long before the server has answered
+    go.set()
+    status(page, "Done")
+    expect(page.locator("#generate")).to_be_enabled()
+    monkeypatch.setattr(Studio, "begin", refuse)
+    page.click("#generate")
+    expect(page.locator(".toast-body.error")).to_have_count(1)
+    expect(page.locator("#generate")).to_be_enabled()
 
 
 def test_the_film_plays_behind_tls_that_the_server_does_not_know_of(page, address, picture, tmp_path):

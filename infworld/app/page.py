@@ -56,6 +56,18 @@ MEMORY_HINT = (
 
 STOPPING = status.message("Stopping", "What has been made stays.")
 
+REMEMBERED = "infinite-world-film"  # what the browser calls the film's name that it keeps, for all tabs and for each
+KEEP = f"(name) => window.hasFoundFilm && sessionStorage.setItem('{REMEMBERED}', name)"
+FIND = f"""(latest) => {{
+  const name = sessionStorage.getItem('{REMEMBERED}') ?? latest;
+  if (name) sessionStorage.setItem('{REMEMBERED}', name);
+  window.hasFoundFilm = true;  // before, the latest film of all tabs is no change
+  return name;
+}}"""
+# A button is off in the browser at once, before the server answers, and on again after an error.
+OFF = "(...values) => {{ document.getElementById('{}').disabled = true; return values; }}"
+ON = "() => {{ document.getElementById('{}').disabled = false; }}"
+
 Update = dict[Any, Any]
 
 
@@ -97,7 +109,7 @@ class Page:
             self.film = gr.State(None)  # a Film
             # The film's name, with which a page that was cut off or loaded again finds it. It is no secret from the
             # browser's owner, so that the key need not be one; it has to outlive the server.
-            self.remembered = gr.BrowserState(None, storage_key="infinite-world-film", secret="infinite-world")
+            self.remembered = gr.BrowserState(None, storage_key=REMEMBERED, secret="infinite-world")
             self._header()
             self.gallery = Gallery(self.examples, opens="#picture input[type=file]", elem_id="examples")
             with gr.Row(elem_id="stage"):
@@ -240,15 +252,19 @@ class Page:
         self.gallery.pick(self.take_example, None, [self.image, self.prompt, self.editor, self.frames], **at_once)
         self.frames.change(self.plan_length, self.frames, self.editor, **at_once)
         resumed = [*filming, self.prompt, self.randomise, self.model, *chosen]
+        buttons = {self.begin: "generate", self.go_on: "more", self.make_again: "redo"}
         for event, begin, inputs, outputs in (
             (self.generate.click, self.begin, [self.image, self.frames, self.model, *settings], filming),
             (self.more.click, self.go_on, [self.extra, self.model, *settings], filming),
             (self.redo.click, self.make_again, [self.model, *settings], filming),
             (self.session_file.upload, self.resume, [self.session_file], resumed),
         ):
-            event(self.filming(begin), [self.film, *inputs], outputs, **at_once).then(
-                self.check_memory, self.film, self.memory, **at_once
-            )
+            button = buttons.get(begin)
+            off = button and OFF.format(button)
+            made = event(self.filming(begin), [self.film, *inputs], outputs, js=off, **at_once)
+            made.then(self.check_memory, self.film, self.memory, **at_once)
+            if button:
+                made.failure(None, js=ON.format(button), api_visibility="private")
         quality = settings[1:]
         for event, begin, inputs in (
             (self.play.begin, self.play_anew, [self.image, self.model, *quality]),
@@ -260,7 +276,9 @@ class Page:
         self.play.leave(self.leave, self.film, None, **at_once)
         self.play.steer(self.steer, self.film, None, queue=False, **at_once)
         found = [*resumed, self.image, self.frames]
-        blocks.load(self.come_back, self.remembered, found, **at_once).then(
+        # A tab that is loaded again has its own film, another one that of the browser's latest.
+        self.remembered.change(None, self.remembered, None, js=KEEP, api_visibility="private")
+        blocks.load(self.come_back, self.remembered, found, js=FIND, **at_once).then(
             self.check_memory, self.film, self.memory, **at_once
         )
         self.stop.click(self.stop_filming, self.film, [self.status, self.stop], **at_once)

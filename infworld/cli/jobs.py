@@ -21,6 +21,7 @@ from infworld.cli.console import FAILED, StopSignals
 from infworld.cli.film import FilmPlan, film, unknown_homes
 from infworld.config import load_config
 from infworld.devices import limit_memory, pick_device
+from infworld.files import read_json_text
 from infworld.memory_plan import NotEnoughMemory
 from infworld.models import default_model, prepare, with_loras
 
@@ -85,9 +86,8 @@ def read_jobs(path: Path, args: argparse.Namespace) -> tuple[list[Job], list[str
     """The jobs of a file, each with all options of one film, and what is wrong with the others."""
     if not path.is_file():
         raise FileNotFoundError(f"no jobs file at {path}")
-    data = path.read_bytes()
     try:
-        text = data.decode(json.detect_encoding(data)).removeprefix("\ufeff")  # which Windows writes first
+        text = read_json_text(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
     jobs, problems = [], []

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from infworld.actions import VIEW_WORDS, ActionScript
+from infworld.files import read_json_text
 
 SHIPPED = Path(__file__).resolve().parent.parent / "cases"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -118,7 +119,7 @@ def _find(folder: Path, picture: str) -> Path:
 
 def _json(path: Path, kind: type) -> Any:
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = json.loads(read_json_text(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, kind):

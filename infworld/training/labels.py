@@ -24,6 +24,7 @@ from torch import Tensor
 
 from infworld.actions import UNCERTAIN, ActionScript
 from infworld.cli.console import exit_code
+from infworld.files import read_json_text
 from infworld.training.worlds import EYE_HEIGHT
 
 
@@ -202,7 +203,7 @@ def read_matrices(path: Path) -> Tensor:
     Raises: ValueError for a file that holds no such numbers.
     """
     try:
-        text = None if path.suffix == ".npy" else path.read_text(encoding="utf-8-sig")
+        text = None if path.suffix == ".npy" else read_json_text(path)
         values = np.load(path) if text is None else np.array(json.loads(text))
     except (ValueError, TypeError, EOFError, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(f"not a (T, 4, 4) array of numbers: {_first_line(error)}") from error
