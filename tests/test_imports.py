@@ -10,10 +10,10 @@ PACKAGE = Path(__file__).parent.parent / "infworld"
 # From the leaves upwards. Modules of one layer may import each other, as long as there is no circle.
 LAYERS = (
     {"config", "actions", "camera", "files", "video", "pictures", "picture_files", "measures", "devices"},
-    {"layers", "offload", "memory", "dit", "vae", "text", "sampler", "presets", "checkpoint", "lora"},
+    {"layers", "offload", "memory", "dit", "vae", "text", "quantized", "sampler", "presets", "checkpoint", "lora"},
     {"settings", "session", "progress"},
-    {"metrics", "arena"},
-    {"packages", "memory_plan", "transfer", "hub", "models"},
+    {"metrics"},
+    {"packages", "memory_plan", "transfer", "hub", "models", "arena"},
     {"world", "live", "loading"},
     {"parallel", "evaluation"},
     {"training", "videos", "cli", "app"},

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure as Plot
 from matplotlib.ticker import MaxNLocator
 
 from infworld.evaluation.measure import DRIFTS, Film, Row, figures, gaps, obedience
-from infworld.evaluation.run import Evaluation, write_text
+from infworld.evaluation.run import Evaluation, strip_frames, write_text
 from infworld.evaluation.takes import LAST, WHOLE
 from infworld.metrics.summary import Figure
 
@@ -41,7 +41,13 @@ def write_report(evaluation: Evaluation, films: Sequence[Film]) -> Path:
         ],
         obedience=obedience(films),
         plots=[Markup(plot) for plot in (plot_gaps(films), *plot_drift(films)) if plot],
-        strips=[(film, _picture(evaluation.strip_path(film.name))) for film in films if film.kind in ("walk", "still")],
+        strips=[
+            (film, ", ".join(map(str, strip_frames(film.frames))), _picture(evaluation.strip_path(film.name)))
+            for film in films
+            if film.kind in ("walk", "still")
+        ],
+        cases=len({film.case for film in films}),
+        films=len(films),
         seconds=sum(film.seconds for film in films),
     )
     write_text(folder / "report.html", html)
@@ -88,7 +94,7 @@ def plot_gaps(films: Sequence[Film]) -> str:
     found = gaps(films)
     if not found:
         return ""
-    plot, axes = _plot("How much of a view comes back, by the chunks since it was seen", "chunks", "score, %")
+    plot, axes = _plot("What comes back of a view", "chunks since it was seen", "score, %")
     for memory, colour in COLOURS.items():
         points = [(gap, c[memory]) for gap, c in found.items() if memory in c and c[memory].films]
         if points:

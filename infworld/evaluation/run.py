@@ -138,10 +138,14 @@ def digest(suite: Suite) -> str:
     return found.hexdigest()[:16]
 
 
+def strip_frames(frames: int) -> list[int]:
+    """Which of a film's frames are in its strip."""
+    return np.linspace(0, frames - 1, min(STRIP_PICTURES, frames)).round().astype(int).tolist()
+
+
 def write_strip(path: Path, frames: np.ndarray) -> None:
     """Pictures from the whole film in a row, as one WebP."""
-    shown = np.linspace(0, len(frames) - 1, min(STRIP_PICTURES, len(frames))).round().astype(int)
-    pictures = [Image.fromarray(frames[index]) for index in shown]
+    pictures = [Image.fromarray(frames[index]) for index in strip_frames(len(frames))]
     width = min(STRIP_WIDTH, pictures[0].width)
     height = round(pictures[0].height * width / pictures[0].width)
     strip = Image.new("RGB", (width * len(pictures), height))
