@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from infworld.cli.console import exit_code
+from infworld.cli.console import StopSignals, exit_code
 from infworld.config import load_config
 from infworld.devices import pick_device
 
@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     )
     console = Console(len(preparation.names))
     try:
-        records = preparation.run(console.film_begins, console.progress)
+        with StopSignals():
+            records = preparation.run(console.film_begins, console.progress)
     finally:
         console.close()
     for name, record in records.items():
