@@ -122,8 +122,8 @@ class Console:
     def progress(self, stage: str, done: int, total: int) -> None:
         if stage != self.stage:
             self.stage = stage
+            self.bar.set_description_str(f"{self.name}, {stage}", refresh=False)
             self.bar.reset(total=total)
-            self.bar.set_description(f"{self.name}, {stage}", refresh=False)
         self.bar.total = total
         self.bar.update(done - self.bar.n)
 
