@@ -23,9 +23,11 @@ from infworld.cli.prepare_videos import main
 from infworld.config import PROJECT_ROOT, load_config
 from infworld.files import claimed
 from infworld.training.frames import to_video
+from infworld.training.labels import poses_to_matrices
 from infworld.training.pictures import SIZES, make_atlas
 from infworld.training.stages import framing_stages, render_stages
 from infworld.video import write_mp4
+from infworld.videos import round_trip
 from infworld.videos.dataset import open_data
 from infworld.videos.prepare import cropped, load_vae, split
 from infworld.videos.reading import open_film
@@ -336,3 +338,26 @@ def test_colmap_failing_costs_one_clip_and_stopping_leaves_nothing_behind(folder
     assert process.wait(60) == 128 + signal.SIGTERM
     assert b"the same command goes on" in process.stderr.read()
     assert not list((folder / "data").glob(".keyframes-*"))
+
+
+def test_the_round_trip_counts_what_is_found_again(folder, small_model, capsys):
+    """The measurement of docs/own-videos.md at a small size, with the true poses in place of estimated ones."""
+    path = folder / "films" / "walk"
+    size = ["--size", "48", "64", "--frames", "90", "--kind", "toy", "--seed", "1"]
+    round_trip.main(["make", str(path), *size, "--jitter", "1"])
+    with np.load(path.with_suffix(".npz")) as truth:
+        poses = poses_to_matrices(torch.from_numpy(truth["poses"])).numpy()
+        moves = truth["move"].copy()
+    (folder / "poses").mkdir()
+    np.save(folder / "poses" / "walk.npy", poses)
+    assert prepare(folder, small_model) == 0
+    (clip,) = open_data(folder / "data")
+    found = round_trip.compare(clip, path.with_suffix(".npz"))
+    assert found.uncertain < 0.15 and found.right > 0.9
+    capsys.readouterr()
+    round_trip.main(["compare", str(folder / "data"), str(folder / "films")])
+    assert f"| walk.mp4-1 | file | 81 | {100 * found.uncertain:.1f} %" in capsys.readouterr().out
+
+    wrong = {"poses": poses, "move": (moves + 1) % 9, "view": np.zeros(90, int)}
+    np.savez(path.with_suffix(".npz"), **wrong)
+    assert round_trip.compare(clip, path.with_suffix(".npz")).moves_right == 0
