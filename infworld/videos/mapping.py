@@ -32,6 +32,7 @@ STILL_SHARE = 0.8  # of the matches that have to; the rest may be people
 STILL_SPAN = 4  # keyframes over which the camera has to stay in place
 LEAST_MATCHES = 25
 LEAST_MODEL = 12  # keyframes; smaller reconstructions are more often wrong than right
+BEGINNINGS = 5  # tried for a reconstruction; where the camera turns nearly all fail, and each takes its time
 TURNED_ONLY = 0.9  # share of the steps in place from which on there is nothing to reconstruct
 
 Matches = dict[tuple[int, int], np.ndarray]  # of two keyframes: (M, 2, 2) from the middle, in widths
@@ -149,7 +150,9 @@ def _reconstruct(folder: Path, names: Sequence[str], guess: float) -> tuple[np.n
         registered += 1
         _say("poses", min(registered, len(names)), len(names))
 
-    options = pycolmap.IncrementalPipelineOptions(min_model_size=LEAST_MODEL, extract_colors=False)
+    options = pycolmap.IncrementalPipelineOptions(
+        min_model_size=LEAST_MODEL, init_num_trials=BEGINNINGS, extract_colors=False
+    )
     (folder / "models").mkdir()
     found = pycolmap.incremental_mapping(
         folder / "database.db", folder / "images", folder / "models", options, next_image_callback=count

@@ -12,7 +12,6 @@ that.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +82,7 @@ def write_film(path: Path, scenes: Scenes, actions: Tensor, size: tuple[int, int
     with Mp4Writer(path.with_suffix(".mp4")) as film:
         for first in range(0, poses.shape[1], FPS):
             some = poses[:, first : first + FPS]
-            if isinstance(scenes.places, Stages):
+            if isinstance(scenes.places, Stages) and scenes.pictures:
                 pictures = render_stages(scenes.places, scenes.pictures.photos, some, *size, supersample=1)
             else:
                 pictures = render(
@@ -144,4 +143,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
