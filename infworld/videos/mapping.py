@@ -27,7 +27,7 @@ LOOPS = 8  # every eighth keyframe is matched with every other eighth: the camer
 AT_ONCE = 16  # keyframes between two words of progress
 FOCAL = 0.8  # of the longer side: a guess to begin with, which COLMAP refines
 FOCALS = 0.5 / np.tan(np.radians(np.arange(40, 101, 2)) / 2)  # of the width; which one is it that turns show
-STILL = 0.003  # of the width: as far as matches lie from where a mere rotation puts them, if the camera stays in place
+STILL = 0.006  # of the width: as far as matches lie from where a mere rotation puts them, if the camera stays in place
 STILL_SHARE = 0.8  # of the matches that have to; the rest may be people
 STILL_SPAN = 4  # keyframes over which the camera has to stay in place
 LEAST_MATCHES = 25
@@ -187,7 +187,7 @@ def best_focal(matches: Matches, guess: float) -> float:
     far = [both for (a, b), both in matches.items() if b - a == STILL_SPAN] or list(matches.values())
     off = np.array([[fit_turn(both, focal)[1] for both in far] for focal in FOCALS]).reshape(len(FOCALS), -1)
     explained = np.clip(1 - off / STILL, 0, 1).sum(1)
-    if not explained.any() or np.ptp(explained) < 0.05 * explained.max():  # nothing turned: they all do
+    if np.ptp(explained) <= 0.1 * len(far):  # a camera that walks, or stands: it shows nothing
         return guess
     return float(FOCALS[int(np.argmax(explained))])
 
