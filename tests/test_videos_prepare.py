@@ -21,10 +21,13 @@ from PIL import Image
 
 from infworld.cli.prepare_videos import main
 from infworld.config import PROJECT_ROOT, load_config
+from infworld.files import claimed
 from infworld.training.frames import to_video
+from infworld.training.labels import poses_to_matrices
 from infworld.training.pictures import SIZES, make_atlas
 from infworld.training.stages import framing_stages, render_stages
 from infworld.video import write_mp4
+from infworld.videos import round_trip
 from infworld.videos.dataset import open_data
 from infworld.videos.prepare import cropped, load_vae, split
 from infworld.videos.reading import open_film
@@ -115,6 +118,11 @@ def test_one_film_after_the_other_is_told_and_the_rest_goes_on(folder, small_mod
     page = (folder / "data" / "report.html").read_text()
     assert all(name in page for name in ("text.mp4", "sound.mp4", "three.mp4", "a clip needs 2.7 s"))
 
+    # Said again where it holds, though the rest is not done again.
+    assert prepare(folder, small_model) == 1
+    again = capsys.readouterr()
+    assert again.err == said.err and again.out == said.out
+
 
 def test_cuts_split_a_film_and_short_pieces_are_left_out(folder, small_model, capsys):
     make_film(folder, "film.mp4", 240)
@@ -167,7 +175,11 @@ def test_what_is_there_is_not_made_again(folder, small_model):
     paths = {clip.info.source: clip.path for clip in open_data(folder / "data")}
     before = {name: path.stat().st_mtime_ns for name, path in paths.items()}
     write_mp4(folder / "films" / "b.mp4", moving(100, 5))
+    (folder / "data" / ".keyframes-of-a-killed-run").mkdir()
+    with claimed(folder / "data" / "sources.json"):
+        assert prepare(folder, small_model) == 2  # another run is at it
     assert prepare(folder, small_model) == 0
+    assert not list((folder / "data").glob(".keyframes-*"))
     after = {name: path.stat().st_mtime_ns for name, path in paths.items()}
     assert after["a.mp4"] == before["a.mp4"] and after["b.mp4"] > before["b.mp4"]
 
@@ -322,7 +334,30 @@ def test_colmap_failing_costs_one_clip_and_stopping_leaves_nothing_behind(folder
     process = subprocess.Popen([*command, "--model", str(small_model)], env=environment, stderr=subprocess.PIPE)
     while process.poll() is None and not list((folder / "data").glob(".keyframes-*/0/log.txt")):
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
     assert b"the same command goes on" in process.stderr.read()
     assert not list((folder / "data").glob(".keyframes-*"))
+
+
+def test_the_round_trip_counts_what_is_found_again(folder, small_model, capsys):
+    """The measurement of docs/own-videos.md at a small size, with the true poses in place of estimated ones."""
+    path = folder / "films" / "walk"
+    size = ["--size", "48", "64", "--frames", "90", "--kind", "toy", "--seed", "1"]
+    round_trip.main(["make", str(path), *size, "--jitter", "1"])
+    with np.load(path.with_suffix(".npz")) as truth:
+        poses = poses_to_matrices(torch.from_numpy(truth["poses"])).numpy()
+        moves = truth["move"].copy()
+    (folder / "poses").mkdir()
+    np.save(folder / "poses" / "walk.npy", poses)
+    assert prepare(folder, small_model) == 0
+    (clip,) = open_data(folder / "data")
+    found = round_trip.compare(clip, path.with_suffix(".npz"))
+    assert found.uncertain < 0.15 and found.right > 0.9
+    capsys.readouterr()
+    round_trip.main(["compare", str(folder / "data"), str(folder / "films")])
+    assert f"| walk.mp4-1 | file | 81 | {100 * found.uncertain:.1f} %" in capsys.readouterr().out
+
+    wrong = {"poses": poses, "move": (moves + 1) % 9, "view": np.zeros(90, int)}
+    np.savez(path.with_suffix(".npz"), **wrong)
+    assert round_trip.compare(clip, path.with_suffix(".npz")).moves_right == 0

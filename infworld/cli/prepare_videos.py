@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from infworld.cli.console import exit_code
+from infworld.cli.console import StopSignals, exit_code
 from infworld.config import load_config
 from infworld.devices import pick_device
 
@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     )
     console = Console(len(preparation.names))
     try:
-        records = preparation.run(console.film_begins, console.progress)
+        with StopSignals():
+            records = preparation.run(console.film_begins, console.progress)
     finally:
         console.close()
     for name, record in records.items():
@@ -121,8 +122,8 @@ class Console:
     def progress(self, stage: str, done: int, total: int) -> None:
         if stage != self.stage:
             self.stage = stage
+            self.bar.set_description_str(f"{self.name}, {stage}", refresh=False)
             self.bar.reset(total=total)
-            self.bar.set_description(f"{self.name}, {stage}", refresh=False)
         self.bar.total = total
         self.bar.update(done - self.bar.n)
 

@@ -27,11 +27,12 @@ LOOPS = 8  # every eighth keyframe is matched with every other eighth: the camer
 AT_ONCE = 16  # keyframes between two words of progress
 FOCAL = 0.8  # of the longer side: a guess to begin with, which COLMAP refines
 FOCALS = 0.5 / np.tan(np.radians(np.arange(40, 101, 2)) / 2)  # of the width; which one is it that turns show
-STILL = 0.003  # of the width: as far as matches lie from where a mere rotation puts them, if the camera stays in place
+STILL = 0.006  # of the width: as far as matches lie from where a mere rotation puts them, if the camera stays in place
 STILL_SHARE = 0.8  # of the matches that have to; the rest may be people
 STILL_SPAN = 4  # keyframes over which the camera has to stay in place
 LEAST_MATCHES = 25
 LEAST_MODEL = 12  # keyframes; smaller reconstructions are more often wrong than right
+BEGINNINGS = 5  # tried for a reconstruction; where the camera turns nearly all fail, and each takes its time
 TURNED_ONLY = 0.9  # share of the steps in place from which on there is nothing to reconstruct
 
 Matches = dict[tuple[int, int], np.ndarray]  # of two keyframes: (M, 2, 2) from the middle, in widths
@@ -149,7 +150,9 @@ def _reconstruct(folder: Path, names: Sequence[str], guess: float) -> tuple[np.n
         registered += 1
         _say("poses", min(registered, len(names)), len(names))
 
-    options = pycolmap.IncrementalPipelineOptions(min_model_size=LEAST_MODEL, extract_colors=False)
+    options = pycolmap.IncrementalPipelineOptions(
+        min_model_size=LEAST_MODEL, init_num_trials=BEGINNINGS, extract_colors=False
+    )
     (folder / "models").mkdir()
     found = pycolmap.incremental_mapping(
         folder / "database.db", folder / "images", folder / "models", options, next_image_callback=count
@@ -184,7 +187,7 @@ def best_focal(matches: Matches, guess: float) -> float:
     far = [both for (a, b), both in matches.items() if b - a == STILL_SPAN] or list(matches.values())
     off = np.array([[fit_turn(both, focal)[1] for both in far] for focal in FOCALS]).reshape(len(FOCALS), -1)
     explained = np.clip(1 - off / STILL, 0, 1).sum(1)
-    if not explained.any() or np.ptp(explained) < 0.05 * explained.max():  # nothing turned: they all do
+    if np.ptp(explained) <= 0.1 * len(far):  # a camera that walks, or stands: it shows nothing
         return guess
     return float(FOCALS[int(np.argmax(explained))])
 

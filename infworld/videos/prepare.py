@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from infworld.actions import UNCERTAIN
 from infworld.checkpoint import load_strict, read_tensors
 from infworld.config import PACKAGE, ModelConfig
 from infworld.devices import pick_dtype, pick_vae_dtype
+from infworld.files import claimed
 from infworld.pictures import nearest_bucket
 from infworld.training.frames import to_video
 from infworld.vae import VideoVAE, build_vae
@@ -46,6 +48,7 @@ log = logging.getLogger(__name__)
 FORMAT = "infworld-sources-1"
 CLIP_CHUNKS = 40  # longer shots are made into several clips
 MOST_UNCERTAIN = 0.5  # of a clip's frames
+KEYFRAMES = ".keyframes-"  # how folders of keyframes begin, while they are needed
 THUMBNAILS, THUMBNAIL_WIDTH = 12, 96  # of a clip, pixels
 
 Progress = Callable[[str, int, int], object]  # hears the stage, how much of it is done, and of how much
@@ -130,7 +133,14 @@ class Preparation:
         self.records = Records(self.out, {**settings, "poses": str(self.poses.resolve()) if self.poses else ""})
 
     def run(self, film_begins: Callable[[int, str], object], progress: Progress) -> dict[str, FilmRecord]:
-        """Makes what is not there yet; the records of all films."""
+        """Makes what is not there yet; the records of all films. Raises ValueError while another run does it."""
+        with claimed(self.records.path):
+            for leftover in self.out.glob(f"{KEYFRAMES}*"):  # of a run that was killed
+                shutil.rmtree(leftover)
+            self._films(film_begins, progress)
+        return {name: self.records.films[name] for name in self.names}
+
+    def _films(self, film_begins: Callable[[int, str], object], progress: Progress) -> None:
         for number, name in enumerate(self.names):
             record = self._begin(name)
             if not record.done:
@@ -142,7 +152,6 @@ class Preparation:
                     record.error = str(error) or type(error).__name__
                     log.warning("%s: %s", name, record.error)
                 self._save()
-        return {name: self.records.films[name] for name in self.names}
 
     def _begin(self, name: str) -> FilmRecord:
         """The record of a film: a new one if its file has changed since; then its clips are removed."""
@@ -152,7 +161,8 @@ class Preparation:
             for part in known.parts if known else []:
                 self._clip_path(part.clip).unlink(missing_ok=True)
             known = self.records.films[name] = FilmRecord(stat.st_size, stat.st_mtime)
-        known.error, known.problems = "", []
+        if not known.done:
+            known.error, known.problems = "", []
         return known
 
     def _save(self) -> None:
@@ -165,7 +175,7 @@ class Preparation:
         film = open_film(self.videos / name)
         film.problems = record.problems
         record.seconds = film.seconds
-        with tempfile.TemporaryDirectory(dir=self.out, prefix=".keyframes-") as folder:
+        with tempfile.TemporaryDirectory(dir=self.out, prefix=KEYFRAMES) as folder:
             expected = max(1, round(film.seconds * FPS))
             found = scan(film, Path(folder), lambda count: progress("reading", count, max(count, expected)))
             record.seconds = len(found.change) / FPS

@@ -61,8 +61,10 @@ def open_film(path: Path) -> Film:
             frame = next(_decode(container), None)
             if frame is None:
                 raise ValueError(f"{path.name} has no frame that can be decoded: it is damaged or of an unknown codec")
-            whole = (container.duration or 0) / av.time_base
-            seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else whole
+            if stream.duration and stream.time_base:
+                seconds = float(stream.duration * stream.time_base)
+            else:
+                seconds = (container.duration or 0) / av.time_base
             fps = float(stream.average_rate or stream.guessed_rate or 30)
             ratio = float(stream.sample_aspect_ratio or 1) or 1.0
     except (FFmpegError, OSError) as error:
@@ -81,7 +83,7 @@ def frames(film: Film, size: tuple[int, int], start: float = 0.0) -> Iterator[tu
     with av.open(str(film.path)) as container:
         if start > 1:
             container.seek(int((film.origin + start - 1) * av.time_base))
-        found = _decode(container, film.problems)
+        found = _decode(container, film.problems if start <= 1 else None)
         first = next(found, None)
         if start > 1 and (first is None or (first.time or 0) - film.origin > start):  # a file whose index is wrong
             container.seek(0)
@@ -94,8 +96,8 @@ def frames(film: Film, size: tuple[int, int], start: float = 0.0) -> Iterator[tu
             last = time
             if time >= start - 1:
                 yield time, _picture(frame, size, film.turns)
-    if start == 0 and film.seconds - max(last, 0) > max(SHORTFALL, 2 / film.fps):
-        film.problems.append(f"ends after {max(last, 0):.1f} of {film.seconds:.1f} s: the file is not whole")
+    if film.seconds - max(last, 0) > max(SHORTFALL, 2 / film.fps):
+        _note(film.problems, f"ends after {max(last, 0):.1f} of {film.seconds:.1f} s: the file is not whole")
 
 
 def at_rate(found: Iterable[tuple[float, np.ndarray]], fps: float, start: float = 0.0) -> Iterator[Shown]:
@@ -132,7 +134,13 @@ def _decode(container: av.container.InputContainer, problems: list[str] | None =
         except FFmpegError:
             lost += 1
     if lost and problems is not None:
-        problems.append(f"{lost} damaged pieces were left out")
+        _note(problems, f"{lost} damaged pieces were left out")
+
+
+def _note(problems: list[str], problem: str) -> None:
+    """Films are read more than once, and their problems told once."""
+    if problem not in problems:
+        problems.append(problem)
 
 
 def _picture(frame: av.VideoFrame, size: tuple[int, int], turns: int) -> np.ndarray:
