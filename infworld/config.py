@@ -185,8 +185,8 @@ class SamplerConfig(_Bounded):
 class RolloutConfig(_Bounded):
     """`validation_data`: frames per chunk (the first repeats the last known one) and the lengths allowed.
 
-    chunk_lengths: new frames per chunk that the model was trained on. Other multiples of 4, up to the largest, work,
-    but films drift sooner.
+    chunk_lengths: new frames per chunk that the model was trained on; those between count as trained. Other multiples
+    of 4, up to `num_frames` - 1, work, but films drift sooner.
     """
 
     num_frames: int = 81
@@ -256,6 +256,8 @@ class ModelConfig(_Bounded):
         frames = self.validation_data.num_frames
         if frames <= 1 or frames % FRAMES_PER_LATENT != 1:
             raise ValueError(f"validation_data.num_frames must be 1 + 4n, n at least 1, not {frames}")
+        if wrong := [length for length in self.validation_data.chunk_lengths if length % FRAMES_PER_LATENT]:
+            raise ValueError(f"validation_data.chunk_lengths must be multiples of {FRAMES_PER_LATENT}, not {wrong[0]}")
         step = self.token_pixels
         wrong = [b for b in self.buckets if len(b) != 2 or any(side <= 0 or side % step for side in b)]
         if wrong or not self.buckets:
@@ -284,6 +286,17 @@ class ModelConfig(_Bounded):
                 f"not {frames!r}"
             )
         return frames
+
+    def untrained_note(self, frames: int) -> str | None:
+        """What to know before chunks of so many new frames are made, if the model was not trained on such."""
+        lengths = self.validation_data.chunk_lengths
+        if min(lengths) <= frames <= max(lengths):
+            return None
+        trained = f"{min(lengths)} to {max(lengths)}" if len(set(lengths)) > 1 else str(lengths[0])
+        return (
+            f"{self.name} was trained on chunks of {trained} frames: with {frames} the picture drifts sooner, and it "
+            "remembers less of what it has seen"
+        )
 
     @property
     def largest_bucket(self) -> tuple[int, int]:

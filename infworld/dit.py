@@ -95,6 +95,23 @@ class InfiniteWorldTransformer(nn.Module):
         tokens = Recomputed(partial(self._memory_tokens, memory, context, layout))
         return MemoryStream(KEEP[keep](tokens), memory.shape[2])
 
+    def extend_memory(self, stream: MemoryStream, latents: Tensor, context: TextContext) -> MemoryStream:
+        """The stream with latents (B, 16, n, h, w) added: they see all that was there, which stays as it was.
+
+        What `KeptMemory` does for one film, for batches and with gradients.
+        """
+        _, modulation = self._embed_time(latents.new_zeros(1))
+        x = self._patchify(latents.to(self.dtype), mask_value=1)
+        rope = self._rope(latents, stream.latents + latents.shape[2])
+        _of_any_length(rope)
+        last, extended = len(self.blocks) - 1, []
+        for i, (block, known, text) in enumerate(zip(self.blocks, stream.tokens, context.keys_values, strict=True)):
+            _of_any_length(known)
+            extended.append(torch.cat([known, x], dim=1))
+            if i < last:
+                x = block.noisy_step(x, known, modulation, rope, text)
+        return MemoryStream(tuple(extended), stream.latents + latents.shape[2])
+
     def denoise(
         self,
         noisy: Tensor,
@@ -125,6 +142,13 @@ class InfiniteWorldTransformer(nn.Module):
             x = block.noisy_step(x, memory, modulation, rope, keys_values, attention)
         x = self.head(x, time)
         return self._unpatchify(layout.gather(x, length), noisy.shape)
+
+    def keep_memory(self, context: TextContext, timesteps: Tensor, size: tuple[int, int], room: int) -> KeptMemory:
+        """An empty memory that can be extended, for steps at `timesteps` (S,) with one text.
+
+        size: height and width of a latent. room: latents, of memory and noise together.
+        """
+        return KeptMemory(self, context, timesteps, size, room)
 
     def compile_blocks(self) -> None:
         """Compiles the two steps of a block, once for all blocks and for memories of any length.
@@ -201,6 +225,76 @@ class InfiniteWorldTransformer(nn.Module):
         return rope_3d(range(frames), h, w, head_dim, latents.device)
 
 
+class KeptMemory:
+    """A memory that grows: each block's keys and values of its tokens, for each timestep of a schedule.
+
+    What is added sees all that came before it, and what came before is not computed again: a memory that was added at
+    once is that of `encode_memory`, one that was added in parts is not. For one film (a batch of 1) on one device.
+    """
+
+    def __init__(
+        self,
+        model: InfiniteWorldTransformer,
+        context: TextContext,
+        timesteps: Tensor,
+        size: tuple[int, int],
+        room: int,
+    ):
+        self.latents = 0  # of memory, so far
+        self._model, self._context = model, context
+        weight = model.patch_embedding.weight
+        self.timesteps = timesteps.to(weight.device)
+        zero = self.timesteps.new_zeros(1)  # of the memory's own tokens
+        self._time, self._modulation = model._embed_time(torch.cat([zero, self.timesteps]))
+        height, width = (side // model.config.patch for side in size)
+        self._per_latent = height * width
+        heads, head_dim = model.config.num_heads, model.config.dim // model.config.num_heads
+        self._rope = rope_3d(range(room), height, width, head_dim, weight.device)
+        shape = (len(model.blocks), 2, 1 + len(timesteps), heads, room * self._per_latent, head_dim)
+        self._keys_values = weight.new_empty(shape)
+
+    @staticmethod
+    def nbytes(config: TransformerConfig, steps: int, size: tuple[int, int], room: int, dtype: torch.dtype) -> int:
+        """What one takes: of so many timesteps, with room for so many latents of this size."""
+        tokens = room * size[0] * size[1] // config.patch**2
+        return config.num_layers * 2 * (1 + steps) * config.dim * tokens * dtype.itemsize
+
+    def extend(self, latents: Tensor) -> None:
+        """Adds latents (1, 16, n, h, w) to the memory."""
+        x = self._model._patchify(latents.to(self._model.dtype), mask_value=1)
+        known, rope = self._place(x)
+        last = len(self._model.blocks) - 1  # nothing reads the tokens that leave it
+        for i, block in enumerate(self._model.blocks):
+            keys, values = self._write(i, slice(None), x, known, rope)
+            if i < last:
+                text = self._context.keys_values[i]
+                x = block.kept_step(x, keys[:1], values[:1], self._modulation[:1], rope, text)
+        self.latents += latents.shape[2]
+
+    def denoise(self, noisy: Tensor, step: int, actions: Tensor) -> Tensor:
+        """Velocity (1, 16, T, h, w) of noisy latents at `timesteps[step]`, as `InfiniteWorldTransformer.denoise`."""
+        model, part = self._model, slice(step + 1, step + 2)
+        x = model._patchify(noisy.to(model.dtype), mask_value=0) + actions.repeat_interleave(self._per_latent, dim=1)
+        known, rope = self._place(x)
+        for i, block in enumerate(model.blocks):
+            keys, values = self._write(i, part, x, known, rope)
+            x = block.kept_step(x, keys, values, self._modulation[part], rope, self._context.keys_values[i])
+        return model._unpatchify(model.head(x, self._time[part]), noisy.shape)
+
+    def _place(self, x: Tensor) -> tuple[int, Tensor]:
+        """Tokens known before x, and x's rotary angles."""
+        known = self.latents * self._per_latent
+        return known, self._rope[:, known : known + x.shape[1]]
+
+    def _write(self, i: int, part: slice, x: Tensor, known: int, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes block i's keys and values of x, at these timesteps, behind the known ones; returns all up to there."""
+        end = known + x.shape[1]
+        keys, values = self._keys_values[i, :, part, :, :end]
+        own = self._model.blocks[i].keys_values(x, self._modulation[part], rope)
+        keys[:, :, known:], values[:, :, known:] = own
+        return keys, values
+
+
 def _of_any_length(*tensors: Tensor) -> None:
     """Tells torch.compile that axis 1 of these tensors, the memory's tokens, changes from chunk to chunk."""
     for tensor in tensors:
@@ -252,6 +346,20 @@ class Block(nn.Module):
         queries = self.self_attn.queries(x[:, own:], rope[:, own:])
         attended = self.self_attn.attend(queries, *self.self_attn.keys_values(x, rope), attention)
         return self._text_and_ffn(gated_add(noisy, attended, vectors[2]), vectors, text)
+
+    def keys_values(self, x: Tensor, modulation: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """The self-attention's, (S, heads, L, d) each, of tokens (1, L, dim) for each modulation (S, 6, dim)."""
+        shift, scale, *_ = self._vectors(modulation)
+        return self.self_attn.keys_values(modulate(x.expand(len(modulation), -1, -1), shift, scale), rope)
+
+    def kept_step(
+        self, x: Tensor, keys: Tensor, values: Tensor, modulation: Tensor, rope: Tensor, text: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Tokens attend to what `keys_values` returned of all before them and of themselves."""
+        vectors = self._vectors(modulation)
+        queries = self.self_attn.queries(modulate(x, vectors[0], vectors[1]), rope)
+        attended = self.self_attn.attend(queries, keys, values)
+        return self._text_and_ffn(gated_add(x, attended, vectors[2]), vectors, text)
 
     def _text_and_ffn(self, x: Tensor, vectors: tuple[Tensor, ...], text: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.cross_attn.attend(self.cross_attn.queries(self.norm3(x).to(x.dtype)), *text)

@@ -22,7 +22,7 @@ from infworld.checkpoint import save_tensors
 from infworld.config import FRAMES_PER_LATENT, ModelConfig, VAEConfig
 from infworld.presets import EXACT
 from infworld.settings import FilmSettings, check_seed
-from infworld.vae import FeatureCache, build_vae
+from infworld.vae import FRAMES, FeatureCache, build_vae
 
 SESSION_FORMAT = "infworld-session-1"
 MAX_VALUES = 1_000_000  # characters of a session file's JSON
@@ -244,12 +244,13 @@ def _encoder_states(vae_cfg: VAEConfig, height: int, width: int, length: int) ->
     """The shapes of all states that the encoder may be continued from after `length` frames: without and with (older
     versions) the features of the layers that see every frame."""
     with torch.device("meta"):
-        encoder = build_vae(ModelConfig(vae_cfg=vae_cfg)).encoder
+        vae = build_vae(ModelConfig(vae_cfg=vae_cfg))
+        encoder = vae.encoder
         fold = vae_cfg.fold
         frames = torch.empty(1, length, height // fold, width // fold, 3 * fold**2)
         cache = FeatureCache()
         encoder(frames, cache)
-    states = encoder.state(frames, cache.state), cache.state
+    states = vae.reduced(cache.state) | {FRAMES: encoder.last_frames(frames)}, cache.state
     return [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in states]
 
 

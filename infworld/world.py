@@ -10,7 +10,7 @@ import dataclasses
 import gc
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -24,11 +24,12 @@ from torch import Tensor
 from infworld.config import FRAMES_PER_LATENT, ModelConfig
 from infworld.dit import InfiniteWorldTransformer, MemoryStream, TextContext
 from infworld.layers import LOCAL, fastest_attention
+from infworld.memory import MapWindows
 from infworld.memory_plan import FASTEST, TOO_LITTLE, MemoryEstimate, MemoryPlan, NotEnoughMemory, next_smaller_plan
 from infworld.pictures import prepare_image, to_uint8
 from infworld.presets import find_preset
 from infworld.progress import Callback, Progress, ProgressTracker
-from infworld.sampler import guide, guided, sample_steps, schedule
+from infworld.sampler import Velocity, guide, guided, sample_steps, schedule
 from infworld.session import Session, check_session, generator_state_of
 from infworld.settings import FilmSettings
 from infworld.text import TextEmbedding
@@ -38,6 +39,19 @@ if TYPE_CHECKING:
     from infworld.parallel import Team
 
 log = logging.getLogger(__name__)
+
+VelocityOf = Callable[[Session, int], Velocity]  # of the next chunk, of so many new frames, of a session
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a chunk's velocity and its new frames' latents are computed: what a live walk does with what it keeps.
+
+    velocity: as `World.velocity`. encode: as `World.encode`.
+    """
+
+    velocity: VelocityOf
+    encode: Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +64,15 @@ class Chunk:
     latents: Tensor
     seconds: float
     session: Session
+
+
+@dataclass(frozen=True, eq=False)
+class Frames:
+    """The new frames of chunk `index` (T H W 3 uint8, the film's first with the picture before them), as soon as they
+    are decoded: what remains to be done before the Chunk is encoding them into the history."""
+
+    index: int
+    frames: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +148,7 @@ class World:
         if not isinstance(settings, FilmSettings):
             settings = FilmSettings.for_model(self.config, settings, *args, **choices)
         video = prepare_image(image, self.config.buckets)
-        encode = partial(self._encode, video, None)
+        encode = partial(self.encode, video, None)
         history, state = encode() if self.team is None else self.team.together(encode)
         return Session(
             model=self.config.name,
@@ -142,11 +165,11 @@ class World:
     ) -> Generator[Chunk]:
         """Adds chunks of `frames` new frames each (None: 80) to a film; each Chunk's session can be saved, or extended
         again. callback: as for `rollout`."""
-        with closing(self._iterate(session, chunks, frames)) as results:
+        with closing(self.iterate(session, chunks, frames)) as results:
             for result in results:
                 if isinstance(result, Chunk):
                     yield result
-                elif callback is not None:
+                elif isinstance(result, Progress) and callback is not None:
                     callback(result)
 
     def next_chunk(self, session: Session, callback: Callback | None = None, **options) -> Chunk:
@@ -172,34 +195,43 @@ class World:
         since then follow it uncompressed: a deviation from the spec that saves compressing anew for each short chunk.
         Closing the iterator ends the work after the step it is in. It may be run by any thread.
         """
-        return self._iterate(session, 1, frames, noise, compressed)
+        ways = Ways(partial(self.velocity, compressed=compressed), self.encode)
+        return _without_frames(self.iterate(session, 1, frames, noise, ways))
 
     @torch.inference_mode()
-    def compress(self, session: Session) -> CompressedHistory:
-        """The compressed part of the session's memory, for `iterate_chunk` of this session and its successors."""
+    def compress(self, session: Session, map_windows: MapWindows | None = None) -> CompressedHistory:
+        """The compressed part of the session's memory, for `iterate_chunk` of this session and its successors.
+
+        map_windows: as for `MemoryCompressor`.
+        """
         with fastest_attention(self.device):
             history = session.history.to(self.device, self.transformer.dtype)
-            map_windows = self.team.map if self.team else map
+            map_windows = map_windows or (self.team.map if self.team else map)
             return CompressedHistory(self.transformer.latent_encoder.compress(history, map_windows), history.shape[2])
 
-    def _iterate(
+    def iterate(
         self,
         session: Session,
         chunks: int,
         frames: int | None = None,
         noise: Tensor | None = None,
-        compressed: CompressedHistory | None = None,
-    ) -> Generator[Progress | Chunk]:
+        ways: Ways | None = None,
+    ) -> Generator[Progress | Frames | Chunk]:
+        """All that there is to hear of the next chunks: as `iterate_chunk`, and each chunk's Frames before it.
+
+        ways: how to compute what depends on the past, in place of this World's own.
+        """
         self.check_session(session)
-        results = self._make_chunks(session, chunks, self.config.check_chunk_frames(frames), noise, compressed)
+        ways = ways or Ways(self.velocity, self.encode)
+        results = self._make_chunks(session, chunks, self.config.check_chunk_frames(frames), noise, ways)
         return results if self.team is None else self.team.synced_iterator(results)
 
     def _make_chunks(
-        self, session: Session, chunks: int, frames: int, noise: Tensor | None, compressed: CompressedHistory | None
-    ) -> Generator[Progress | Chunk]:
+        self, session: Session, chunks: int, frames: int, noise: Tensor | None, ways: Ways
+    ) -> Generator[Progress | Frames | Chunk]:
         tracker = ProgressTracker(chunks, session, frames)
         for _ in range(chunks):
-            chunk = yield from self._make_chunk(session, tracker, noise, compressed)
+            chunk = yield from self._make_chunk(session, tracker, noise, ways)
             session = chunk.session
             yield chunk
 
@@ -227,12 +259,12 @@ class World:
         session: Session,
         tracker: ProgressTracker,
         noise: Tensor | None,
-        compressed: CompressedHistory | None,
-    ) -> Generator[Progress, None, Chunk]:
+        ways: Ways,
+    ) -> Generator[Progress | Frames, None, Chunk]:
         """`_compute_chunk`, retried once with the next smaller plan where the GPU runs out of memory."""
         tracker.begin_chunk()
         try:
-            return (yield from self._compute_chunk(session, tracker, noise, compressed))
+            return (yield from self._compute_chunk(session, tracker, noise, ways))
         except torch.OutOfMemoryError:
             if self.team is not None:  # which ends the chunk on all ranks alike
                 raise
@@ -247,7 +279,7 @@ class World:
         self.apply_plan(plan)
         tracker.retry_chunk()
         try:
-            return (yield from self._compute_chunk(session, tracker, noise, compressed))
+            return (yield from self._compute_chunk(session, tracker, noise, ways))
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemory(TOO_LITTLE) from error
 
@@ -268,8 +300,8 @@ class World:
         session: Session,
         tracker: ProgressTracker,
         noise: Tensor | None,
-        compressed: CompressedHistory | None,
-    ) -> Generator[Progress, None, Chunk]:
+        ways: Ways,
+    ) -> Generator[Progress | Frames, None, Chunk]:
         began = time.monotonic()
         generator = torch.Generator()
         generator.set_state(session.generator_state)
@@ -277,11 +309,14 @@ class World:
             latents = 1 + tracker.chunk_frames // FRAMES_PER_LATENT
             shape = (*session.history.shape[:2], latents, *session.history.shape[3:])
             noise = torch.randn(shape, generator=generator)
-        latents = yield from self._sample(session, noise.to(self.device), tracker, compressed)
+        latents = yield from self._sample(session, noise.to(self.device), tracker, ways.velocity)
         video = self._decode(latents)
         yield tracker.done("decode")
+        index = len(session.chunk_latents)
+        frames = _new_frames(index, session.picture, video)
+        yield Frames(index, frames)
         # The picture's own frame is known already: the decoded first frame repeats it.
-        added, state = self._encode(video[:, :, 1:], session.encoder_state)
+        added, state = ways.encode(video[:, :, 1:], session.encoder_state)
         latents = latents.cpu()
         after = dataclasses.replace(
             session,
@@ -291,30 +326,32 @@ class World:
             generator_state=generator.get_state(),
             num_frames=session.num_frames + tracker.chunk_frames,
         )
-        index = len(session.chunk_latents)
-        frames = _new_frames(index, session.picture, video)
         tracker.done("encode")
         tracker.made += 1
         return Chunk(index, frames, latents, time.monotonic() - began, after)
 
     def _sample(
-        self, session: Session, noise: Tensor, tracker: ProgressTracker, compressed: CompressedHistory | None
+        self, session: Session, noise: Tensor, tracker: ProgressTracker, velocity_of: VelocityOf
     ) -> Generator[Progress, None, Tensor]:
         """The latents of the session's next chunk. Apart, so that what it needed is freed before they are decoded."""
         self._encode_texts(*_prompts(session))  # `velocity` finds them in the cache
         yield tracker.done("text")
-        velocity = self.velocity(session, tracker.chunk_frames, compressed)
+        velocity = velocity_of(session, tracker.chunk_frames)
         yield tracker.done("memory")
-        settings, preset, z = session.settings, find_preset(session.settings.preset), noise
-        timesteps = schedule(self.config.val_scheduler_cfg, settings.steps, end_at_zero=preset.end_at_zero)
-        for step, z in enumerate(sample_steps(velocity, noise, timesteps, order=preset.order), 1):  # noqa: B007
+        order, z = find_preset(session.settings.preset).order, noise
+        for step, z in enumerate(sample_steps(velocity, noise, self.timesteps(session.settings), order=order), 1):  # noqa: B007
             yield tracker.done("sample", step)
         return z
+
+    def timesteps(self, settings: FilmSettings) -> Tensor:
+        """Those of a chunk's steps and the final 0, (steps + 1,)."""
+        sampler, preset = self.config.val_scheduler_cfg, find_preset(settings.preset)
+        return schedule(sampler, settings.steps, end_at_zero=preset.end_at_zero)
 
     @torch.inference_mode()
     def velocity(
         self, session: Session, frames: int | None = None, compressed: CompressedHistory | None = None
-    ) -> Callable[[Tensor, Tensor], Tensor]:
+    ) -> Velocity:
         """The guided velocity of the session's next chunk as a function of noisy latents and timestep, to be called
         step by step: what a preset saves depends on the steps before. frames, compressed: as for `iterate_chunk`.
 
@@ -323,41 +360,49 @@ class World:
         each text.
         """
         model, device, settings = self.transformer, self.device, session.settings
-        preset, prompts = find_preset(settings.preset), _prompts(session)
-        texts = self._encode_texts(*prompts).to(device).each()
-        guided_always = len(prompts) == 2 and preset.guidance_interval == 1
+        texts = self.texts(session)
+        guided_always = len(texts) == 2 and find_preset(settings.preset).guidance_interval == 1
         branches = self.team.branches(guided_always) if self.team else None
         layout = (branches and branches.layout) or LOCAL
         texts = texts[branches.own] if branches else texts
-        frames = self.config.check_chunk_frames(frames)
-        pairs = settings.actions.pairs(session.num_frames - 1, session.num_frames + frames)
-        move, view = torch.tensor(pairs, device=device).T.unsqueeze(1)
         with fastest_attention(device):
-            actions = model.action_encoder(move, view)
+            actions = self.encode_actions(session, self.config.check_chunk_frames(frames))
             compressed = compressed or self.compress(session)
             recent = session.history[:, :, compressed.length - 1 :].to(compressed.latents)
             memory = torch.cat([compressed.latents, recent], dim=2)
             contexts = [model.embed_text(text.hidden, text.mask) for text in texts]
             streams = [model.encode_memory(memory, context, self.plan.streams, layout) for context in contexts]
-        sign = 1 if self.config.val_scheduler_cfg.use_reversed_velocity else -1
 
         @torch.inference_mode()
         @fastest_attention(device)
         def velocity(stream: MemoryStream, context: TextContext, z: Tensor, timestep: Tensor) -> Tensor:
-            return sign * model.denoise(z, timestep.reshape(1), stream, actions, context, layout)
+            return self.sign * model.denoise(z, timestep.reshape(1), stream, actions, context, layout)
 
         # One text after the other: both at once would need twice the memory for the same arithmetic.
         of_texts = [partial(velocity, *text) for text in zip(streams, contexts, strict=True)]
         if branches and branches.pair:
             return lambda z, timestep: guide(*branches.both(of_texts[0](z, timestep)), settings.guidance)
-        if len(of_texts) == 1:
-            return of_texts[0]
-        positive, negative = of_texts
-        return guided(positive, negative, settings.guidance, preset.guidance_interval)
+        return of_all_texts(of_texts, settings)
+
+    @property
+    def sign(self) -> int:
+        """Times what the transformer returns is the velocity."""
+        return 1 if self.config.val_scheduler_cfg.use_reversed_velocity else -1
+
+    def texts(self, session: Session) -> list[TextEmbedding]:
+        """The texts that the session's next chunk needs, on the model's device: the prompt, with guidance the negative
+        prompt too."""
+        return self._encode_texts(*_prompts(session)).to(self.device).each()
+
+    def encode_actions(self, session: Session, frames: int) -> Tensor:
+        """The action vectors (1, 1 + frames / 4, dim) of the session's next chunk."""
+        pairs = session.settings.actions.pairs(session.num_frames - 1, session.num_frames + frames)
+        move, view = torch.tensor(pairs, device=self.device).T.unsqueeze(1)
+        return self.transformer.action_encoder(move, view)
 
     @torch.inference_mode()
-    def _encode(self, video: Tensor, state: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Appends frames to an encoder's state; all results on the CPU."""
+    def encode(self, video: Tensor, state: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The latents of video that follows an encoder's state, and the next state; both on the CPU."""
         if state is not None:
             state = {name: tensor.to(self.device) for name, tensor in state.items()}
         latents, state = self._coder.encode(video.to(self.device), state)
@@ -366,6 +411,21 @@ class World:
     @torch.inference_mode()
     def _decode(self, latents: Tensor) -> Tensor:
         return self._coder.decode(latents)
+
+
+def of_all_texts(velocities: Sequence[Velocity], settings: FilmSettings) -> Velocity:
+    """One chunk's velocity from that of its prompt and, with guidance, that of its negative prompt."""
+    if len(velocities) == 1:
+        return velocities[0]
+    positive, negative = velocities
+    return guided(positive, negative, settings.guidance, find_preset(settings.preset).guidance_interval)
+
+
+def _without_frames(results: Generator[Progress | Frames | Chunk]) -> Generator[Progress | Chunk]:
+    with closing(results):
+        for result in results:
+            if not isinstance(result, Frames):
+                yield result
 
 
 def _prompts(session: Session) -> list[str]:

@@ -6,7 +6,7 @@ import os
 import pytest
 import yaml
 
-from infworld.config import ModelConfig, from_dict, load_config, to_dict
+from infworld.config import ModelConfig, RolloutConfig, from_dict, load_config, to_dict
 
 # The keys that files of the released model have (spec section 1), and nothing else.
 RELEASED = """
@@ -232,3 +232,10 @@ def test_a_converted_file_is_taken_in_place_of_the_torch_file_beside_it_unless_t
     assert config.path("models/x.1.pth") == torch_file
     torch_file.unlink()  # to save its room
     assert config.path("models/x.1.pth") == converted
+
+
+@pytest.mark.parametrize("lengths, trained", [((80,), [80]), ((16, 32, 80), [16, 24, 80]), ((80, 80), [80])])
+def test_chunks_that_a_model_was_not_trained_on_are_said(lengths, trained):
+    config = ModelConfig(validation_data=RolloutConfig(chunk_lengths=lengths))
+    assert [frames for frames in (4, 12, 16, 24, 80) if config.untrained_note(frames) is None] == trained
+    assert "4" in config.untrained_note(4)

@@ -174,3 +174,40 @@ def test_a_token_may_be_one_latent():
     assert difference(moved[:, :, 1:], patches.view(LATENTS, HEIGHT, WIDTH, -1)[:, :, :-1]) < 1e-12
     head = torch.arange(LATENTS * HEIGHT * WIDTH * 16.0).view(1, -1, 16)
     assert torch.equal(model._unpatchify(head, x["noisy"].shape)[0, 3, 1, 2, 4], head[0, (HEIGHT + 2) * WIDTH + 4, 3])
+
+
+def kept(model, x, parts: list[torch.Tensor], timesteps: torch.Tensor):
+    """A kept memory of latents that came in parts."""
+    context = model.embed_text(x["text"], x["mask"])
+    memory = model.keep_memory(context, timesteps, (HEIGHT, WIDTH), room=20)
+    for latents in parts:
+        memory.extend(latents)
+    return memory
+
+
+def test_a_kept_memory_added_at_once_gives_the_same_velocity_at_every_step(model):
+    x, timesteps = inputs(history=9), torch.tensor([1000.0, 500.0, 3.0])
+    stream, actions, context = prepare(model, x)
+    memory = kept(model, x, [model.latent_encoder(x["history"])], timesteps)
+    for step in (0, 2, 1):
+        expected = model.denoise(x["noisy"], timesteps[step : step + 1], stream, actions, context)
+        assert difference(memory.denoise(x["noisy"], step, actions), expected) < 1e-6
+
+
+def test_what_is_added_to_a_kept_memory_sees_what_was_there_and_not_the_other_way_round(model):
+    x, other, timesteps = inputs(), inputs(seed=1), torch.tensor([700.0])
+    first, second = x["history"][:, :, :4], x["history"][:, :, 4:6]
+    known, tokens = 4 * HEIGHT * WIDTH // 4, 6 * HEIGHT * WIDTH // 4
+
+    def keys(*parts):
+        return kept(model, x, list(parts), timesteps)._keys_values[..., :tokens, :]
+
+    both, changed = keys(first, second), keys(first, other["history"][:, :, 4:6])
+    assert torch.equal(both[..., :known, :], changed[..., :known, :])
+    assert difference(keys(other["history"][:, :, :4], second)[..., known:, :], both[..., known:, :]) > 1e-4
+    assert difference(keys(x["history"][:, :, :6])[..., :known, :], both[..., :known, :]) > 1e-4
+
+
+def test_the_size_of_a_kept_memory_is_known_before(model):
+    memory = kept(model, inputs(), [], torch.tensor([1000.0, 500.0]))
+    assert memory.nbytes(SIZES, 2, (HEIGHT, WIDTH), 20, model.dtype) == memory._keys_values.nbytes

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
+from infworld import live
+from infworld.actions import ActionScript
 from infworld.config import RolloutConfig
 from infworld.measures import MAX_PSNR, psnr
 from infworld.text import load_text_encoder
@@ -101,6 +104,31 @@ def test_noise_depends_on_world_chunk_and_seed_only(bench, film, model, text_enc
     assert not torch.equal(films.draw_noise(dataclasses.replace(bench, seed=1), film), noise)
     longer = dataclasses.replace(film, frames=film.frames.repeat(1, 2, 1, 1, 1))
     assert not torch.equal(films.draw_noise(bench, longer), noise)
+
+
+def test_a_live_film_is_a_live_walk(bench, model, monkeypatch):
+    """A world of a batch gets what `LiveWalk` makes of it, across a refreshment of its memory."""
+    monkeypatch.setattr(live, "REFRESH", 2)
+    script = same_script(bench, "right 8, forward 12")
+    start = films.true_film(bench, bench.render(spawn(bench.worlds)[:, None]))
+    made = films.live_film(bench, start, script, 5, films.LiveMemory())
+    walk = live.LiveWalk(model, model.start(start.frames[1, 0].numpy(), None, captions(bench.worlds)[1]))
+    iterate = model.iterate
+    for chunk in range(5):
+        known = 1 + 4 * chunk
+        so_far = Film(made.frames[:, :known], made.history, {})
+        noise = films.draw_noise(bench, so_far, 4)[1:2]
+        monkeypatch.setattr(model, "iterate", partial(iterate, noise=noise))
+        actions = ActionScript.from_pairs(script[1, :, known - 1 : known + 3].T.tolist())
+        for _ in walk.iterate_chunk(actions, 4):
+            pass
+    assert torch.allclose(walk.session.history, made.history[1:2], atol=1e-4)
+
+
+def test_a_wrong_live_memory_is_another_worlds(bench, film):
+    right, wrong = (films.LiveMemory(wrong).update(bench, film).tokens[0] for wrong in (False, True))
+    assert (right - wrong).abs().max() > 1e-4
+    assert torch.equal(right[:, -2:], wrong[:, -2:])  # the last latent's tokens
 
 
 def test_frames_survive_the_way_to_video_and_back():

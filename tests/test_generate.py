@@ -8,9 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from infworld.actions import ActionScript
 from infworld.cli import generate
+from infworld.cli.film import FilmPlan
 from infworld.cli.film_writer import FilmWriter
 from infworld.session import Session
 from infworld.video import read_mp4
@@ -41,6 +43,47 @@ def test_a_film_has_the_frames_the_world_makes(begin, tmp_path, world, picture):
     brightness = [film[..., 1].ravel(), frames[..., 1].ravel()]
     assert np.corrcoef(brightness)[0, 1] > 0.9  # noise is hard on H.264; the wrong frames correlate near 0
     assert os.listdir(tmp_path) == ["film.mp4"]
+
+
+def test_short_chunks_are_those_that_the_world_makes(begin, tmp_path, world, picture, capsys):
+    session = tmp_path / "s.safetensors"
+    short = ["--actions", "right 40", "--frames", 33, "--chunk-frames", 16, "--session", session]
+    assert run(*begin, *short) == 0
+    said = capsys.readouterr().out
+    assert "small was trained on chunks of 80 frames: with 16 the picture drifts sooner" in said
+    assert f"--resume {session} --frames 65" in said and "--chunk-frames 16" in said
+    *_, expected = world.rollout(picture, "right 40", num_frames=33, chunk_frames=16)
+    made = Session.load(session)
+    assert torch.equal(made.history, expected.session.history)
+    assert [latents.shape[2] for latents in made.chunk_latents] == [5, 5]
+    assert read_mp4(tmp_path / "film.mp4").shape == (33, 32, 48, 3)
+
+
+def test_a_film_of_short_chunks_goes_on_with_long_ones(begin, small_model, tmp_path):
+    session = tmp_path / "s.safetensors"
+    assert run(*begin, "--frames", 17, "--chunk-frames", 16, "--session", session) == 0
+    more = ["--model", small_model, "--out", tmp_path / "film.mp4", "--resume", session, "--session", session]
+    assert run(*more, "--frames", 97) == 0
+    assert [latents.shape[2] for latents in Session.load(session).chunk_latents] == [5, 21]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--chunk-frames", 6], "4 to 80 new frames, in steps of 4, not 6"),
+        (["--chunk-frames", 32], "ask for 65 or 97 frames, not 81"),
+    ],
+)
+def test_chunks_that_cannot_be_are_refused(begin, tmp_path, capsys, options, said):
+    assert run(*begin, *options) == 2
+    assert said in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_length_of_a_film_is_in_whole_chunks_if_nothing_is_said(begin, small_model):
+    given = [str(argument) for argument in begin if argument not in ("--frames", 81)]
+    assert FilmPlan.of(generate.parse(given)).frames == 161
+    assert FilmPlan.of(generate.parse([*given, "--chunk-frames", "48"])).frames == 1 + 4 * 48
 
 
 def test_a_resumed_film_is_the_film_in_one_go(begin, small_model, tmp_path, capsys):

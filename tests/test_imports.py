@@ -13,7 +13,7 @@ LAYERS = (
     {"settings", "session", "progress"},
     {"metrics", "arena"},
     {"packages", "memory_plan", "transfer", "hub", "models"},
-    {"world", "loading"},
+    {"world", "live", "loading"},
     {"parallel", "evaluation"},
     {"training", "videos", "cli", "app"},
 )

@@ -134,3 +134,16 @@ def test_a_process_whose_films_are_done_or_wrong_does_not_end_the_others(job, sm
     done = subprocess.run([*command, "--model", small_model], capture_output=True, text=True, timeout=150)
     assert done.returncode == 1 and "line 3: job 3" in done.stderr, done.stderr  # torchrun's own code for a failure
     assert len(read_mp4(out)) == 641 and len(read_mp4(tmp_path / "a.mp4")) == 81
+
+
+def test_each_film_has_chunks_of_its_own_length(make, job, tmp_path):
+    entries = [job("a.mp4", frames=33, chunk_frames=16, session="a.safetensors"), job("b.mp4", session="b.safetensors")]
+    assert make("\n".join(entries)) == 0
+    lengths = [[c.shape[2] for c in Session.load(tmp_path / f"{name}.safetensors").chunk_latents] for name in "ab"]
+    assert lengths == [[5, 5], [21]]
+
+
+@pytest.mark.parametrize("length", ["16", 15, 16.0, True])
+def test_a_length_of_chunks_that_cannot_be_is_named(make, job, capsys, length):
+    assert make(job("a.mp4", chunk_frames=length)) == 2
+    assert f"steps of 4, not {length!r}" in capsys.readouterr().err

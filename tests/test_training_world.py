@@ -1,7 +1,11 @@
 """The world model trains on walks as inference has them, starts with a memory of key frames, and a run goes on."""
 
+import copy
 import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -15,27 +19,32 @@ from torch import nn
 
 import infworld
 from infworld.checkpoint import read_tensors, save_tensors
-from infworld.config import ModelConfig, RolloutConfig, SamplerConfig, from_dict
+from infworld.config import ModelConfig, RolloutConfig, SamplerConfig, from_dict, load_config
+from infworld.live import REFRESH
 from infworld.memory import MemoryCompressor
 from infworld.sampler import MAX_TIMESTEP
 from infworld.text import ByteTextEncoder
 from infworld.training import check_gradients, train_world
-from infworld.training.data import WalkPool, fade, first_seed
+from infworld.training.data import Cut, WalkPool, fade, first_seed
 from infworld.training.frames import to_video
 from infworld.training.optim import EMA, GradientClipper
 from infworld.training.pictures import Pictures, make_atlas
 from infworld.training.render import render
 from infworld.training.train_world import (
     FIRST_CHUNK,
+    NO_PROMPT,
     NOISES,
     Trainee,
     averaged,
+    distilling_loss,
+    drop_prompts,
     flow_loss,
     initialize_compressor,
     make_optimizers,
     memory_errors,
     paint,
     pick_chunk,
+    pick_cut,
     resume,
 )
 from infworld.training.walks import MIXED
@@ -49,10 +58,13 @@ SETTINGS = SMALL_MODEL | {
     "buckets": [[16, 32]],
 }
 CONFIG = from_dict(ModelConfig, SETTINGS, "SETTINGS")
+SHORT_SETTINGS = SETTINGS | {"validation_data": {"num_frames": CHUNK + 1, "chunk_lengths": [4, CHUNK]}}
+SHORT_CONFIG = from_dict(ModelConfig, SHORT_SETTINGS, "SHORT_SETTINGS")
+LATE = Cut(place=1, new=1, recent=1)  # the second half of a chunk, whose first half came since the last refreshment
 WALKS, CHUNKS = 3, 2
 
 
-def make_pool() -> WalkPool:
+def make_pool(config: ModelConfig = CONFIG) -> WalkPool:
     """Walks of two chunks in worlds 0, 1 and 2, through a VAE that has learned nothing; every frame does something
     else, so that a frame's action cannot be mistaken for its neighbour's."""
 
@@ -61,9 +73,9 @@ def make_pool() -> WalkPool:
 
     torch.manual_seed(0)
     pool = WalkPool(
-        build_vae(CONFIG),
-        ByteTextEncoder(CONFIG.text_encoder_cfg),
-        CONFIG,
+        build_vae(config),
+        ByteTextEncoder(config.text_encoder_cfg),
+        config,
         size=WALKS,
         chunks=CHUNKS,
         mixture=MIXED,
@@ -79,6 +91,11 @@ def make_pool() -> WalkPool:
 @pytest.fixture(scope="module")
 def pool() -> WalkPool:
     return make_pool()
+
+
+@pytest.fixture(scope="module")
+def short_pool() -> WalkPool:
+    return make_pool(SHORT_CONFIG)
 
 
 @pytest.fixture
@@ -110,6 +127,57 @@ def test_history_target_and_actions_are_of_one_walk(pool):
     for poses, latents in ((so_far, batch.history), (on, batch.target)):
         video = to_video(render(worlds, poses, 16, 32))
         torch.testing.assert_close(pool.vae.encode(video)[0], latents, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cut", [LATE, Cut(place=1, new=1), Cut(place=0, new=1)])
+def test_short_chunks_are_of_one_walk_too(short_pool, cut):
+    """History, target and actions of a chunk that begins later; the action after it is taken to be its last."""
+    pool, frames = short_pool, 4 * cut.place
+    batch = pool.select(torch.arange(WALKS), torch.zeros(WALKS, dtype=torch.long), 1, cut)
+    assert batch.history.shape[2] == 3 + cut.place and batch.target.shape[2] == 2 and batch.recent == cut.recent
+    worlds = make_worlds(range(WALKS))
+    so_far = walk(worlds, spawn(worlds), *pool.actions[:, :, : CHUNK + frames].unbind(1))
+    on = walk(worlds, so_far[:, -1], batch.move[:, :-1], batch.view[:, :-1])
+    assert on.shape[1] == 5
+    for poses, latents in ((so_far, batch.history), (on, batch.target)):
+        video = to_video(render(worlds, poses, 16, 32))
+        torch.testing.assert_close(pool.vae.encode(video)[0], latents, atol=1e-4, rtol=1e-4)
+    assert torch.equal(batch.move[:, -1], batch.move[:, -2]) and torch.equal(batch.view[:, -1], batch.view[:, -2])
+
+
+def test_short_chunks_that_come_back_are_drawn_more_often(short_pool, monkeypatch):
+    """What the first half of the chunk saw counts as seen for its second half."""
+    returns = torch.full((WALKS, CHUNKS * CHUNK), -1)
+    returns[0, CHUNK + 4 :] = CHUNK + 2
+    returns[1, CHUNK : CHUNK + 4] = 0
+    returns[2, CHUNK + 4 : CHUNK + 6] = 0
+    monkeypatch.setattr(short_pool, "returns", returns)
+    assert short_pool.needs(1, LATE).tolist() == [[1.0], [0.0], [0.5]]
+    assert short_pool.needs(1, Cut(0, 1)).tolist() == [[0.0], [1.0], [0.0]]
+
+
+def test_chunks_of_all_lengths_are_drawn_and_their_memories_are_of_few_lengths():
+    """As live play has them, and for the compressor two lengths for each chunk that fits in one pass."""
+    config, rng = load_config("infworld/configs/tiny2.yaml"), random.Random(0)
+    cuts = Counter(pick_cut(config, rng) for _ in range(6000))
+    lengths = Counter({new: sum(n for cut, n in cuts.items() if (cut.new if cut else 20) == new) for new in (4, 8, 20)})
+    assert all(count / 6000 == pytest.approx(1 / 3, abs=0.03) for count in lengths.values())
+    short = [cut for cut in cuts if cut]
+    assert {(cut.new, cut.place) for cut in short} == {
+        (4, 0),
+        (4, 4),
+        (4, 8),
+        (4, 12),
+        (4, 16),
+        (8, 0),
+        (8, 8),
+        (8, 16),
+    }
+    assert all(cut.recent in (0, cut.place) and cut.recent % cut.new == 0 for cut in short)
+    assert max(cut.recent for cut in short) == REFRESH
+    assert {cut.place - cut.recent for cut in short} == {0, 8}
+    assert pick_cut(CONFIG, rng) is None
 
 
 def test_a_history_may_begin_inside_a_walk(pool):
@@ -290,6 +358,33 @@ def test_every_noise_of_a_sample_has_its_own_memory(model, pool):
             torch.testing.assert_close(both[k::2], model(noisy[k::2], timestep[k::2], batch), atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_the_memory_of_short_chunks_is_a_live_walks(short_pool):
+    """Compressed up to the last refreshment, then chunk by chunk: what `KeptMemory` makes of the same latents."""
+    torch.manual_seed(0)
+    model = Trainee(SHORT_CONFIG)
+    torch.nn.init.normal_(model.transformer.head.head.weight)
+    batch = short_pool.select(torch.arange(1), torch.zeros(1, dtype=torch.long), 1, Cut(1, 1, 1))
+    history, transformer = batch.history, model.transformer
+    context = transformer.embed_text(model.text(batch.ids, batch.mask), batch.mask)
+    kept = transformer.keep_memory(context, torch.tensor([600.0]), tuple(history.shape[3:]), 8)
+    kept.extend(torch.cat([transformer.latent_encoder.compress(history[:, :, :3]), history[:, :, 2:3]], 2))
+    kept.extend(history[:, :, 3:])
+    noisy = torch.randn_like(batch.target)
+    expected = kept.denoise(noisy, 0, transformer.action_encoder(batch.move, batch.view))
+    torch.testing.assert_close(model(noisy, torch.tensor([600.0]), batch), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_all_that_a_live_memory_reads_learns(short_pool):
+    torch.manual_seed(0)
+    model = Trainee(SHORT_CONFIG)
+    torch.nn.init.normal_(model.transformer.head.head.weight)
+    batch = short_pool.batch(1, 2, LATE)
+    batch.history.requires_grad_()
+    flow_loss(model, batch, shift=3.0, frozen=False).backward()
+    assert (batch.history.grad.abs().sum((0, 1, 3, 4)) > 0).all()
+
+
 def test_what_is_painted_stays_near_the_truth(model, pool):
     """A model that knows the truth paints it; one that knows nothing leaves what shows through the noise."""
     torch.manual_seed(0)
@@ -324,6 +419,29 @@ def test_a_frozen_compressor_gets_no_gradient(model, pool, frozen):
     compressor = {name for name in learns if name.startswith("transformer.latent_encoder")}
     assert bool(compressor) is not frozen
     assert len(learns) > len(compressor)
+
+
+def test_a_model_learns_from_its_teacher_all_but_the_compressor(model, pool):
+    """What it is itself it has nothing to learn of, as long as both are silent."""
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    sampler = SamplerConfig(shift=3.0, num_sampling_steps=8)
+    assert distilling_loss(model, model, teacher, pool.batch(1, 2), sampler, 2) == 0
+    torch.nn.init.normal_(teacher.transformer.head.head.weight)
+    torch.nn.init.normal_(model.transformer.head.head.weight)
+    loss = distilling_loss(model, model, teacher, pool.batch(1, 2), sampler, 2)
+    loss.backward()
+    learns = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert loss > 0 and learns and not any(name.startswith("transformer.latent_encoder") for name in learns)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_some_prompts_are_dropped(pool):
+    batch = pool.batch(1, 200)
+    whole = batch.mask.clone()
+    drop_prompts(batch)
+    dropped = (batch.mask != whole).any(1)
+    assert (batch.mask[dropped].sum(1) == 1).all() and batch.mask[:, 0].all()
+    assert dropped.float().mean() == pytest.approx(NO_PROMPT, abs=0.12)
 
 
 def test_every_parameter_has_one_optimizer(model):
@@ -429,6 +547,39 @@ def test_a_run_goes_on_where_another_stopped(run, tmp_path):
     lines = train(tmp_path, run / "vae.safetensors", *more)
     assert lines[0]["event"] == "ready" and lines[0]["step"] == STEPS
     assert lines[-1]["step"] == 2 * STEPS and lines[-1]["samples"] == 2 * STEPS * BATCH
+
+
+PROGRAM = """
+from infworld.training import train_world
+progress, share = iter([0.0, 0.5, 0.9, 1.0]), train_world.from_rank_0
+train_world.from_rank_0 = lambda ranks, *_: share(ranks, next(progress), 1.0)
+train_world.main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="torchrun's signals are POSIX")
+def test_two_processes_train_on_short_chunks_go_on_and_learn_few_steps(run, tmp_path):
+    """Three steps each: a run, one that takes up its state, and one that distils what it wrote."""
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(SHORT_SETTINGS), encoding="utf-8")
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, tmp_path / "program.py", "--config", tmp_path / "short.yaml", "--vae", run / "vae.safetensors"]
+    command += ["--batch", "2", "--walks", "2", "--chunks", "2", "--minutes", "60", "--report-every", "0"]
+    weights = tmp_path / "first" / "world.safetensors"
+    runs = {
+        "first": [],
+        "second": ["--resume", tmp_path / "first" / "state.pt", "--paint", "0"],
+        "third": ["--resume", weights, "--teacher", weights, "--few-steps", "2"],
+    }
+    ready, reports = {}, {}
+    for name, more in runs.items():
+        done = subprocess.run([*command, "--out", tmp_path / name, *more], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
+        ready[name], reports[name] = lines[0], [line for line in lines if line["event"] == "report"]
+    assert [(line["ranks"], line["step"]) for line in ready.values()] == [(2, 0), (2, STEPS), (2, 0)]
+    assert [lines[-1]["step"] for lines in reports.values()] == [STEPS, 2 * STEPS, STEPS]
+    assert all({"gap", "short_gap", "loss"} <= line.keys() for lines in reports.values() for line in lines)
 
 
 def test_a_state_is_taken_up_whole(run, model):

@@ -60,6 +60,7 @@ class FilmPlan:
     model: str
     config: ModelConfig
     frames: int
+    chunk_frames: int
     picture: Image.Image | None
     settings: FilmSettings | None
     session: infworld.Session | None
@@ -79,17 +80,18 @@ class FilmPlan:
             session = changed(session, args, config)
         else:
             picture, settings = load_image(args.image), FilmSettings.for_model(config, **asked(args))
-        frames = 1 + 2 * config.chunk_frames if args.frames is None else args.frames
-        chunks_to_make(config, frames, 1 if session is None else session.num_frames)
+        chunk_frames = config.check_chunk_frames(args.chunk_frames)
+        two_chunks = 2 * config.chunk_frames  # of the model's own length, in whole chunks of this one
+        frames = 1 + -(-two_chunks // chunk_frames) * chunk_frames if args.frames is None else args.frames
+        chunks_to_make(config, frames, 1 if session is None else session.num_frames, chunk_frames)
         if session is not None and (session.num_frames > frames or (session.num_frames == frames and out.exists())):
             raise ValueError(
                 f"the session has {session.num_frames} frames already: ask for more with --frames; or write these "
                 "again, with as many --frames and another --out"
             )
         kept = args.resume is not None and os.path.realpath(args.resume) == os.path.realpath(session_path)
-        return FilmPlan(
-            args, out, session_path, bool(args.session) or kept, model, config, frames, picture, settings, session
-        )
+        keeps = bool(args.session) or kept
+        return FilmPlan(args, out, session_path, keeps, model, config, frames, chunk_frames, picture, settings, session)
 
     def begin(self, world: infworld.World) -> infworld.Session:
         """The session to go on from."""
@@ -97,7 +99,7 @@ class FilmPlan:
 
     def chunks_after(self, session: infworld.Session) -> int:
         """How many chunks are still to be made."""
-        return chunks_to_make(self.config, self.frames, session.num_frames)
+        return chunks_to_make(self.config, self.frames, session.num_frames, self.chunk_frames)
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -116,21 +118,23 @@ class FilmPlan:
             program = ["torchrun", "--nproc-per-node", str(parallel.world_size()), "-m", *program]
         words = ["--resume", _word(session_path), "--frames", str(frames), "--out", _word(self.out)]
         device = None if args.device == "auto" else args.device
-        given = {"--session": args.session, "--model": args.model, "--device": device, "--memory-gb": args.memory_gb}
+        given = {"--session": args.session, "--chunk-frames": args.chunk_frames, "--model": args.model}
+        given |= {"--device": device, "--memory-gb": args.memory_gb}
         for name, value in given.items():
             words += [] if value is None else [name, _word(value)]
         words += [word for lora in args.lora for word in ("--lora", _word(lora))]
         return shlex.join([*program, *words, *(["--compile"] if args.compile else [])])
 
     def _longer(self) -> int:
-        return min(self.frames + 2 * self.config.chunk_frames, self.config.max_frames)
+        longest = self.frames + (self.config.max_frames - self.frames) // self.chunk_frames * self.chunk_frames
+        return min(self.frames + 2 * self.chunk_frames, longest)
 
 
-def chunks_to_make(config: ModelConfig, frames: int, made: int) -> int:
-    """Chunks from a film of `made` frames to one of `frames`. Raises ValueError if they are not whole chunks."""
-    per_chunk = config.chunk_frames
+def chunks_to_make(config: ModelConfig, frames: int, made: int, per_chunk: int) -> int:
+    """Chunks of `per_chunk` new frames from a film of `made` frames to one of `frames`. Raises ValueError if they are
+    not whole chunks."""
     if (made - 1) % per_chunk == 0:
-        return config.chunks_for(frames) - (made - 1) // per_chunk
+        return config.chunks_for(frames, per_chunk) - (made - 1) // per_chunk
     if type(frames) is not int or not made <= frames <= config.max_frames or (frames - made) % per_chunk:
         near = f"{made + per_chunk} or {made + 2 * per_chunk}"
         raise ValueError(f"the session has {made} frames and goes on by {per_chunk}: ask for {near}, not {frames!r}")
@@ -166,6 +170,8 @@ def film(plan: FilmPlan, world: infworld.World, loading: float, stop: StopSignal
     What there is of a film that could not be finished is kept and said, before the error is passed on.
     """
     began, team = time.monotonic(), world.team
+    if note := world.config.untrained_note(plan.chunk_frames):
+        print(f"note: {note}")
     if world.plan != FASTEST:
         print(f"there is too little GPU memory for all at once: {world.plan}")
     with stop.deferred():
@@ -212,7 +218,7 @@ def make(plan: FilmPlan, world: infworld.World, writer: FilmWriter, stop: StopSi
             bar.show(progress)
             stop.check()
 
-        with closing(world.extend(session, bar.chunks, hear)) as made:
+        with closing(world.extend(session, bar.chunks, hear, frames=plan.chunk_frames)) as made:
             for chunk in made:
                 session = chunk.session
                 writer.write(chunk)

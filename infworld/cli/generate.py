@@ -63,6 +63,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="length of the whole film: the picture and whole chunks, 81, 161, 241, ...; default: two chunks, 161",
     )
+    film.add_argument(
+        "--chunk-frames",
+        type=int,
+        metavar="N",
+        help="new frames per chunk: the model's own 80 (default) or fewer, in steps of 4. Short ones are there sooner "
+        "but drift sooner too, unless the model was trained on them",
+    )
     film.add_argument("--prompt", metavar="TEXT", help="what the world looks like")
     film.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid, for models with guidance")
     film.add_argument("--seed", type=int, metavar="N", help="another seed makes another film; default: 0")
@@ -136,7 +143,7 @@ def follow(plan: FilmPlan, world: infworld.World) -> int:
         session = plan.begin(world)
         for _ in world.replay(session):
             pass
-        for _ in world.extend(session, plan.chunks_after(session)):
+        for _ in world.extend(session, plan.chunks_after(session), frames=plan.chunk_frames):
             pass
     return 0
 

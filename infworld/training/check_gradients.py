@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from infworld.config import load_config
 from infworld.training.data import WalkPool
 from infworld.training.optim import EMA
 from infworld.training.run import autocast, compute_dtype, set_up_devices
-from infworld.training.train_world import MIXED, NOISES, Trainee, flow_loss, make_optimizers, resume
+from infworld.training.train_world import MIXED, NOISES, Trainee, flow_loss, make_optimizers, pick_cut, resume
 from infworld.vae import build_vae
 
 WRONG = 0.5  # of a gradient's size; rounding in bfloat16 stays below a tenth
@@ -63,7 +64,8 @@ def check(args: argparse.Namespace) -> int:
     shift, worst = config.val_scheduler_cfg.shift, 0.0
     for step in range(args.steps):
         chunks = 1 + step % (args.chunks - 1) if args.chunks > 1 else 0
-        batch, frozen = pool.batch(chunks, max(1, args.batch // NOISES)), step % 2 == 0
+        cut, frozen = pick_cut(config, random.Random(step)), step % 2 == 0
+        batch = pool.batch(chunks, max(1, args.batch // NOISES), cut)
 
         def loss(model: nn.Module, batch=batch, frozen=frozen) -> Tensor:
             return flow_loss(model, copy.copy(batch), shift, frozen)
@@ -77,7 +79,10 @@ def check(args: argparse.Namespace) -> int:
             torch.set_float32_matmul_precision(precision)
         off, name = most_deviating(found, expected)
         worst = max(worst, off)
-        print(f"step {step}: {chunks} chunks of history: {name} is off by {off:.3f}", flush=True)
+        length = cut.new if cut else pool.new_latents
+        print(
+            f"step {step}: {chunks} chunks of history and {length} new latents: {name} is off by {off:.3f}", flush=True
+        )
     print(f"{'WRONG' if worst > WRONG else 'fine'}: the worst gradient is off by {worst:.3f} of its size")
     return int(worst > WRONG)
 

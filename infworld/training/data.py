@@ -1,7 +1,9 @@
 """Walks through procedural worlds as latents: what the world model trains on, kept on the GPU and partly renewed.
 
 Everything is as inference has it: the history is the VAE's continued encoding of the whole walk, the target is the
-fresh encoding of one chunk's 81 frames.
+fresh encoding of one chunk's 81 frames. For a config with shorter chunk lengths too there are fresh encodings of short
+chunks all along the walk, and histories whose last latents are younger than their compressed part, as live play has
+them.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from infworld.config import ModelConfig
+from infworld.config import FRAMES_PER_LATENT, ModelConfig
 from infworld.text import ByteTextEncoder
 from infworld.training.frames import to_video
 from infworld.training.pictures import Pictures
@@ -33,10 +35,24 @@ BLUR = (0.5, 2.5)  # pixels, standard deviation
 PALE = (0.6, 1.0)  # contrast left
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Where in a chunk a short one begins and what its memory is like, all in latents.
+
+    place: of the beginning, after the chunk's. new: what the target adds. recent: the last ones of the history, which
+    came `new` at a time since it was compressed.
+    """
+
+    place: int
+    new: int
+    recent: int = 0
+
+
 @dataclass
 class Batch:
     """Samples with histories of one length: history (B, C, 1 + 20 k, h, w), target (B, C, 21, h, w), move and view
-    (B, 81) int64, text ids and mask (B, L) int64."""
+    (B, 81) int64, text ids and mask (B, L) int64. With a `Cut`, other lengths; the history's last `recent` latents came
+    since it was compressed."""
 
     history: Tensor
     target: Tensor
@@ -44,6 +60,7 @@ class Batch:
     view: Tensor
     ids: Tensor
     mask: Tensor
+    recent: int = 0
 
 
 Painter = Callable[["Batch"], Tensor]
@@ -89,11 +106,18 @@ class WalkPool:
         made = {"dtype": vae.conv1.weight.dtype, "device": device}
         self.at_once = max(1, PIXELS_AT_ONCE // (height * width))
         self.new_latents = config.chunk_latents - 1
+        self.shorts = short_lengths(config)
+        self.places = range(self.shorts[0], self.new_latents, self.shorts[0]) if self.shorts else range(0)
+        longest = self.places[-1] + self.shorts[-1] if self.shorts else self.new_latents
+        # A short chunk that begins late in the walk's last one ends beyond it.
+        self.frames = chunks * config.chunk_frames + FRAMES_PER_LATENT * max(0, longest - self.new_latents)
         self.history = torch.zeros(size, 1 + chunks * self.new_latents, *shape, **made)
         self.targets = torch.zeros(size, chunks, 1 + self.new_latents, *shape, **made)
-        self.actions = torch.zeros(size, 2, chunks * config.chunk_frames + 1, dtype=torch.int64, device=device)
+        fresh = (size, chunks, len(self.places), 1 + max(self.shorts, default=0))
+        self.short_targets = torch.zeros(*fresh, *shape, **made)
+        self.actions = torch.zeros(size, 2, self.frames + 1, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(size, 2, text.model_max_length, dtype=torch.int64, device=device)
-        self.returns = torch.full((size, chunks * config.chunk_frames), -1, dtype=torch.int64, device=device)
+        self.returns = torch.full((size, self.frames), -1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def renew(self, count: int, painter: Painter | None = None) -> float:
@@ -104,8 +128,7 @@ class WalkPool:
         """
         finish(self.device)
         began = time.monotonic()
-        frames = self.chunks * self.config.chunk_frames + 1
-        actions = torch.stack(sample_actions(self.mixture, count, frames, self.generator), 1)
+        actions = torch.stack(sample_actions(self.mixture, count, self.frames + 1, self.generator), 1)
         kind, seeds = self.kinds[self.renewals % len(self.kinds)], range(self.next_seed, self.next_seed + count)
         move, view = actions[:, :, :-1].unbind(1)
         scenes = draw_scenes(kind, seeds, move, view, self.pictures, self.generator)
@@ -128,17 +151,21 @@ class WalkPool:
         return time.monotonic() - began
 
     def _encode(self, slots: Tensor, frames: Tensor) -> None:
-        """Keeps walks' latents: continued ones as history, fresh ones of every chunk as targets.
+        """Keeps walks' latents: continued ones as history, fresh ones of every chunk, short ones too, as targets.
 
         Some histories fade; targets do not.
         """
         video = to_video(frames, self.vae.conv1.weight.dtype)
-        latents, _ = self.vae.encode(fade(video, self.faded, self.generator))
-        self.history[slots] = rearrange(latents, "b c t h w -> b t c h w").to(self.history)
         step = self.config.chunk_frames
+        latents, _ = self.vae.encode(fade(video[:, :, : self.chunks * step + 1], self.faded, self.generator))
+        self.history[slots] = rearrange(latents, "b c t h w -> b t c h w").to(self.history)
         for chunk in range(self.chunks):
             latents, _ = self.vae.encode(video[:, :, chunk * step : (chunk + 1) * step + 1])
             self.targets[slots, chunk] = rearrange(latents, "b c t h w -> b t c h w").to(self.targets)
+            for i, place in enumerate(self.places):
+                first = chunk * step + FRAMES_PER_LATENT * place
+                latents, _ = self.vae.encode(video[:, :, first : first + 1 + FRAMES_PER_LATENT * self.shorts[-1]])
+                self.short_targets[slots, chunk, i] = rearrange(latents, "b c t h w -> b t c h w").to(self.targets)
 
     def _paint(self, slots: Tensor, painter: Painter) -> None:
         """Puts the painter's films in place of the histories of these walks, chunk after chunk as in a rollout."""
@@ -152,48 +179,65 @@ class WalkPool:
             new = slice(1 + chunk * self.new_latents, 1 + (chunk + 1) * self.new_latents)
             self.history[slots, new] = rearrange(latents, "b c t h w -> b t c h w").to(self.history)
 
-    def batch(self, chunks: int, count: int) -> Batch:
+    def batch(self, chunks: int, count: int, cut: Cut | None = None) -> Batch:
         """`count` random samples with a history of that many chunks, more often such as need it: where the walk comes
-        back to what the history has seen and then lost sight of."""
-        weights = 1 + RETURNING * self.needs(chunks)
+        back to what the history has seen and then lost sight of. cut: of short chunks."""
+        weights = 1 + RETURNING * self.needs(chunks, cut)
         drawn = torch.multinomial(weights.flatten(), count, replacement=True)
-        return self.select(drawn // weights.shape[1], drawn % weights.shape[1], chunks)
+        return self.select(drawn // weights.shape[1], drawn % weights.shape[1], chunks, cut)
 
-    def needs(self, chunks: int) -> Tensor:
+    def needs(self, chunks: int, cut: Cut | None = None) -> Tensor:
         """Of every sample with a history of that many chunks, by walk and first chunk: the share of the target's frames
         that need the history's memory (`walks.revisits`), (filled, self.chunks - chunks)."""
-        step = self.config.chunk_frames
-        seen = self.returns[: self.filled].unflatten(1, (self.chunks, step))[:, chunks:]
-        begun = step * torch.arange(self.chunks - chunks, device=self.device)[:, None]
-        return ((begun <= seen) & (seen <= begun + step * chunks)).float().mean(2)
+        cut = cut or Cut(0, self.new_latents)
+        begun = self.config.chunk_frames * torch.arange(self.chunks - chunks, device=self.device)[:, None]
+        known = begun + self.config.chunk_frames * chunks + FRAMES_PER_LATENT * cut.place
+        frames = known + torch.arange(FRAMES_PER_LATENT * cut.new, device=self.device)
+        seen = self.returns[: self.filled, frames]
+        return ((begun <= seen) & (seen <= known)).float().mean(2)
 
-    def select(self, index: Tensor, start: Tensor, chunks: int) -> Batch:
+    def select(self, index: Tensor, start: Tensor, chunks: int, cut: Cut | None = None) -> Batch:
         """Of the walks `index` (N,): `chunks` chunks from chunk `start` (N,) on as history, the next one as target.
 
         A history that begins inside a walk begins with that chunk's fresh encoding and goes on with the walk's own
-        latents: by then the encoder has forgotten what it saw before, but for a thousandth of their deviation.
+        latents: by then the encoder has forgotten what it saw before, but for a thousandth of their deviation. cut: a
+        short target that may begin later, and a longer history. The first action after a short target, which live play
+        does not know, is the target's last.
         """
+        short, cut = cut is not None, cut or Cut(0, self.new_latents)
         end = start + chunks
-        frames = self._offsets(end * self.config.chunk_frames, self.config.chunk_frames + 1)
+        count = FRAMES_PER_LATENT * cut.new
+        frames = self._offsets(end * self.config.chunk_frames + FRAMES_PER_LATENT * cut.place, count + 1)
+        if short:
+            frames = torch.cat([frames[:, :-1], frames[:, -2:-1]], 1)
         move, view = self.actions[index[:, None], :, frames].unbind(2)
         ids, mask = self.tokens[index].unbind(1)
-        known = 1 + chunks * self.new_latents
+        known = 1 + chunks * self.new_latents + cut.place
         own = self.history[index[:, None], self._offsets(start * self.new_latents, known)]
         fresh = self.targets[index, start][:, :known]
         inside = (start > 0).view(-1, 1, 1, 1, 1)
         begun = torch.where(inside, fresh, own[:, : fresh.shape[1]])
+        target = self.short_targets[index, end, self.places.index(cut.place)] if cut.place else self.targets[index, end]
         return Batch(
             history=rearrange(torch.cat([begun, own[:, fresh.shape[1] :]], 1), "b t c h w -> b c t h w").float(),
-            target=rearrange(self.targets[index, end], "b t c h w -> b c t h w").float(),
+            target=rearrange(target[:, : 1 + cut.new], "b t c h w -> b c t h w").float(),
             move=move,
             view=view,
             ids=ids,
             mask=mask,
+            recent=cut.recent,
         )
 
     def _offsets(self, first: Tensor, count: int) -> Tensor:
         """first (N,) -> first, first + 1, ... (N, count)."""
         return first[:, None] + torch.arange(count, device=self.device)
+
+
+def short_lengths(config: ModelConfig) -> list[int]:
+    """The latents that the trained chunks add which are shorter than the model's own, sorted."""
+    own = config.chunk_latents - 1
+    lengths = {frames // FRAMES_PER_LATENT for frames in config.validation_data.chunk_lengths}
+    return sorted(length for length in lengths if length < own)
 
 
 def fade(video: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:

@@ -43,8 +43,10 @@ from infworld.text import load_text_encoder
 from infworld.training.films import (
     Bench,
     Film,
+    LiveMemory,
     PhotoBench,
     free_starts,
+    live_film,
     make_bench,
     make_photo_bench,
     next_chunk,
@@ -147,6 +149,48 @@ def far_script(chunk: int) -> str:
     half = chunk // 2
     wander = f"right {chunk}, forward {half}, back {half}, left {chunk}, right {half}, left {half}"  # 4 chunks
     return ", ".join([f"right {chunk}", *[wander] * (WANDER_CHUNKS // 4), f"left {chunk}"])
+
+
+def measure_live_turn(bench: Bench) -> Outcome:
+    """The model's own live walk: turn right 80 and back."""
+    return _live_visit(bench, f"right {bench.chunk}, left {bench.chunk}")
+
+
+def measure_live_circle(bench: Bench) -> Outcome:
+    """The model's own live walk: a full circle, and on to what the first chunk showed."""
+    return _live_visit(bench, f"right {4 * bench.chunk + bench.live_frames}")
+
+
+def measure_live_forward(bench: Bench) -> Outcome:
+    """The model's own live walk: walk forward 80 and back."""
+    return _live_visit(bench, f"forward {bench.chunk}, back {bench.chunk}")
+
+
+def _live_visit(bench: Bench, text: str) -> Outcome:
+    """All of a script in short chunks, whose memory is kept; the last chunk against the first, which it shows again.
+
+    *Wrong*: the last 80 frames once more, with another world's compressed memory, their own last latent before and
+    their own latents since.
+    """
+    script, short = same_script(bench, text), bench.live_frames
+    start = true_film(bench, bench.render(free_starts(bench, script[:, None])[:, None]))
+    memory, chunks = LiveMemory(), (script.shape[2] - bench.chunk) // short
+    film = live_film(bench, start, script, chunks, memory)
+    films = [live_film(bench, film, script, bench.chunk // short, each) for each in (LiveMemory(wrong=True), memory)]
+    wrong, right = (made.frames[:, -short:] for made in films)
+    circle = "," not in text
+    seen = films[1].frames[:, 1 : short + 1] if circle else films[1].frames[:, :short].flip(1)
+    return Outcome(
+        {
+            "value": psnr(right, seen).mean(1),
+            "wrong": psnr(wrong, seen).mean(1),
+            "gain": (psnr(right, seen) - psnr(wrong, seen)).mean(1),
+            "sharpness": ratio(sharpness, right, seen),
+        },
+        strips(
+            {"own": films[1].frames, "wrong": films[0].frames}, range(0, script.shape[2] + 1, script.shape[2] // 16)
+        ),
+    )
 
 
 def _true_visit(bench: Bench, text: str) -> Outcome:
@@ -350,6 +394,9 @@ TESTS: dict[str, Callable[[Bench], Outcome]] = {
     "mirror_turn": measure_mirror_turn,
     "far": measure_far,
     "far_true": measure_far_true,
+    "live_turn": measure_live_turn,
+    "live_circle": measure_live_circle,
+    "live_forward": measure_live_forward,
     "view": measure_view,
     "move": measure_move,
     "words": measure_words,

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from infworld import live
 from infworld.actions import NO_OP, ActionScript
 from infworld.config import FRAMES_PER_LATENT
-from infworld.dit import TextContext
+from infworld.dit import MemoryStream, TextContext
 from infworld.presets import Preset, find_preset
 from infworld.sampler import sample, schedule
 from infworld.training.frames import to_frames, to_video
@@ -42,6 +43,11 @@ class Bench:
     def chunk(self) -> int:
         """New frames per chunk: 80."""
         return self.model.config.chunk_frames
+
+    @property
+    def live_frames(self) -> int:
+        """New frames per chunk of a live walk: 16."""
+        return FRAMES_PER_LATENT * max(1, self.chunk // (5 * FRAMES_PER_LATENT))
 
     def render(self, poses: Tensor) -> Tensor:
         """The true frames (B, T, H, W, 3) uint8 seen from poses (B, T, 4)."""
@@ -133,6 +139,43 @@ def own_film(bench: Bench, film: Film, script: Tensor, chunks: int) -> Film:
     return film
 
 
+@dataclass
+class LiveMemory:
+    """The memory of B live walks (`infworld.live`): compressed up to `length` latents, extended since.
+
+    wrong: every world gets the compressed history of its neighbour in the batch, and its own latents since.
+    """
+
+    wrong: bool = False
+    stream: MemoryStream | None = None
+    length: int = 0
+    known: int = 0
+
+    def update(self, bench: Bench, film: Film) -> MemoryStream:
+        """The memory of the film so far."""
+        model, history = bench.model.transformer, film.history.to(bench.model.transformer.dtype)
+        if self.stream is None or history.shape[2] - self.length > live.REFRESH:
+            compressed = model.latent_encoder.compress(history)
+            if self.wrong:
+                compressed = compressed.roll(1, dims=0)
+            self.length = history.shape[2]
+            self.stream = model.encode_memory(torch.cat([compressed, history[:, :, -1:]], dim=2), bench.context)
+        elif history.shape[2] > self.known:
+            self.stream = model.extend_memory(self.stream, history[:, :, self.known :], bench.context)
+        self.known = history.shape[2]
+        return self.stream
+
+
+def live_film(bench: Bench, film: Film, script: Tensor, chunks: int, memory: LiveMemory) -> Film:
+    """The film with chunks of `live_frames` new frames, as a live walk makes them."""
+    for _ in range(chunks):
+        done = script[:, :, : film.frames.shape[1] - 1 + bench.live_frames]
+        held = torch.cat([done, done[:, :, -1:]], dim=2)
+        latents = _sample(bench, film, held, memory.update(bench, film), bench.live_frames)
+        film = append(bench, film, bench.model.vae.decode(latents)[:, :, 1:])
+    return film
+
+
 def next_chunk(
     bench: Bench, film: Film, script: Tensor, wrong_memory: bool = False, frames: int | None = None
 ) -> Tensor:
@@ -141,30 +184,32 @@ def next_chunk(
     script: (B, 2, T) move and view of every frame of the film, nothing is done past its end. wrong_memory: every world
     gets the compressed memory of its neighbour in the batch and its own last latent.
     """
-    model, config = bench.model.transformer, bench.model.config
-    known = film.frames.shape[1]
-    script = torch.nn.functional.pad(script, (0, max(0, known + bench.chunk - script.shape[2])), value=NO_OP[0])
-    actions = model.action_encoder(*script[:, :, known - 1 : known + bench.chunk].unbind(1))
-    history = film.history.to(model.dtype)
-    compressed = model.latent_encoder.compress(history)
-    if wrong_memory:
-        compressed = compressed.roll(1, dims=0)
-    stream = model.encode_memory(torch.cat([compressed, history[:, :, -1:]], dim=2), bench.context)
-    sign = 1 if config.val_scheduler_cfg.use_reversed_velocity else -1
-
-    def velocity(z: Tensor, timestep: Tensor) -> Tensor:
-        return sign * model.denoise(z, timestep.to(z.device).reshape(1), stream, actions, bench.context)
-
-    timesteps = schedule(config.val_scheduler_cfg, bench.steps, end_at_zero=bench.preset.end_at_zero)
-    latents = sample(velocity, draw_noise(bench, film), timesteps, order=bench.preset.order)
+    stream = LiveMemory(wrong_memory).update(bench, film)
+    latents = _sample(bench, film, script, stream, bench.chunk)
     kept = latents.shape[2] if frames is None else 1 + frames // FRAMES_PER_LATENT
     return bench.model.vae.decode(latents[:, :, :kept])
 
 
-def draw_noise(bench: Bench, film: Film) -> Tensor:
-    """Noise of the next chunk (B, C, 21, h, w): decided by seed, world and chunk, whatever the batch or device."""
-    shape = (film.history.shape[1], bench.model.config.chunk_latents, *film.history.shape[3:])
-    chunk = film.frames.shape[1] // bench.chunk
+def _sample(bench: Bench, film: Film, script: Tensor, stream: MemoryStream, frames: int) -> Tensor:
+    """The latents (B, C, 1 + frames / 4, h, w) of the next chunk, of so many new frames."""
+    model, config = bench.model.transformer, bench.model.config
+    known = film.frames.shape[1]
+    script = torch.nn.functional.pad(script, (0, max(0, known + frames - script.shape[2])), value=NO_OP[0])
+    actions = model.action_encoder(*script[:, :, known - 1 : known + frames].unbind(1))
+
+    def velocity(z: Tensor, timestep: Tensor) -> Tensor:
+        return bench.model.sign * model.denoise(z, timestep.to(z.device).reshape(1), stream, actions, bench.context)
+
+    timesteps = schedule(config.val_scheduler_cfg, bench.steps, end_at_zero=bench.preset.end_at_zero)
+    return sample(velocity, draw_noise(bench, film, frames), timesteps, order=bench.preset.order)
+
+
+def draw_noise(bench: Bench, film: Film, frames: int | None = None) -> Tensor:
+    """Noise of the next chunk (B, C, 1 + frames / 4, h, w), by default of the model's own length: decided by seed,
+    world and chunk, whatever the batch or device."""
+    frames = frames or bench.chunk
+    shape = (film.history.shape[1], 1 + frames // FRAMES_PER_LATENT, *film.history.shape[3:])
+    chunk = film.frames.shape[1] // frames
     seeds = [(bench.seed * 1_000_003 + world) * 1009 + chunk for world in bench.worlds.seed.tolist()]
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(noise).to(film.history.device)

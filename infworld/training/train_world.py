@@ -5,12 +5,13 @@
     infworld train world ... --resume runs/a/world.safetensors  # from weights alone
 
 Every sample is a chunk of a walk through a procedural world with the walk so far as history; chunks that come back to
-what was lost sight of are drawn more often. Flow matching; a share of the samples is pure noise, where nothing but the
-memory can tell what was there. Some histories fade, and in the later part of a run some are painted by the model itself
-over the truth, so that long films of its own do not drift. The compressor starts as a near-identity that hands key
-frames on, and is frozen for the first part: it would collapse before the transformer has learned to read it. Whether
-the memory is read shows in the wrong-memory gap: the error given another world's memory over the error given the right
-one, on unseen worlds. A run that loses it (1 = memory unused) has failed, however low its loss.
+what was lost sight of are drawn more often. Chunks have the lengths that the config names (`chunk_lengths`), and short
+ones the memory of a live walk (`infworld.live`). Flow matching; a share of the samples is pure noise, where nothing but
+the memory can tell what was there. Some histories fade, and in the later part of a run some are painted by the model
+itself over the truth, so that long films of its own do not drift. The compressor starts as a near-identity that hands
+key frames on, and is frozen for the first part: it would collapse before the transformer has learned to read it.
+Whether the memory is read shows in the wrong-memory gap: the error given another world's memory over the error given
+the right one, on unseen worlds. A run that loses it (1 = memory unused) has failed, however low its loss.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import math
 import random
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,11 +34,13 @@ from torch.nn.parallel import DistributedDataParallel
 from infworld.checkpoint import load_strict, read_tensors, save_tensors
 from infworld.config import ModelConfig, SamplerConfig, load_config
 from infworld.dit import InfiniteWorldTransformer
+from infworld.live import REFRESH
 from infworld.memory import MAX_SINGLE_PASS, WINDOW, MemoryCompressor, window_starts
 from infworld.sampler import MAX_TIMESTEP, sample, schedule
 from infworld.text import ByteTextEncoder
 from infworld.training import flow
-from infworld.training.data import Batch, Labeller, WalkPool, first_seed
+from infworld.training.data import Batch, Cut, Labeller, WalkPool, first_seed, short_lengths
+from infworld.training.few_steps import few_steps_loss
 from infworld.training.flow import Conditions, memory_gap
 from infworld.training.labels import jitter, label_actions, naive_labels, poses_to_matrices
 from infworld.training.optim import EMA, GradientClipper, Muon
@@ -61,6 +65,7 @@ NOISES = 2  # noisy targets for every history: they share its way through compre
 PAINT_FROM = (2, 6)  # sampler steps, of 8, before which a painted chunk may start: the truth at noise 0.9 to 0.64
 POSE_LABELS = 0.25  # share of walks whose actions are read off noisy poses, where labels are mixed
 RENEWED_AT_ONCE = 64  # walks
+JUST_REFRESHED = 0.5  # share of the short chunks that could be, which begin off the grid with no recent latents
 UNSEEN_CHUNKS = (2, 8)  # of history, where the memory is measured
 
 
@@ -81,6 +86,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--paint", type=float, default=0.5, help="share of the run after which every other new history is painted")
     add("--fade", type=float, default=0.25, help="share of walks whose history is blurred and paled, the truth is not")
     add("--labels", choices=LABELS, default="actions", help="what was done, or what noisy poses show of it")
+    add("--teacher", type=Path, help="world.safetensors whose samples are learned in --few-steps (training.few_steps)")
+    add("--few-steps", type=int, default=2, help="steps that are to be enough, with --teacher")
     add("--new-actions", action="store_true", help="train the action encoder anew, to compare labels")
     add("--lr", type=float, default=1e-3)
     add("--decay", type=float, default=0.2, help="last share of the run, in which the learning rate falls to 0")
@@ -109,8 +116,10 @@ def train(args: argparse.Namespace) -> None:
     done = resume(args.resume, model, optimizers, ema) if args.resume else {"step": 0, "samples": 0}
     if args.new_actions:
         renew_actions(model, ema)
-    if args.compile:
-        model.transformer.compile_blocks()
+    teacher = load_teacher(args.teacher, config, device) if args.teacher else None
+    for each in (model, teacher) if args.compile else ():
+        if each:
+            each.transformer.compile_blocks()
     trained = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
 
     # The data.
@@ -161,10 +170,15 @@ def train(args: argparse.Namespace) -> None:
             renewals += 1
         warmup = min(1, (step - done["step"] + 1) / WARMUP)
         set_rates(optimizers, args.lr * warmup * min(1, (1 - progress) / max(args.decay, 1e-9)))
-        chunk = pick_chunk(args.chunks, config, random.Random(args.seed * 1_000_003 + step))
-        batch = pool.batch(chunk, max(1, args.batch // NOISES))
+        rng = random.Random(args.seed * 1_000_003 + step)  # the same on all ranks
+        chunk, cut = pick_chunk(args.chunks, config, rng), pick_cut(config, rng)
+        batch = pool.batch(chunk, max(1, args.batch // NOISES), cut)
+        drop_prompts(batch)
         with autocast(device):
-            loss = flow_loss(trained, batch, shift, frozen=progress < args.unfreeze)
+            if teacher:
+                loss = distilling_loss(trained, model, teacher, batch, config.val_scheduler_cfg, args.few_steps)
+            else:
+                loss = flow_loss(trained, batch, shift, frozen=progress < args.unfreeze)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -219,16 +233,39 @@ class Trainee(nn.Module):
         # cuDNN's attention has wrong gradients under a mask of 64 tokens (pytorch issue 196678).
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             text = self.text(batch.ids, batch.mask)
-        swapped = {"frozen": frozen, "wrong_memory": wrong_memory}
-        return flow.condition(self.transformer, batch.history, batch.move, batch.view, text, batch.mask, **swapped)
+        known = batch.history[:, :, : batch.history.shape[2] - batch.recent]
+        actions, swapped = (batch.move, batch.view), {"frozen": frozen, "wrong_memory": wrong_memory}
+        given = flow.condition(self.transformer, known, *actions, text, batch.mask, **swapped)
+        stream = given.stream
+        if batch.recent:  # as a live walk adds them, chunk by chunk
+            for latents in batch.history[:, :, known.shape[2] :].split(batch.target.shape[2] - 1, dim=2):
+                stream = self.transformer.extend_memory(stream, latents, given.context)
+        return Conditions(stream, given.actions, given.context)
 
 
 def flow_loss(model: nn.Module, batch: Batch, shift: float, frozen: bool) -> Tensor:
-    """`flow.loss` of a batch, every sample with `NOISES` noises and some of them without their caption."""
-    drop = torch.rand(len(batch.target), 1, device=batch.target.device) < NO_PROMPT
+    """`flow.loss` of a batch, every sample with `NOISES` noises."""
+    return flow.loss(lambda z, timestep: model(z, timestep, batch, frozen=frozen), batch.target, shift, NOISES)
+
+
+def distilling_loss(
+    model: nn.Module, own: Trainee, teacher: Trainee, batch: Batch, sampler: SamplerConfig, steps: int
+) -> Tensor:
+    """`few_steps_loss` of every sample with `NOISES` noises. own: the model without its wrapper for several processes.
+    Its compressor stays as it is."""
+
+    def velocities(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda noisy, t: module(noisy, MAX_TIMESTEP * t.flatten(), batch, frozen=True)
+
+    target = batch.target.repeat_interleave(NOISES, dim=0)
+    return few_steps_loss(velocities(model), velocities(own), velocities(teacher), target, sampler, steps)
+
+
+def drop_prompts(batch: Batch) -> None:
+    """Makes some of the prompts empty."""
+    drop = torch.rand(len(batch.mask), 1, device=batch.mask.device) < NO_PROMPT
     empty = (torch.arange(batch.mask.shape[1], device=batch.mask.device) == 0).long()  # the start token alone
     batch.mask = torch.where(drop, empty, batch.mask)
-    return flow.loss(lambda z, timestep: model(z, timestep, batch, frozen=frozen), batch.target, shift, NOISES)
 
 
 @torch.no_grad()
@@ -249,20 +286,26 @@ def paint(model: Trainee, batch: Batch, sampler: SamplerConfig) -> Tensor:
 
 
 def memory_report(model: Trainee, unseen: WalkPool) -> dict[str, float]:
-    """`memory_errors` with a short history, and their ratio with a long one as `far_gap`."""
+    """`memory_errors` with a short history, their ratio with a long one as `far_gap`, and as `short_gap` that of the
+    shortest chunks in the middle of two refreshments of their memory, if there are short ones."""
     histories = [chunks for chunks in UNSEEN_CHUNKS if chunks < unseen.chunks] or [unseen.chunks - 1]
     errors = [memory_errors(model, unseen, chunks) for chunks in histories]
-    return errors[0] | {"far_gap": errors[-1]["gap"]}
+    report = errors[0] | {"far_gap": errors[-1]["gap"]}
+    if unseen.shorts:
+        middle = unseen.places[len(unseen.places) // 2]
+        cut = Cut(middle, unseen.shorts[0], middle)
+        report["short_gap"] = memory_errors(model, unseen, histories[0], cut)["gap"]
+    return report
 
 
 @torch.no_grad()
-def memory_errors(model: Trainee, unseen: WalkPool, chunks: int) -> dict[str, float]:
+def memory_errors(model: Trainee, unseen: WalkPool, chunks: int, cut: Cut | None = None) -> dict[str, float]:
     """On unseen worlds, at pure noise, over the last quarter of the chunk after `chunks` chunks: the error with the
     right memory, with another world's, and their ratio; with the compressor's spread across worlds and its correlation
     with key frames."""
     device = unseen.device
     index = torch.arange(unseen.size, device=device)
-    batch = unseen.select(index, torch.zeros_like(index), chunks)
+    batch = unseen.select(index, torch.zeros_like(index), chunks, cut)
     noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)).to(device)
     with autocast(device):
         errors = memory_gap(lambda wrong: partial(model, batch=batch, wrong_memory=wrong), batch.target, noise)
@@ -350,10 +393,22 @@ def resume(path: Path, model: Trainee, optimizers: list, ema: EMA) -> dict[str, 
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         return {"step": state["step"], "samples": state["samples"]}
-    model.transformer.load_state_dict(read_tensors(path))
-    model.text.load_state_dict(read_tensors(path.with_name("text.safetensors")))
+    load_weights(path, model)
     ema.load_state_dict(model.state_dict())
     return {"step": 0, "samples": 0}
+
+
+def load_teacher(path: Path, config: ModelConfig, device: torch.device) -> Trainee:
+    """The model of exported weights, which learns nothing more."""
+    teacher = Trainee(config)
+    load_weights(path, teacher)
+    return teacher.to(device).requires_grad_(False)
+
+
+def load_weights(path: Path, model: Trainee) -> None:
+    """Takes up world.safetensors, and text.safetensors beside it."""
+    model.transformer.load_state_dict(read_tensors(path))
+    model.text.load_state_dict(read_tensors(path.with_name("text.safetensors")))
 
 
 def initialize(model: InfiniteWorldTransformer) -> None:
@@ -426,6 +481,22 @@ def pick_chunk(chunks: int, config: ModelConfig, rng: random.Random) -> int:
     if chunks > single_pass and (draw < FIRST_CHUNK + HIERARCHICAL or single_pass == 1):
         return rng.randrange(single_pass, chunks)
     return rng.randrange(1, single_pass)
+
+
+def pick_cut(config: ModelConfig, rng: random.Random) -> Cut | None:
+    """A short chunk of a length that the model is to know, or None for its own; all lengths are equally likely.
+
+    As live play cuts them whose memory is refreshed on the grid of the model's own chunks, and now and then such as
+    begin elsewhere with a memory just refreshed: of histories of at most 80 latents the compressor meets twice as many
+    lengths as without short chunks, no more.
+    """
+    shorts = short_lengths(config)
+    new = rng.choice([*shorts, config.chunk_latents - 1])
+    if new not in shorts:
+        return None
+    place = rng.randrange(0, min(REFRESH, config.chunk_latents - 2) + 1, new)
+    just_refreshed = place == shorts[-1] and rng.random() < JUST_REFRESHED
+    return Cut(place, new, 0 if just_refreshed else place)
 
 
 def main(arguments: list[str] | None = None) -> None:

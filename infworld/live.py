@@ -1,0 +1,180 @@
+"""Live play: a film that goes on in short chunks, whose actions are known only when each begins.
+
+A World films any chunk from its session alone. A LiveWalk keeps what does not change from one short chunk to the next:
+the history is compressed anew every few chunks only, and the latents since then follow it uncompressed, each chunk's
+behind the memory that there was. A chunk after a fresh compression is the one that the World makes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infworld.actions import ActionScript
+from infworld.config import FRAMES_PER_LATENT
+from infworld.dit import KeptMemory
+from infworld.layers import fastest_attention
+from infworld.memory import MAX_SINGLE_PASS, WINDOW, memory_latents, window_starts
+from infworld.presets import find_preset
+from infworld.progress import Progress
+from infworld.sampler import Velocity
+from infworld.session import Session
+from infworld.settings import FilmSettings
+from infworld.world import Chunk, CompressedHistory, Frames, Ways, World, of_all_texts
+
+REFRESH = 16  # latents that follow the compressed history at most
+MAX_KEPT_BYTES = 2**30  # of keys and values: beyond, they are computed anew for each chunk
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a walk keeps between chunks: the compressed history; and, unless it is too large, for each text the keys and
+    values of the whole memory, which hold for these settings (`_basis`)."""
+
+    compressed: CompressedHistory
+    basis: tuple
+    memories: list[KeptMemory]
+
+
+class LiveWalk:
+    """A film that goes on in short chunks. `session` is the film after the last finished chunk.
+
+    Its settings may be changed between chunks (`walk.session = walk.session.with_prompt("night")`); another film needs
+    another walk. Raises ValueError for a session that does not fit the world's model.
+    """
+
+    def __init__(self, world: World, session: Session):
+        world.check_session(session)
+        self.world = world
+        self.session = session
+        self._kept: Kept | None = None
+        self._windows: dict[int, Tensor] = {}  # of a long history, compressed ahead, by their first latent
+        self._encoder: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}  # the last state and the same unreduced
+
+    def iterate_chunk(self, actions: ActionScript, frames: int) -> Generator[Progress | Frames | Chunk]:
+        """The next chunk step by step: a Progress after each stage and step, the new Frames as soon as they are
+        decoded, and at last the Chunk.
+
+        actions: of the new frames alone; they take the place of all that the session's script had from there on.
+        frames: new ones, a multiple of 4 up to 80. Closing the iterator ends the work after the step it is in, and
+        leaves `session` as it was. Raises ValueError for a chunk that cannot be, before anything is computed.
+        """
+        session = self.session.with_actions(actions)
+        return self._made(self.world.iterate(session, 1, frames, ways=Ways(self._velocity, self._encode)))
+
+    def _made(self, results: Generator[Progress | Frames | Chunk]) -> Generator[Progress | Frames | Chunk]:
+        with closing(results):
+            for result in results:
+                if isinstance(result, Chunk):
+                    self.session = result.session
+                yield result
+
+    @torch.inference_mode()
+    def _velocity(self, session: Session, frames: int) -> Velocity:
+        """The velocity of the next chunk. What is kept of the memory is extended by the latents that are new."""
+        world, settings = self.world, session.settings
+        # A chunk also sees the first action after it: the last one, as if its key were held.
+        known = session.settings.actions.pairs(0, session.num_frames - 1 + frames)
+        session = session.replace_settings(actions=ActionScript.from_pairs([*known, known[-1]]))
+        kept = self._kept = self._refreshed(session, frames)
+        if not kept.memories:
+            return world.velocity(session, frames, kept.compressed)
+        with fastest_attention(world.device):
+            for memory in kept.memories:
+                seen = kept.compressed.length - 1 + memory.latents - kept.compressed.latents.shape[2]
+                if seen < session.history.shape[2]:
+                    memory.extend(session.history[:, :, seen:].to(world.device))
+            actions = world.encode_actions(session, frames)
+
+        def of_text(memory: KeptMemory, steps: Iterator[int]) -> Velocity:
+            @torch.inference_mode()
+            @fastest_attention(world.device)
+            def velocity(z: Tensor, timestep: Tensor) -> Tensor:
+                return world.sign * memory.denoise(z, next(steps), actions)
+
+            return velocity
+
+        # The negative prompt's velocity is asked for at every few steps only.
+        every = 1, find_preset(settings.preset).guidance_interval
+        steps = (itertools.count(0, interval) for interval in every)
+        return of_all_texts([of_text(*each) for each in zip(kept.memories, steps)], settings)  # noqa: B905
+
+    def _refreshed(self, session: Session, frames: int) -> Kept:
+        """What is kept, made anew where it has become old or other settings hold."""
+        kept, known = self._kept, session.history.shape[2]
+        if kept is None or known - kept.compressed.length > REFRESH:
+            compressed = self.world.compress(session) if self.world.team else self._compress(session)
+        elif kept.basis != _basis(session.settings):
+            compressed = kept.compressed
+        else:
+            if not self.world.team:
+                self._compress_ahead(session, kept.compressed.length, frames // FRAMES_PER_LATENT)
+            return kept
+        return Kept(compressed, _basis(session.settings), self._memories(session, compressed))
+
+    def _memories(self, session: Session, compressed: CompressedHistory) -> list[KeptMemory]:
+        """The memory of the session for each text, or none where it is not to be kept."""
+        world, model = self.world, self.world.transformer
+        timesteps = world.timesteps(session.settings)[:-1]
+        size = (session.history.shape[3], session.history.shape[4])
+        room = memory_latents(MAX_SINGLE_PASS) + REFRESH + world.config.chunk_latents
+        nbytes = KeptMemory.nbytes(model.config, len(timesteps), size, room, model.dtype)
+        if world.team or world.plan.streams != "gpu" or nbytes > MAX_KEPT_BYTES:
+            return []
+        recent = session.history[:, :, compressed.length - 1 :].to(compressed.latents)
+        latents, memories = torch.cat([compressed.latents, recent], dim=2), []
+        with fastest_attention(world.device):
+            for text in world.texts(session):
+                memory = model.keep_memory(model.embed_text(text.hidden, text.mask), timesteps, size, room)
+                memory.extend(latents)
+                memories.append(memory)
+        return memories
+
+    def _compress(self, session: Session) -> CompressedHistory:
+        """`World.compress`, with the windows of a long history that have been compressed ahead."""
+        starts = window_starts(session.history.shape[2])
+
+        def map_windows(encode: Callable[[Tensor], Tensor], windows: list[Tensor]) -> Iterable[Tensor]:
+            ahead = self._windows
+            done = zip(starts, windows, strict=True)
+            self._windows = {start: ahead[start] if start in ahead else encode(window) for start, window in done}
+            return self._windows.values()
+
+        return self.world.compress(session, map_windows)
+
+    def _compress_ahead(self, session: Session, length: int, new: int) -> None:
+        """Compresses one window of those that the next refreshment will need, if its latents are there.
+
+        length: of the compressed history. new: latents of a chunk.
+        """
+        known = until = session.history.shape[2]
+        while until - length <= REFRESH:
+            until += new
+        starts = window_starts(until)
+        missing = [start for start in starts if start not in self._windows and start + WINDOW <= known]
+        if len(starts) > 1 and missing:
+            window = session.history[:, :, missing[0] : missing[0] + WINDOW]
+            model = self.world.transformer
+            with fastest_attention(self.world.device):
+                self._windows[missing[0]] = model.latent_encoder.encode(window.to(self.world.device, model.dtype))
+
+    @torch.inference_mode()
+    def _encode(self, video: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`World.encode`, from the whole of a state if that was the last one."""
+        if self.world.team:
+            return self.world.encode(video, state)
+        last, whole = self._encoder
+        latents, whole = self.world.vae.encode(video, whole if state is last else state, whole=True)
+        state = {name: tensor.cpu() for name, tensor in self.world.vae.reduced(whole).items()}
+        self._encoder = state, whole
+        return latents.cpu(), state
+
+
+def _basis(settings: FilmSettings) -> tuple:
+    """The settings that keys and values of a memory depend on."""
+    return settings.prompt, settings.guidance == 1 or settings.negative_prompt, settings.steps, settings.preset

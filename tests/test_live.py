@@ -1,0 +1,181 @@
+"""A live walk: short chunks whose actions come one by one, with a memory that is kept between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+
+from infworld import live
+from infworld.actions import ActionScript
+from infworld.live import REFRESH, LiveWalk
+from infworld.progress import Progress
+from infworld.world import Chunk, Frames
+
+FORWARD, RIGHT = ActionScript.parse("forward 8"), ActionScript.parse("right 8")
+HELD, HELD_RIGHT = ActionScript.parse("forward 9"), ActionScript.parse("right 9")  # as a chunk of 8 frames sees them
+
+
+@pytest.fixture
+def walk(world, picture):
+    return LiveWalk(world, world.start(picture, "back 400", seed=3))
+
+
+def chunk_of(walk, actions=FORWARD, frames=8) -> Chunk:
+    *_, chunk = walk.iterate_chunk(actions, frames)
+    return chunk
+
+
+def test_frames_come_before_the_chunk_that_they_are_of(walk):
+    for index in range(2):
+        *before, frames, chunk = walk.iterate_chunk(FORWARD, 8)
+        assert isinstance(frames, Frames) and isinstance(chunk, Chunk)
+        assert [result.stage for result in before] == ["text", "memory", "sample", "sample", "decode"]
+        assert frames.index == chunk.index == index
+        assert np.array_equal(frames.frames, chunk.frames)
+        assert walk.session is chunk.session
+
+
+def test_actions_are_those_of_the_new_frames_and_the_past_stays(walk):
+    chunk_of(walk, FORWARD)
+    chunk_of(walk, RIGHT)
+    assert walk.session.settings.actions.text() == "forward 8, right 8"
+
+
+@pytest.fixture
+def compressions(world, monkeypatch):
+    """The lengths of the histories that are compressed from now on."""
+    lengths, compress = [], world.compress
+    monkeypatch.setattr(
+        world, "compress", lambda session, *rest: lengths.append(session.history.shape[2]) or compress(session, *rest)
+    )
+    return lengths
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"guidance": 3.0, "negative_prompt": "blur", "preset": "fast", "steps": 3}, {"preset": "balanced"}]
+)
+def test_the_first_chunk_is_the_worlds_own(world, picture, settings):
+    session = world.start(picture, HELD, "a meadow", **settings)
+    made, expected = chunk_of(LiveWalk(world, session)), world.next_chunk(session, frames=8)
+    torch.testing.assert_close(made.latents, expected.latents, atol=1e-5, rtol=0)
+
+
+def test_a_walk_of_chunks_of_the_models_own_length_is_the_worlds_film(walk, world):
+    for _ in range(2):
+        expected = world.next_chunk(walk.session.with_actions("right 8, wait 80"))
+        torch.testing.assert_close(chunk_of(walk, RIGHT, 80).latents, expected.latents, atol=1e-5, rtol=0)
+
+
+def test_the_history_is_compressed_anew_every_few_chunks_only(walk, compressions):
+    for _ in range(2 + REFRESH // 8):
+        chunk_of(walk, frames=32)
+    assert compressions == [1, 1 + REFRESH + 8]
+
+
+def test_what_is_kept_is_not_computed_again(walk, world, monkeypatch):
+    """In the second chunk only the new latents are looked at, and the memory is longer by them."""
+    chunk_of(walk, frames=16)
+    seen, extend = [], live.KeptMemory.extend
+    monkeypatch.setattr(
+        live.KeptMemory, "extend", lambda memory, latents: seen.append(latents) or extend(memory, latents)
+    )
+    history = walk.session.history
+    chunk_of(walk, frames=8)
+    assert len(seen) == 1 and torch.equal(seen[0], history[:, :, 1:5])
+
+
+def test_the_encoder_goes_on_from_all_that_it_had(walk, world, monkeypatch):
+    """Nothing of it is recomputed, and what it hands on is what a session of the World has."""
+    before = chunk_of(walk).session
+    calls, encode = [], world.vae.encode
+    monkeypatch.setattr(
+        world.vae, "encode", lambda video, *rest, **options: calls.append(video) or encode(video, *rest, **options)
+    )
+    monkeypatch.setattr(world.vae.encoder, "full_rate_features", None)
+    after = chunk_of(walk).session
+    monkeypatch.undo()
+    latents, state = encode(calls[0], before.encoder_state)
+    torch.testing.assert_close(after.history[:, :, -2:], latents, atol=1e-5, rtol=1e-5)
+    assert after.encoder_state.keys() == state.keys()
+    for name, tensor in state.items():
+        torch.testing.assert_close(after.encoder_state[name], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_a_memory_too_large_to_be_kept_is_computed_for_each_chunk(walk, world, monkeypatch):
+    monkeypatch.setattr(live, "MAX_KEPT_BYTES", 0)
+    first = walk.session
+    chunk_of(walk)
+    session = walk.session.with_actions(HELD_RIGHT)
+    expected = world.next_chunk(session, frames=8, compressed=world.compress(first))
+    assert torch.equal(chunk_of(walk, RIGHT).latents, expected.latents)
+
+
+def test_another_prompt_holds_from_the_next_chunk_on_without_compressing_anew(walk, world, compressions):
+    first = walk.session
+    chunk_of(walk)
+    walk.session = walk.session.with_prompt("night")
+    session = walk.session.with_actions(HELD_RIGHT)
+    made = chunk_of(walk, RIGHT)
+    assert compressions == [1]
+    expected = world.next_chunk(session, frames=8, compressed=world.compress(first))
+    torch.testing.assert_close(made.latents, expected.latents, atol=1e-5, rtol=0)
+
+
+def long_session(world, picture, latents: int):
+    """A film of noise with so many latents, 1 + a multiple of 20, of history."""
+    session, generator = world.start(picture), torch.Generator().manual_seed(0)
+    chunks = (latents - 1) // 20
+    added = torch.randn(1, 16, 21 * chunks, *session.history.shape[3:], generator=generator)
+    return dataclasses.replace(
+        session,
+        history=torch.cat([session.history, added[:, :, : latents - 1]], dim=2),
+        chunk_latents=tuple(part.half() for part in added.split(21, dim=2)),
+        num_frames=1 + 80 * chunks,
+    )
+
+
+def test_windows_of_a_long_history_are_compressed_ahead(world, picture, compressions, monkeypatch):
+    """Between two refreshments a window at a time; the refreshment itself then has fewer left, and is no other."""
+    walk = LiveWalk(world, long_session(world, picture, 121))
+    encoded, encode = [], world.transformer.latent_encoder.encode
+    monkeypatch.setattr(
+        world.transformer.latent_encoder, "encode", lambda x: encoded.append(x.shape[2]) or encode(x), raising=False
+    )
+    for _ in range(1 + REFRESH // 8 + 1):
+        chunk_of(walk, frames=32)
+    windows, whole = [live.WINDOW] * 5, [80]
+    assert encoded == windows + whole + [live.WINDOW] * (REFRESH // 8) + windows[: 5 - 1 - REFRESH // 8] + whole
+    assert compressions == [121, 121 + 24]
+    latest = dataclasses.replace(walk.session, history=walk.session.history[:, :, : 121 + 24])
+    assert torch.equal(walk._kept.compressed.latents, world.compress(latest).latents)
+
+
+def test_the_last_action_is_taken_to_be_held(walk, monkeypatch):
+    """A chunk sees the first action after it too, which nobody knows yet."""
+    seen = []
+    handle = walk.world.transformer.action_encoder.register_forward_pre_hook(
+        lambda module, given: seen.append(torch.stack(given)[:, 0].T.tolist())
+    )
+    chunk_of(walk, FORWARD)
+    chunk_of(walk, ActionScript.parse("right 4, left 4"))
+    handle.remove()
+    assert seen[0] == [[1, 0]] * 9
+    assert seen[1] == [[0, 4]] * 4 + [[0, 3]] * 5
+
+
+def test_a_walk_that_is_broken_off_is_as_it_was(walk):
+    before = chunk_of(walk).session
+    with closing(walk.iterate_chunk(RIGHT, 8)) as results:
+        assert isinstance(next(results), Progress)
+    assert walk.session is before
+    assert walk.session.settings.actions.text() == "forward 8"
+    assert chunk_of(walk, RIGHT).session.num_frames == 17
+
+
+def test_a_length_that_cannot_be_is_refused_at_once(walk):
+    with pytest.raises(ValueError, match="4 to 80 new frames"):
+        walk.iterate_chunk(FORWARD, 6)
