@@ -21,6 +21,7 @@ COMMANDS = {
     "check-parity": ("infworld.cli.check_parity", "compare every stage with tensors of the reference computation"),
     "compile-blocks": ("infworld.cli.compile_blocks", "compile the transformer's blocks ahead of time"),
     "random-checkpoint": ("infworld.cli.random_checkpoint", "write random weights in the released files' form"),
+    "prepare-videos": ("infworld.cli.prepare_videos", "make training data of your own films"),
     "finetune": ("infworld.cli.finetune", "fine-tune a model on prepared videos, or train a LoRA"),
     "distill": ("infworld.cli.distill", "teach a model to film with a few steps a chunk, without guidance"),
     "train vae": ("infworld.training.train_vae", "train a VAE on procedural worlds"),

@@ -78,6 +78,11 @@ def label_actions(
     return move, view
 
 
+def walking_pace(matrices: Tensor) -> float:
+    """The usual length of a step between frames of (T, 4, 4) while the camera walks; infinite if it never does."""
+    return _typical_step(matrices[:, :3, 3], _median(_steps(matrices)))
+
+
 def check_poses(matrices: Tensor) -> None:
     """Raises ValueError for matrices (T, 4, 4) of which one is no pose; names the first such frame, counted from 0."""
     rotation = matrices[:, :3, :3]
