@@ -18,7 +18,7 @@ from infworld.vae import build_vae
 from infworld.video import read_mp4
 from infworld.videos.dataset import open_data
 
-FAST = Settings(few=2, rank=4, consistency=2, matching=2, batch=2, lr=1e-3, matching_lr=1e-3, teacher_steps=4)
+FAST = Settings(few=2, rank=4, consistency=2, matching=2, batch=2, lr=1e-3, matching_lr=1e-3)
 
 
 def make(small, settings: Settings = FAST) -> Distillation:  # noqa: F811
@@ -70,7 +70,7 @@ def test_all_roles_begin_as_the_teacher_and_part_only_for_their_own_learning(sma
 def test_consistency_brings_few_steps_near_the_teachers_many(small):  # noqa: F811
     """And its guidance, which is folded in: from the same noise the student's 2 steps come nearer to 12 guided ones of
     the teacher than 2 steps without guidance did before."""
-    settings = dataclasses.replace(FAST, guidance=20.0, consistency=20, lr=1e-2, rank=16, ema=0.8, teacher_steps=12)
+    settings = dataclasses.replace(FAST, guidance=20.0, consistency=20, lr=1e-2, rank=16, ema=0.8)
     training = make(small, settings)
     training.transformer.head.head.weight.data *= 4  # so that its path is not straight
     batch = training.sampler.batch(training.sampler.measured(2), 0)
@@ -116,7 +116,7 @@ def test_films_are_the_students_own_chunk_by_chunk(small):  # noqa: F811
 def options(small, out, *more) -> list[str]:  # noqa: F811
     config, data = small
     given = {"model": config.source, "data": data, "out": out, "few": 2, "rank": 4, "batch": 2, "every": 2}
-    given |= {"consistency": 2, "matching": 2, "teacher-steps": 4, "guidance": 3}
+    given |= {"consistency": 2, "matching": 2, "guidance": 3}
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
     return [str(word) for word in [*words, *more]]
 

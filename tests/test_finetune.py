@@ -310,6 +310,23 @@ def test_the_benchmark_measures_every_part(small, tmp_path, capsys):
     assert all(figure["seconds_a_step"] > 0 for figure in figures)
 
 
+def test_films_of_a_style_teach_it(small, tmp_path, capsys):
+    """The experiment of the docs, whose clips are those of prepared videos: they fit, and a run of them is measured."""
+    from infworld.training import own_style
+
+    config, _ = small
+    films = ["films", "--model", config.source, "--out", tmp_path / "style", "--places", 2, "--walks", 1, "--chunks", 4]
+    own_style.main([str(word) for word in films])
+    clips = open_data(tmp_path / "style", config)
+    assert [clip.chunks for clip in clips] == [4, 4] and len({clip.info.source for clip in clips}) == 2
+    assert command.main(options((config, tmp_path / "style"), tmp_path / "run", "--steps", 1)) == 0
+    capsys.readouterr()
+    own_style.main(["measure", "--places", "2", "--models", str(config.source), str(tmp_path / "run/model.yaml")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["same places"] * 2 + ["other places"] * 2
+    assert all("error_right" in line and "return" in line for line in lines) and lines[0] != lines[1]
+
+
 def test_a_full_disk_keeps_the_state_before(small, tmp_path, monkeypatch):
     folder = RunFolder(tmp_path, small[0])
     folder.save({"step": 1, "average": {}})

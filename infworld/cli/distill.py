@@ -38,7 +38,6 @@ OPTIONS = {  # of Settings, with what they mean
     "lr": "learning rate of the first stage",
     "matching_lr": "of the second; its critic takes a fifth of it",
     "batch": "samples of a step, on all GPUs together",
-    "teacher_steps": "of the path that the first stage follows",
     "rolled": "own chunks at most before the one that learns, in the second stage",
     "ema": "decay of the averaged weights, which are kept for use",
     "seed": "of all that is random",
@@ -90,9 +89,11 @@ def run(args: argparse.Namespace, stop: StopSignals) -> None:
         training.load_state(state)
     log = Log(args.out, time.monotonic()) if rank == 0 else None
 
-    def save(state: dict[str, Any], measured: dict[str, float]) -> Path:
+    def save(state: dict[str, Any], measured: dict[str, float]) -> None:
         facts = {"sampler_steps": settings.few, "guidance_folded_in": guidance, "steps": training.step_number}
         folder.save_lora(state, settings.rank, facts | measured, "average")
+
+    def film() -> Path:
         return folder.film(sampler.held_out[-1][0], device, training.step_number)
 
-    go_through(training, training.step, save, settings.steps, args.every, log, stop)
+    go_through(training, training.step, save, film, settings.steps, args.every, log, stop)

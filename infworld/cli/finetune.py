@@ -107,19 +107,22 @@ def run(args: argparse.Namespace, stop: StopSignals) -> None:
     if state := folder.state():
         training.load_state(state)
     log = Log(args.out, time.monotonic()) if rank == 0 else None
-    rehearse(training, log)
+    if args.dry_run or device.type == "cuda":  # a CPU's memory is large, and its steps are slow
+        rehearse(training, log)
     if args.dry_run:
         return
     facts = {"stage": args.stage, "parts": ",".join(settings.parts), "learning_rate": settings.lr, "clips": len(clips)}
 
-    def save(state: dict[str, Any], measured: dict[str, float]) -> Path:
+    def save(state: dict[str, Any], measured: dict[str, float]) -> None:
         if settings.rank:
             folder.save_lora(state, settings.rank, facts | {"steps": training.step_number} | measured)
         else:
             folder.save(state)
+
+    def film() -> Path:
         return folder.film(training.sampler.held_out[-1][0], device, training.step_number, "fast")
 
-    go_through(training, lambda: {"loss": training.step()}, save, args.steps, args.every, log, stop)
+    go_through(training, lambda: {"loss": training.step()}, save, film, args.steps, args.every, log, stop)
 
 
 def make_training(

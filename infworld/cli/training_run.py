@@ -27,7 +27,8 @@ class Training(Protocol):
 def go_through(
     training: Training,
     step: Callable[[], dict[str, float]],
-    save: Callable[[dict[str, Any], dict[str, float]], Path],
+    save: Callable[[dict[str, Any], dict[str, float]], None],
+    film: Callable[[], Path],
     steps: int,
     every: int,
     log: Log | None,
@@ -36,8 +37,9 @@ def go_through(
     """Steps until there are `steps` of them; after every `every`, at the end and when a signal comes, what is there is
     measured and saved.
 
-    step: makes one and returns its losses. save: keeps a state with what was measured and films, returning the mp4; it
-    is called in the process with the log alone. Raises Stopped after a signal.
+    step: makes one and returns its losses. save: keeps a state, given what was measured. film: with what was saved,
+    returning the mp4, unless a signal came. Both are called in the process with the log alone. Raises Stopped after a
+    signal.
     """
     tracker = Tracker(log.folder) if log else None
     stopping = False
@@ -55,9 +57,11 @@ def go_through(
                 continue
             measured, state = training.measure(), training.state()
             if log and tracker:
-                film = save(state, measured)
-                log.add("report", step=number, **losses, **measured, film=str(film))
+                save(state, measured)
+                log.add("report", step=number, **losses, **measured)
                 tracker.add(number, measured)
+                if not stopping:
+                    log.add("film", step=number, path=str(film()))
     if log and tracker:
         tracker.close()
         if log.reports:

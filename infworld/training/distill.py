@@ -1,8 +1,8 @@
 """Distillation to a few steps: a LoRA with which a model films with 4 steps a chunk, its guidance folded in.
 
-Two stages, as published for causal video models (Causal Forcing, Self Forcing, DMD2). *Consistency*: on real latents,
-the student's estimate of the clean chunk at one point of the sampler's path is drawn to that of its own average at the
-next, which one guided step of the teacher leads to. *Distribution matching*: the student films on its own, chunk by
+Two stages, as published for causal video models (Causal Forcing, Self Forcing, DMD2). *Consistency* (`few_steps`): on
+real latents, a step of the student has to lead to where the guided teacher's small steps lead, by way of the student's
+own average. *Distribution matching*: the student films on its own, chunk by
 chunk through the VAE, and one random step of the last chunk follows the difference between the teacher's score and that
 of a critic, which learns the student's films. Teacher and student see the same memory; the compressor stays as it is.
 
@@ -29,6 +29,7 @@ from infworld.dit import InfiniteWorldTransformer
 from infworld.sampler import MAX_TIMESTEP, Velocity, guide, sample, schedule
 from infworld.text import TextEmbedding
 from infworld.training.clips import Batch, ClipSampler, Place
+from infworld.training.few_steps import Velocities, few_steps_loss
 from infworld.training.finetune import GAP_HISTORY, GRADIENT_NORM, check_settings
 from infworld.training.flow import condition, memory_gap, velocity_error
 from infworld.training.parts import add_lora, recompute
@@ -46,8 +47,7 @@ LEVELS = (0.02, 0.98)  # of noise, at which distributions are matched
 @dataclass(frozen=True)
 class Settings:
     """What decides a run's result. few: sampler steps of the student. consistency, matching: steps of the two stages.
-    teacher_steps: of the path that consistency is learned along. rolled: own chunks before the one that learns, at
-    most."""
+    rolled: own chunks before the one that learns, at most."""
 
     few: int = 4
     guidance: float = 1.0
@@ -57,13 +57,12 @@ class Settings:
     lr: float = 1e-4
     matching_lr: float = 2e-5
     batch: int = 16
-    teacher_steps: int = 30
     rolled: int = 3
     ema: float = 0.99
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("few", "rank", "batch", "teacher_steps"):
+        for name in ("few", "rank", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
         if self.consistency < 0 or self.matching < 0 or self.rolled < 0:
@@ -109,7 +108,6 @@ class Distillation:
             raise ValueError(f"a batch of {settings.batch} cannot be shared by {self.ranks} GPUs: use a multiple")
         scheduler = config.val_scheduler_cfg
         self.sign = 1 if scheduler.use_reversed_velocity else -1
-        self.path = schedule(scheduler, settings.teacher_steps, end_at_zero=True) / MAX_TIMESTEP
         self.few = schedule(few_step_sampler(scheduler, settings.few), settings.few)
         transformer.requires_grad_(False)
         torch.manual_seed(settings.seed)  # the matrices A are random
@@ -161,15 +159,20 @@ class Distillation:
     def _consistency(self, place: Place, index: int) -> float:
         """Adds one sample's gradients to the student; returns its loss."""
         batch = self.sampler.batch([place], self.step_number, index).to(self.device)
-        point = random.Random(f"{self.settings.seed} {self.step_number} {index}").randrange(len(self.path) - 1)
-        t, s = self.path[point].item(), self.path[point + 1].item()
-        z = (1 - t) * batch.target + t * batch.noise
-        with autocast(self.device):
+        seed = random.Random(f"{self.settings.seed} {self.step_number} {index} points").getrandbits(62)
+
+        def velocities(velocity: Velocity) -> Velocities:
+            return lambda noisy, level: velocity(noisy, MAX_TIMESTEP * level.flatten()).float()
+
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), autocast(self.device):
+            torch.manual_seed(seed)
             with torch.no_grad():
-                on = z - (t - s) * self._teacher(batch)(z, _at(t, z))
-                clean = on - s * self._velocity("average", batch)(on, _at(s, z)) if s else on
+                fixed, teacher = velocities(self._velocity("average", batch)), velocities(self._teacher(batch))
+            student = velocities(self._velocity("student", batch))
+            loss = few_steps_loss(
+                student, fixed, teacher, batch.target, self.config.val_scheduler_cfg, self.settings.few
+            )
             with self._acting("student"):
-                loss = F.mse_loss(self._velocity("student", batch)(z, _at(t, z)).float(), (z - clean) / t)
                 loss.backward()
         return loss.item()
 

@@ -46,30 +46,22 @@ def condition(
     text: Tensor,
     mask: Tensor,
     *,
-    recent: int = 0,
-    step: int = 0,
     frozen: bool = False,
     wrong_memory: bool = False,
 ) -> Conditions:
     """Conditions of chunks with histories (B, C, n, h, w), actions (B, 4 T - 3), text (B, L, caption_channels) and its
     mask (B, L).
 
-    recent: how many of the newest latents follow the compressed history as they are, `step` of them at a time, as in a
-    live walk. frozen: the compressor gets no gradient. wrong_memory: every chunk gets the compressed memory of its
-    neighbour in the batch, and its own last latent.
+    frozen: the compressor gets no gradient. wrong_memory: every chunk gets the compressed memory of its neighbour in
+    the batch, and its own last latent.
     """
     context = model.embed_text(text, mask)
-    known = history[:, :, : history.shape[2] - recent].to(model.dtype)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        compressed = model.latent_encoder.compress(known)
+        compressed = model.latent_encoder.compress(history.to(model.dtype))
     if wrong_memory:
         compressed = compressed.roll(1, dims=0)
-    memory = torch.cat([compressed, known[:, :, -1:].to(compressed.dtype)], dim=2)
-    stream = model.encode_memory(memory, context)
-    if recent:
-        for latents in history[:, :, known.shape[2] :].split(step, dim=2):
-            stream = model.extend_memory(stream, latents.to(compressed.dtype), context)
-    return Conditions(stream, model.action_encoder(move, view), context)
+    memory = torch.cat([compressed, history[:, :, -1:].to(compressed.dtype)], dim=2)
+    return Conditions(model.encode_memory(memory, context), model.action_encoder(move, view), context)
 
 
 def loss(velocity: Velocity, target: Tensor, shift: float, noises: int = 1) -> Tensor:

@@ -233,18 +233,14 @@ class Trainee(nn.Module):
         # cuDNN's attention has wrong gradients under a mask of 64 tokens (pytorch issue 196678).
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             text = self.text(batch.ids, batch.mask)
-        return flow.condition(
-            self.transformer,
-            batch.history,
-            batch.move,
-            batch.view,
-            text,
-            batch.mask,
-            recent=batch.recent,
-            step=batch.target.shape[2] - 1,
-            frozen=frozen,
-            wrong_memory=wrong_memory,
-        )
+        known = batch.history[:, :, : batch.history.shape[2] - batch.recent]
+        actions, swapped = (batch.move, batch.view), {"frozen": frozen, "wrong_memory": wrong_memory}
+        given = flow.condition(self.transformer, known, *actions, text, batch.mask, **swapped)
+        stream = given.stream
+        if batch.recent:  # as a live walk adds them, chunk by chunk
+            for latents in batch.history[:, :, known.shape[2] :].split(batch.target.shape[2] - 1, dim=2):
+                stream = self.transformer.extend_memory(stream, latents, given.context)
+        return Conditions(stream, given.actions, given.context)
 
 
 def flow_loss(model: nn.Module, batch: Batch, shift: float, frozen: bool) -> Tensor:
