@@ -30,7 +30,7 @@ class CheckedBlocks(gr.Blocks):
 
     def queue(self, *args: Any, **kwargs: Any) -> gr.Blocks:
         super().queue(*args, **kwargs)
-        self._queue.push = answering_late(self._queue)
+        self._queue.push = answering_late(self._queue)  # type: ignore[method-assign, assignment]
         return self
 
     async def preprocess_data(self, *args: Any, **kwargs: Any) -> list[Any]:
