@@ -82,7 +82,8 @@ def write_film(path: Path, scenes: Scenes, actions: Tensor, size: tuple[int, int
     with Mp4Writer(path.with_suffix(".mp4")) as film:
         for first in range(0, poses.shape[1], FPS):
             some = poses[:, first : first + FPS]
-            if isinstance(scenes.places, Stages) and scenes.pictures:
+            if isinstance(scenes.places, Stages):
+                assert scenes.pictures  # which stages are made of
                 pictures = render_stages(scenes.places, scenes.pictures.photos, some, *size, supersample=1)
             else:
                 pictures = render(
