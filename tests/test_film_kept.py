@@ -144,8 +144,8 @@ class Dying:
     def __getattr__(self, name):
         return getattr(self._world, name)
 
-    def extend(self, *arguments):
-        for chunk in self._world.extend(*arguments):
+    def extend(self, *arguments, **options):
+        for chunk in self._world.extend(*arguments, **options):
             if chunk.index == 3:
                 self._happens()
             yield chunk

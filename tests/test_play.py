@@ -292,6 +292,7 @@ class Player:
         self.film = job.film
         self.heard: list = []
         self.steering = Steering()
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._listen()))
         self._thread.start()
 
@@ -308,9 +309,10 @@ class Player:
         return self._strips
 
     def steer(self, **changes) -> None:
-        self.steering = dataclasses.replace(self.steering, at=time.monotonic(), **changes)
-        if self.film.folder.is_dir():
-            SteeringFile(self.film.steering_path).write(self.steering)
+        with self._lock:
+            self.steering = dataclasses.replace(self.steering, at=time.monotonic(), **changes)
+            if self.film.folder.is_dir():
+                SteeringFile(self.film.steering_path).write(self.steering)
 
     def until(self, condition, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds

@@ -83,7 +83,7 @@ def write_film(path: Path, scenes: Scenes, actions: Tensor, size: tuple[int, int
         for first in range(0, poses.shape[1], FPS):
             some = poses[:, first : first + FPS]
             if isinstance(scenes.places, Stages):
-                assert scenes.pictures is not None
+                assert scenes.pictures  # which stages are made of
                 pictures = render_stages(scenes.places, scenes.pictures.photos, some, *size, supersample=1)
             else:
                 pictures = render(
