@@ -293,7 +293,7 @@ def test_each_process_makes_its_share_of_many_films(small_model, picture, tmp_pa
     [
         ("[{]", "neither a JSON list"),
         ("[3]", "job 1 must be an object"),
-        ('{"image": "a.png", "out": "a.mp4", "model": "tiny"}', "job 1 must be an object with actions, frames"),
+        ('{"image": "a.png", "out": "a.mp4", "model": "tiny"}', "job 1 must be an object with actions, chunk_frames"),
         ('[{"image": "a.png"}]', "job 1 needs out"),
         ('[{"image": "a.png", "resume": "a.safetensors", "out": "a.mp4"}]', "job 1 needs out, and image or resume"),
     ],
