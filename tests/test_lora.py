@@ -137,9 +137,10 @@ def test_generate_merges_and_names_the_lora_to_go_on_with(small_model, picture, 
 
 
 def test_the_page_starts_with_a_lora(small_model, lora):
-    from infworld.app.server import load_models
+    from infworld.app.model_pool import ModelPool
+    from infworld.app.server import choose_models
 
-    models = load_models(str(small_model), "cpu", None, [str(lora)])
+    models = ModelPool(choose_models(str(small_model), "cpu", None, [str(lora)]), "cpu")
     assert models.config("small").loras == (str(lora),)
     weight = models.world("small").transformer.blocks[0].self_attn.q.weight
     assert not torch.equal(weight, infworld.load(small_model, "cpu").transformer.blocks[0].self_attn.q.weight)

@@ -330,7 +330,7 @@ def page(world: World, picture: np.ndarray) -> list[torch.Tensor] | None:
         file = SteeringFile(Path(folder) / "steering.json")
         file.write(Steering(1, move=1, shown=1000, at=time.monotonic()))
         walk = compute(Walk(scene, file.path))
-        walked = [result for result in itertools.islice(walk, 8) if isinstance(result, Chunk)]
+        walked = list(itertools.islice((result for result in walk if isinstance(result, Chunk)), 2))
         walk.close()
         store, runner = FilmStore(folder, 60, 30), Runner(SingleModelPool(world))
         cancelled, whole = (Job(store.new(), world.config.name, 2, settings, picture) for _ in range(2))

@@ -125,12 +125,15 @@ def test_every_import_outside_of_tests_is_required(requirements):
         "tokenizers": "transformers",
         "pydantic": "gradio",
         "starlette": "gradio",
+        "httpx": "gradio",
     }
     package = PROJECT_ROOT / "infworld"
-    extras = {package / name for name in ("training", "metrics", "evaluation", "arena")}  # a Space does without
+    extras = {
+        package / name for name in ("training", "metrics", "evaluation", "arena", "videos")
+    }  # a Space does without
     files = [path for path in package.rglob("*.py") if not extras & set(path.parents)]
     for path in files:
-        for name in imported(path) - set(sys.stdlib_module_names) - {"infworld", "app", "ray"}:
+        for name in imported(path) - set(sys.stdlib_module_names) - {"infworld", "app", "ray", "playwright"}:
             assert packages.get(name, name.replace("_", "-")) in requirements, f"{path.name} imports {name}"
 
 

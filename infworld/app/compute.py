@@ -131,8 +131,8 @@ class Walker(Protocol):
 
 
 def walk(task: Walk, walker: Walker, config: ModelConfig) -> Generator[Live | Frames | Chunk]:
-    """Chunk after chunk: the Live that it is made with, its Frames as soon as they are there, and the Chunk; between
-    them a Live every few hundredths of a second until the next one is due. Ends where the film is full.
+    """Chunk after chunk: the Live that it is made with, another one after each step, its Frames as soon as they are
+    there, and the Chunk; between chunks a Live every few hundredths of a second. Ends where the film is full.
     """
     file, helm, ends = SteeringFile(task.steering), Helm(), time.monotonic() + task.seconds
     pace = Pace(config.validation_data.live_lengths, config.validation_data.fps)
@@ -153,6 +153,8 @@ def walk(task: Walk, walker: Walker, config: ModelConfig) -> Generator[Live | Fr
                     until_shown = time.monotonic() - began
                 if not isinstance(result, Progress):
                     yield result
+                elif not until_shown:  # what has been shown is kept: no stopping from there to the Chunk
+                    yield Live(steering, pace.rate)
         pace.took(time.monotonic() - began, until_shown, steering.stalls)
 
 
@@ -296,11 +298,13 @@ class _LedWalk:
         self.session = session
         self._led = led
 
-    def iterate_chunk(self, actions: ActionScript, frames: int) -> Generator[Frames | Chunk]:
+    def iterate_chunk(self, actions: ActionScript, frames: int) -> Generator[Progress | Frames | Chunk]:
         last = actions.segments[-1]
         held = actions + ActionScript([dataclasses.replace(last, frames=1)])  # a chunk sees the first action after it
         with closing(self._led(self.session.with_actions(held), frames)) as results:
             for result in results:
+                if isinstance(result, Report):
+                    yield result.progress
                 if isinstance(result, Chunk):
                     self.session = result.session
                     yield Frames(result.index, result.frames)

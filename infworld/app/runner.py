@@ -408,7 +408,7 @@ class Runner:
                 if isinstance(update, Ended):
                     return update
                 run._tell(update)
-                if run.is_cancelled:
+                if run.is_cancelled and not isinstance(update, Played):
                     return Ended(stopped=True)
         seconds, memory = time.monotonic() - run.began, peak_memory(models.device)
         log.info("%s: %s chunks in %.1f s, peak memory %s", run.job.model, run.job.chunks, seconds, memory)
@@ -460,7 +460,8 @@ class Runner:
                             film.begin(result, job.picture)
                         elif isinstance(result, Live):
                             live = result if result.actions is not None else live
-                            if why := self._why_over(run, result.steering, told):
+                            why = self._why_over(run, result.steering, told)
+                            if why or run.is_cancelled:
                                 yield Ended(stopped=True, why=why)
                         elif isinstance(result, Frames):
                             number, made, told = number + 1, made + len(result.frames), time.monotonic()
