@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
-SMOOTHING = 0.3  # of the newest measurement in the running means
+RECENT = 6  # chunks that are looked back on: some take longer than others, as the memory is made anew
 HEADROOM = 0.95  # of what the machine makes, that is shown where it does not reach the film's own speed
 MARGIN, MOST_MARGIN = 0.06, 0.5  # seconds that a chunk shall be there before it is needed
 GAIN = 1.1  # how much more a longer chunk must bring, where even that does not reach the film's own speed
-PATIENCE = 3  # chunks of a length before it is judged
+PATIENCE = 4  # chunks of a length before it is judged
 SPARE, TRUST = 1.2, 20  # so much faster than needed for so many chunks, a machine may manage shorter ones again
 
 
@@ -24,7 +25,8 @@ class Pace:
         self._fps = fps
         self._at = 0
         self._seconds: dict[int, float] = {}  # that a chunk takes, until the next can begin, by length
-        self._until_shown = 0.0  # seconds from a chunk's beginning until its frames are there
+        self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # and until it is shown
+        self._until_shown = 0.0  # seconds from a chunk's beginning until its frames are there, at worst
         self._seen = 0  # chunks of this length
         self._stalls = 0
         self._margin = MARGIN
@@ -53,12 +55,10 @@ class Pace:
     def took(self, seconds: float, until_shown: float, stalls: int = 0) -> None:
         """A chunk of `frames` frames took so many seconds, and until its frames were there. stalls: how often the
         browser has waited for frames so far."""
-        if self._seen == 0 and self.frames not in self._seconds:
-            self._until_shown = until_shown
+        self._recent.append((seconds, until_shown))
         self._seen += 1
-        before = self._seconds.get(self.frames, seconds)
-        self._seconds[self.frames] = before + SMOOTHING * (seconds - before)
-        self._until_shown += SMOOTHING * (until_shown - self._until_shown)
+        self._seconds[self.frames] = sum(whole for whole, _ in self._recent) / len(self._recent)
+        self._until_shown = max(until for _, until in self._recent)
         if stalls > self._stalls:
             self._margin = min(MOST_MARGIN, self._margin + MARGIN)
         self._stalls = stalls
@@ -85,3 +85,4 @@ class Pace:
         self._until_shown *= self._lengths[self._at + steps] / self.frames
         self._at += steps
         self._seen = 0
+        self._recent.clear()
