@@ -314,7 +314,7 @@ class Player:
             if self.film.folder.is_dir():
                 SteeringFile(self.film.steering_path).write(self.steering)
 
-    def until(self, condition, seconds: float = 60) -> None:
+    def until(self, condition, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while not condition(self):
             assert time.monotonic() < deadline, self.heard[-3:]
@@ -324,7 +324,7 @@ class Player:
         self.run.cancel()
         return self.wait()
 
-    def wait(self, seconds: float = 60) -> Ended:
+    def wait(self, seconds: float = 240) -> Ended:
         self._thread.join(seconds)
         assert not self._thread.is_alive()
         return self.ended

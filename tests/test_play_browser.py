@@ -7,6 +7,7 @@ import shutil
 import time
 
 import pytest
+from servers import PATIENCE
 
 from infworld.session import Session
 from infworld.video import read_mp4
@@ -16,7 +17,6 @@ expect = sync_api.expect
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
 
-PATIENCE = 90_000  # milliseconds
 FORWARD, RIGHT, LEFT = (1, 0), (0, 4), (0, 3)
 
 MEASURED = """() => {
