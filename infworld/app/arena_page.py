@@ -23,7 +23,7 @@ Two films of the same picture and actions. Keys: **1** left, **2** no difference
 
 
 @contextmanager
-def open_hall(films: Path, votes: str | None = None) -> Iterator[Hall]:
+def open_hall(films: Path, votes: str | Path | None = None) -> Iterator[Hall]:
     """The films of a folder, with their votes (`open_votes`); the copies of films that are shown end with it."""
     matches = Matches.read(films)
     with open_votes(films, votes) as kept, tempfile.TemporaryDirectory(prefix="infworld-arena-") as stage:

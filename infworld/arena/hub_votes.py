@@ -24,14 +24,14 @@ FILE = "votes.csv"
 MINUTES = 2.0  # between two commits: what is lost at most if the machine is taken away
 
 
-def place(films: Path, where: str | None) -> str:
+def place(films: Path, where: str | Path | None) -> str:
     """Where the votes on a folder of films are: a file, or "hf://datasets/USER/NAME". None: INFWORLD_VOTES, else
     `default_path`."""
-    return where or os.environ.get("INFWORLD_VOTES") or str(default_path(films))
+    return str(where or os.environ.get("INFWORLD_VOTES") or default_path(films))
 
 
 @contextmanager
-def open_votes(films: Path, where: str | None = None) -> Iterator[Votes]:
+def open_votes(films: Path, where: str | Path | None = None) -> Iterator[Votes]:
     """The votes on a folder of films, closed in the end. where: as for `place`; a dataset that is not there is made, a
     private one. Raises HubError for a dataset out of reach."""
     where = place(films, where)
