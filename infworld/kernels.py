@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infworld.config import ModelConfig
 from infworld.dit import InfiniteWorldTransformer
 from infworld.layers import Kernel, fastest_attention
 
@@ -42,14 +43,14 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
 }
 
 
-def use_fastest(model: InfiniteWorldTransformer, queries: int, keys: int) -> str | None:
+def use_fastest(model: InfiniteWorldTransformer, config: ModelConfig) -> str | None:
     """Makes the model's blocks compute attention with the fastest kernel that is installed, by a trial on its device
-    with so many tokens; returns its name, None for torch's own.
+    with a chunk's tokens and a full memory; returns its name, None for torch's own.
 
     A kernel that fails, or whose result differs from torch's by more than rounding, is left out with a warning.
     """
     attention = model.blocks[0].self_attn
-    shape = attention.num_heads, model.config.dim // attention.num_heads
+    shape = attention.num_heads, config.model_cfg.dim // attention.num_heads
     device = model.patch_embedding.weight.device
     generator = torch.Generator(device).manual_seed(0)
 
@@ -57,7 +58,9 @@ def use_fastest(model: InfiniteWorldTransformer, queries: int, keys: int) -> str
         flat = torch.randn(1, tokens, *shape, generator=generator, device=device)
         return flat.to(model.dtype).transpose(1, 2)
 
-    q, k, v = draw(queries), draw(keys), draw(keys)
+    height, width = config.buckets[0]
+    tokens = config.chunk_latents * (height // config.token_pixels) * (width // config.token_pixels)
+    q, k, v = draw(tokens), draw(2 * tokens), draw(2 * tokens)
     with torch.inference_mode(), fastest_attention(device):
         own = F.scaled_dot_product_attention(q, k, v)
         best, name, kernel = FASTER * _seconds(F.scaled_dot_product_attention, q, k, v), None, None

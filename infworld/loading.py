@@ -75,9 +75,7 @@ def load(
         if compile and not packaged:
             transformer.compile_blocks()
     if device.type == "cuda" and not packaged:  # packages have their own attention inside
-        height, width = config.buckets[0]
-        tokens = config.chunk_latents * (height // config.token_pixels) * (width // config.token_pixels)
-        kernels.use_fastest(transformer, queries=tokens, keys=2 * tokens)  # with a full memory
+        kernels.use_fastest(transformer, config)
     vae = load_strict(
         lambda: build_vae(config),
         read_tensors(vae_path),

@@ -10,13 +10,16 @@ from infworld import kernels
 from infworld.config import load_config
 from infworld.dit import InfiniteWorldTransformer
 
-TOKENS = {"queries": 300, "keys": 600}
+
+@pytest.fixture
+def config(small_model):
+    return load_config(small_model)
 
 
 @pytest.fixture
-def model(small_model):
+def model(config):
     torch.manual_seed(0)
-    return InfiniteWorldTransformer(load_config(small_model).model_cfg)
+    return InfiniteWorldTransformer(config.model_cfg)
 
 
 class Fast:
@@ -27,20 +30,20 @@ class Fast:
 
     def __call__(self, q, k, v):
         self.used += 1
-        if (key := q.data_ptr()) not in self.answers:
+        if (key := (q.data_ptr(), q.shape, k.shape)) not in self.answers:
             self.answers = {key: self.change(F.scaled_dot_product_attention(q, k, v))}
         return self.answers[key]
 
 
-def test_torchs_own_is_kept_where_no_other_is_installed(model):
-    assert kernels.use_fastest(model, **TOKENS) is None
+def test_torchs_own_is_kept_where_no_other_is_installed(model, config):
+    assert kernels.use_fastest(model, config) is None
     assert all(block.self_attn.kernel is F.scaled_dot_product_attention for block in model.blocks)
 
 
-def test_a_faster_one_that_is_right_is_used_by_every_block(model, monkeypatch):
+def test_a_faster_one_that_is_right_is_used_by_every_block(model, config, monkeypatch):
     fast = Fast()
     monkeypatch.setattr(kernels, "KERNELS", {"fast": lambda: fast})
-    assert kernels.use_fastest(model, **TOKENS) == "fast"
+    assert kernels.use_fastest(model, config) == "fast"
     fast.used, text = 0, torch.randn(1, 4, model.config.caption_channels)
     noisy, history = (torch.randn(1, model.config.out_channels, n, 4, 6) for n in (3, 1))
     actions = torch.zeros(1, 9, dtype=torch.long)
@@ -52,20 +55,20 @@ def test_a_faster_one_that_is_right_is_used_by_every_block(model, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "said"), [(lambda x: 1.05 * x, "is off by"), (lambda x: x * torch.nan, "is off by nan")]
 )
-def test_a_wrong_one_is_left_out_and_named(model, monkeypatch, caplog, change, said):
+def test_a_wrong_one_is_left_out_and_named(model, config, monkeypatch, caplog, change, said):
     monkeypatch.setattr(kernels, "KERNELS", {"fast": lambda: Fast(change)})
     with caplog.at_level(logging.WARNING):
-        assert kernels.use_fastest(model, **TOKENS) is None
+        assert kernels.use_fastest(model, config) is None
     assert f"fast {said}" in caplog.text and model.blocks[0].self_attn.kernel is F.scaled_dot_product_attention
 
 
-def test_one_that_fails_is_left_out_and_the_next_is_tried(model, monkeypatch, caplog):
+def test_one_that_fails_is_left_out_and_the_next_is_tried(model, config, monkeypatch, caplog):
     def fails(q, k, v):
         raise RuntimeError("no kernel image is available for this card")
 
     monkeypatch.setattr(kernels, "KERNELS", {"old": lambda: fails, "fast": Fast})
     with caplog.at_level(logging.WARNING):
-        assert kernels.use_fastest(model, **TOKENS) == "fast"
+        assert kernels.use_fastest(model, config) == "fast"
     assert "old does not run here and is left out" in caplog.text and "no kernel image" in caplog.text
 
 
