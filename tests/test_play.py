@@ -112,72 +112,69 @@ def test_looking_far_about_takes_several_chunks_but_not_for_ever():
 
 class Machine:
     """A computer whose chunks take `fixed` seconds and `per_frame` more, every third one `refresh` seconds longer after
-    it is shown, and a browser 20 ms away."""
+    it is shown, and a browser 20 ms away that draws as `frames.js` does."""
 
     def __init__(self, fixed: float, per_frame: float, refresh: float = 0.0, lengths=(16, 24, 32, 48)):
         self.fixed, self.per_frame, self.refresh = fixed, per_frame, refresh
         self.pace = Pace(lengths, 30)
-        self.now, self.made = 0.0, 0
-        self.chunks: list[tuple[float, float, int, float]] = []  # begun, arrived, frames, rate
-        self.waited = 0.0
+        self.now, self.made, self.waited = 0.0, 0, 0.0
+        self.chunks: list[tuple[float, int]] = []  # when it was begun, its frames
+        self.begins: list[float] = []  # when the first frame of each is drawn
+        self.arriving: list[tuple[float, int, float]] = []  # when, how many frames, how long they have to last
+        self.drawn, self.there, self.rate, self.at = 0.0, 0, 30.0, 0.0  # the browser's, at this time
+        self.rates: list[float] = []
+        self.stalls: list[float] = []  # seconds
 
     def play(self, seconds: float) -> None:
         """Makes chunks whenever they are due; what the browser has drawn is known as it is drawn."""
         end = self.now + seconds
         while self.now < end:
-            if not self.pace.is_due(self.made, self.shown(), 0.0):
+            self.draw()
+            if not self.pace.is_due(self.made, int(self.drawn), 0.0):
                 self.now += 0.02
                 self.waited += 0.02
                 continue
             began, frames = self.now, self.pace.frames
             took = self.fixed + self.per_frame * frames
             self.now += 0.8 * took
+            self.chunks.append((began, frames))
+            self.arriving.append((self.now + 0.02, frames, self.pace.until_next(0.8 * took)))
             self.made += frames
-            rate = self.pace.rate(self.made, self.shown(), 0.0, 0.8 * took)
-            self.chunks.append((began, self.now + 0.02, frames, rate))
             self.now += 0.2 * took + self.refresh * (len(self.chunks) % 3 == 0)
-            self.pace.took(self.now - began, 0.8 * took, len(self.stalls()))
+            self.draw()
+            self.pace.took(self.now - began, 0.8 * took, len(self.stalls))
 
-    def begins(self) -> list[float]:
-        """When each chunk's first frame is drawn, as far as it has arrived, and when the last one's last has been."""
-        at, found = 0.0, []
-        for _, arrived, frames, rate in self.chunks:
-            if arrived > self.now:
-                break
-            found.append(max(at, arrived))
-            at = found[-1] + frames / rate
-        return [*found, at]
+    def draw(self) -> None:
+        """What the browser does until now."""
+        while self.arriving and self.arriving[0][0] <= self.now:
+            arrived, frames, lasts = self.arriving.pop(0)
+            self._draw_until(arrived)
+            if self.there and arrived > self.at + 0.034:
+                self.stalls.append(arrived - self.at)
+            self.rate = min(30, (self.there + frames - self.drawn) / lasts)
+            self.begins.append(arrived + (self.there - self.drawn) / self.rate)
+            self.at, self.there = arrived, self.there + frames
+            self.rates.append(self.rate)
+        self._draw_until(self.now)
 
-    def shown(self) -> int:
-        drawn, begins = 0.0, self.begins()
-        for begin, (_, _, frames, rate) in zip(begins, self.chunks, strict=False):
-            drawn += min(frames, max(0.0, (self.now - begin) * rate))
-        return int(drawn) if self.chunks else 0
-
-    def stalls(self) -> list[float]:
-        """How long the browser had to wait for frames, each time."""
-        begins, lasts = self.begins(), [frames / rate for _, _, frames, rate in self.chunks]
-        waits = [b - a - last for a, b, last in zip(begins[:-2], begins[1:-1], lasts, strict=False)]
-        return [wait for wait in waits if wait > 0.034]
+    def _draw_until(self, now: float) -> None:
+        """Stops at the time when there is nothing left."""
+        drawn = min(self.there, self.drawn + (now - self.at) * self.rate)
+        self.at, self.drawn = (now if drawn < self.there else self.at + (drawn - self.drawn) / self.rate), drawn
 
     def lengths(self, last: int) -> set[int]:
-        return {frames for _, _, frames, _ in self.chunks[-last:]}
+        return {frames for _, frames in self.chunks[-last:]}
 
     def delays(self, last: int) -> list[float]:
         """From a chunk's beginning to the first frame of it that is drawn."""
-        begins = self.begins()[:-1]
-        found = [begin - began for begin, (began, *_) in zip(begins, self.chunks, strict=False)]
-        return found[-last:]
-
-    def rates(self, last: int) -> list[float]:
-        return [rate for *_, rate in self.chunks[-last:]]
+        return [begin - began for begin, (began, _) in zip(self.begins, self.chunks, strict=False)][-last:]
 
 
 def test_a_quick_machine_plays_the_shortest_chunks_without_waiting_and_is_hardly_ahead():
     machine = Machine(0.1, 0.01)
     machine.play(20)
-    assert machine.lengths(99) == {16} and set(machine.rates(10)) == {30}
-    assert len(machine.stalls()) <= 2  # at the beginning, until it is known how long a chunk takes
+    assert machine.lengths(99) == {16} and set(machine.rates[-10:]) == {30}
+    assert len(machine.stalls) <= 2  # at the beginning, until it is known how long a chunk takes
     assert machine.waited > 5  # a chunk is not begun before it has to be
     assert max(machine.delays(20)) < 0.208 + 4 * MARGIN
 
@@ -185,10 +182,10 @@ def test_a_quick_machine_plays_the_shortest_chunks_without_waiting_and_is_hardly
 def test_a_machine_with_much_to_do_for_each_chunk_makes_longer_ones():
     machine = Machine(0.45, 0.012)  # 16 frames take 0.64 s and last 0.53 s; 32 frames 0.83 s and 1.07 s
     machine.play(40)
-    assert machine.lengths(5) <= {24, 32} and set(machine.rates(5)) == {30}
-    before = len(machine.stalls())
+    assert machine.lengths(5) <= {24, 32} and set(machine.rates[-5:]) == {30}
+    before = len(machine.stalls)
     machine.play(20)
-    assert len(machine.stalls()) - before <= 1
+    assert len(machine.stalls) - before <= 1
 
 
 @pytest.mark.parametrize("per_frame, refresh", [(0.1, 0.0), (0.06, 0.0), (0.05, 0.3), (0.04, 0.2), (0.035, 0.0)])
@@ -196,13 +193,13 @@ def test_a_slow_machine_plays_slowly_but_evenly_with_short_chunks_and_never_rest
     machine = Machine(0.0, per_frame, refresh)
     machine.play(40)
     assert machine.lengths(5) == {16}
-    before, waited, made = len(machine.stalls()), machine.waited, machine.made
+    before, waited, made = len(machine.stalls), machine.waited, machine.made
     machine.play(60)
     chunk = 16 * per_frame + refresh / 3
-    assert len(machine.stalls()) - before <= 1
+    assert len(machine.stalls) - before <= 1
     assert machine.waited - waited < 0.05 * 60
     assert machine.made - made > 0.9 * 16 * 60 / chunk  # all that the machine makes is shown
-    rates = machine.rates(40)
+    rates = machine.rates[-40:]
     assert max(rates) < 1.5 * min(rates)
     # As long as it takes to make, and what one that takes longer may need: no queue of frames besides.
     assert max(machine.delays(40)) < 0.8 * 16 * per_frame + 1.1 * refresh + 4 * MARGIN

@@ -76,11 +76,11 @@ class Walk:
 @dataclass(frozen=True)
 class Live:
     """A walk goes on: the steering that its present chunk is made with, or the latest between two. actions: of a chunk
-    that begins, or whose Frames come next; then `rate` has the frames a second to show from there on."""
+    that begins, or whose Frames come next; then these and those before them have to last for so many seconds."""
 
     steering: Steering
     actions: ActionScript | None = None
-    rate: float = 0.0
+    lasts: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -132,16 +132,17 @@ class Walker(Protocol):
 
 
 def walk(task: Walk, walker: Walker, config: ModelConfig) -> Generator[Live | Frames | Chunk]:
-    """Chunk after chunk: a Live with its actions, another one after each step, one that says how fast to show it, its
-    Frames as soon as they are there, and the Chunk; between chunks a Live every few hundredths of a second. Ends where
-    the film is full.
+    """Chunk after chunk: a Live with its actions, another one after each step, one that says how long its frames have
+    to last, its Frames as soon as they are there, and the Chunk; between chunks a Live every few hundredths of a
+    second. Ends where the film is full.
     """
     file, helm, ends = SteeringFile(task.steering), Helm(), time.monotonic() + task.seconds
     pace = Pace(config.validation_data.live_lengths, config.validation_data.fps)
     made = task.made
     while walker.session.num_frames + pace.frames <= config.max_frames and time.monotonic() < ends:
         steering, began = file.read(), time.monotonic()
-        if steering.paused or not pace.is_due(made, steering.shown, _since(steering)):
+        since = began - steering.at if steering.at else 0.0  # nothing was shown before the first word of the browser
+        if steering.paused or not pace.is_due(made, steering.shown, since):
             yield Live(steering)
             time.sleep(POLL)
             continue
@@ -151,18 +152,13 @@ def walk(task: Walk, walker: Walker, config: ModelConfig) -> Generator[Live | Fr
             for result in results:
                 if isinstance(result, Frames):
                     made += len(result.frames)
-                    until_shown, now = time.monotonic() - began, file.read()
-                    yield Live(steering, actions, pace.rate(made, now.shown, _since(now), until_shown))
+                    until_shown = time.monotonic() - began
+                    yield Live(steering, actions, pace.until_next(until_shown))
                 if not isinstance(result, Progress):
                     yield result
                 elif not until_shown:  # what has been shown is kept: no stopping from there to the Chunk
                     yield Live(steering)
         pace.took(time.monotonic() - began, until_shown, steering.stalls)
-
-
-def _since(steering: Steering) -> float:
-    """Seconds since the browser said what it has shown; before its first word it has shown nothing."""
-    return time.monotonic() - steering.at if steering.at else 0.0
 
 
 def on_gpu(world: World) -> Compute:

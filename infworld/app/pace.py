@@ -9,6 +9,7 @@ RECENT = 5  # chunks that are looked back on: some take longer than others, as t
 HEADROOM = 0.95  # of what the machine makes, that has to be enough for the film's own speed
 MARGIN, MOST_MARGIN = 0.06, 0.4  # seconds that a chunk shall be there before it is needed
 GAIN = 1.1  # how much more a longer chunk must bring, where even that does not reach the film's own speed
+HOPE = 1.4  # how much more it is taken to bring at most, before it has been tried
 MAX_DELAY = 1.3  # seconds from a key to its picture at a median: no longer chunk is worth more
 PATIENCE = 4  # chunks of a length before it is judged
 SPARE, TRUST = 1.2, 20  # so much faster than needed for so many chunks, a machine may manage shorter ones again
@@ -19,8 +20,8 @@ class Pace:
     """lengths: frames per chunk to choose from, shortest first. fps: the film's frames a second.
 
     A chunk is as short as the machine allows, since what is steered waits for the chunk after; and it is begun as late
-    as it can be. Where the machine is slower than the film, it never rests, and the frames that are there are shown as
-    slowly as it takes to have the next ones.
+    as it can be. Where the machine is slower than the film, it never rests, and the browser shows the frames that are
+    there as slowly as it takes to have the next ones.
     """
 
     def __init__(self, lengths: Sequence[int], fps: float):
@@ -29,7 +30,6 @@ class Pace:
         self._at = 0
         self._took: dict[int, tuple[float, float]] = {}  # by length: a chunk's seconds, and those until it is shown
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # the same of the last chunks
-        self._rate = fps
         self._seen = 0  # chunks of this length
         self._stalls = 0
         self._margin = MARGIN
@@ -42,15 +42,13 @@ class Pace:
     def is_due(self, made: int, shown: int, seconds: float) -> bool:
         """Whether the next chunk has to be begun now. made: frames so far; shown: of them, `seconds` ago."""
         until_shown = max((until for _, until in self._recent), default=0.0)
-        return self._ahead(made, shown, seconds) <= (until_shown + self._margin) * self._fps
+        ahead = made - min(made, shown + seconds * self._fps)
+        return ahead <= (until_shown + self._margin) * self._fps
 
-    def rate(self, made: int, shown: int, seconds: float, until_shown: float) -> float:
-        """Frames a second to show from now on, so that they last until the next ones are there. made: with those of
-        the chunk that is there now, `until_shown` seconds after it was begun; shown, seconds: as for `is_due`."""
-        slowest = max((whole for whole, _ in self._recent), default=until_shown)
-        ahead = self._ahead(made, shown, seconds) - 1  # as one may be about to be drawn
-        self._rate = min(self._fps, max(ahead, 1) / (max(slowest, until_shown) + self._margin))
-        return self._rate
+    def until_next(self, until_shown: float) -> float:
+        """Seconds that the frames of a chunk, which took so long until they were there, and those before them have to
+        last."""
+        return max([until_shown, *(whole for whole, _ in self._recent)]) + self._margin
 
     def took(self, seconds: float, until_shown: float, stalls: int = 0) -> None:
         """A chunk of `frames` frames took so many seconds until the next could begin, and until its frames were there.
@@ -64,10 +62,6 @@ class Pace:
         self._stalls = stalls
         if self._seen >= PATIENCE:
             self._choose()
-
-    def _ahead(self, made: int, shown: int, seconds: float) -> float:
-        """Frames that are there and not shown yet."""
-        return made - min(made, shown + seconds * self._rate)
 
     def _choose(self) -> None:
         """A longer chunk where this one is too slow, as its fixed cost is shared by more frames; a shorter one where
@@ -89,6 +83,7 @@ class Pace:
         elif (
             longer
             and speeds.get(longer, needed) > GAIN * speed
+            and HOPE * speed > needed
             and self._delay() * (1 + longer / self.frames) / 2 <= MAX_DELAY
         ):
             self._move(1)
