@@ -2,7 +2,9 @@
 
 A World films any chunk from its session alone. A LiveWalk keeps what does not change from one short chunk to the next:
 the history is compressed anew every few chunks only, and the latents since then follow it uncompressed, each chunk's
-behind the memory that there was. A chunk after a fresh compression is the one that the World makes.
+behind the memory that there was. A chunk after a fresh compression is the one that the World makes, unless the history
+is so long that it is compressed in windows: those that have hardly moved are kept. The memory is made ready between two
+chunks, so that what is steered does not wait for it.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class LiveWalk:
     """A film that goes on in short chunks. `session` is the film after the last finished chunk.
 
     Its settings may be changed between chunks (`walk.session = walk.session.with_prompt("night")`); another film needs
-    another walk. `refresh`: how many latents may follow the compressed history before it is compressed anew. Raises
+    another walk. `refresh`: how many latents may follow the compressed history before it is compressed anew. `slack`:
+    by how many a window of a long history may move before that is; 0 for models that walk in whole chunks. Raises
     ValueError for a session that does not fit the world's model.
     """
 
@@ -164,14 +167,15 @@ class LiveWalk:
         return self.world.compress(session, map_windows)
 
     def _compress_ahead(self, session: Session, length: int, new: int) -> None:
-        """Compresses one window of those that the next refreshment will need, if its latents are there.
+        """Compresses one window of those that the next refreshment will need, or the first that needs windows at all,
+        if its latents are there.
 
         length: of the compressed history. new: latents of a chunk.
         """
         known = until = session.history.shape[2]
         while until - length <= self.refresh:
             until += new
-        starts = window_starts(until)
+        starts = window_starts(max(until, MAX_SINGLE_PASS + 1) if self.slack else until)
         missing = [place for place, start in enumerate(starts) if not self._is_kept(place, start)]
         if len(starts) > 1 and missing and starts[missing[0]] + WINDOW <= known:
             start, model = starts[missing[0]], self.world.transformer

@@ -203,9 +203,9 @@ def test_windows_of_a_long_history_are_compressed_ahead(world, picture, compress
     walk.refresh, walk.slack = REFRESH, 0
     for _ in range(1 + REFRESH // 8):
         chunk_of(walk, frames=32)
-    windows, whole = [live.WINDOW] * 5, [80]
-    ahead = 1 + REFRESH // 8  # one of them after the refreshment itself
-    assert encoded == windows + whole + [live.WINDOW] * ahead + windows[: 5 - ahead] + whole
+    windows, whole, ahead = [live.WINDOW] * 5, [80], REFRESH // 8
+    assert encoded[:-1] == windows + whole + windows[:ahead] + windows[: 5 - 1 - ahead] + whole
+    assert encoded[-1:] == windows[:1]  # for the refreshment after that
     assert compressions == [121, 121 + 24]
     latest = dataclasses.replace(walk.session, history=walk.session.history[:, :, : 121 + 24])
     assert torch.equal(walk._kept.compressed.latents, world.compress(latest).latents)
@@ -223,6 +223,17 @@ def test_windows_that_have_hardly_moved_are_kept(world, picture, compressions, e
     exact = world.compress(walk.session)
     assert not torch.equal(walk._kept.compressed.latents, exact.latents)
     assert [walk._windows[place][0] for place in (0, 4)] == [0, 88]
+
+
+def test_no_window_is_left_to_the_moment_when_windows_are_first_needed(world, picture, compressions, encoded):
+    """As the history grows past 80 latents, the four windows that do not have the newest ones are there already."""
+    walk = LiveWalk(world, long_session(world, picture, 61))
+    walk.refresh = 4
+    for _ in range(6):
+        chunk_of(walk, frames=16)
+    assert compressions == [61, 69, 77, 85]
+    # Each of the last four chunks but the last brings a window; the last then has the newest one and the results.
+    assert encoded == [61, live.WINDOW, 69, live.WINDOW, live.WINDOW, 77, live.WINDOW, live.WINDOW, 80]
 
 
 def test_models_that_walk_in_whole_chunks_keep_no_window_that_has_moved(world, picture, monkeypatch):

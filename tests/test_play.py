@@ -421,11 +421,12 @@ def test_a_model_that_cannot_be_loaded_is_an_error_at_once(world):
         ModelPool({broken.name: broken}, "cpu")
 
 
-def test_a_walk_takes_no_more_steps_than_its_model_wants_for_that(world, studio, picture, walked, monkeypatch):
-    assert studio.play(picture, SETTINGS).settings.steps == SETTINGS.steps == 2
+def test_a_walk_takes_no_more_steps_than_its_model_wants_for_that(world, store, picture, walked, monkeypatch):
+    many = dataclasses.replace(SETTINGS, steps=5)
+    assert Studio(SingleModelPool(world), store).play(picture, many).settings.steps == 5
     lengths = dataclasses.replace(world.config.validation_data, live_steps=3)
     monkeypatch.setattr(world, "config", dataclasses.replace(world.config, validation_data=lengths))
-    many = dataclasses.replace(SETTINGS, steps=5)
+    studio = Studio(SingleModelPool(world), store)
     assert studio.play(picture, many).settings.steps == studio.play_on(walked[0], many).settings.steps == 3
     assert studio.play(picture, SETTINGS).settings.steps == 2
     assert studio.begin(picture, 81, many).settings.steps == studio.go_on(walked[0], 1, many).settings.steps == 5

@@ -11,6 +11,7 @@ MARGIN, MOST_MARGIN = 0.06, 0.4  # seconds that a chunk shall be there before it
 GAIN = 1.1  # how much more a longer chunk must bring, where even that does not reach the film's own speed
 HOPE = 1.4  # how much more it is taken to bring at most, before it has been tried
 MAX_DELAY = 1.3  # seconds from a key to its picture at a median: no longer chunk is worth more
+FIRST = 2  # times as long as until it is shown, the first chunk of all is taken to keep the next one waiting at most
 PATIENCE = 4  # chunks of a length before it is judged
 SPARE, TRUST = 1.2, 20  # so much faster than needed for so many chunks, a machine may manage shorter ones again
 FORGET = 200  # chunks of a length, after which what others took does not count any more
@@ -48,7 +49,8 @@ class Pace:
     def until_next(self, until_shown: float) -> float:
         """Seconds that the frames of a chunk, which took so long until they were there, and those before them have to
         last."""
-        return max([until_shown, *(whole for whole, _ in self._recent)]) + self._margin
+        whole = max((whole for whole, _ in self._recent), default=FIRST * until_shown)
+        return max(whole, until_shown) + self._margin
 
     def took(self, seconds: float, until_shown: float, stalls: int = 0) -> None:
         """A chunk of `frames` frames took so many seconds until the next could begin, and until its frames were there.
