@@ -229,11 +229,11 @@ def test_no_window_is_left_to_the_moment_when_windows_are_first_needed(world, pi
     """As the history grows past 80 latents, the four windows that do not have the newest ones are there already."""
     walk = LiveWalk(world, long_session(world, picture, 61))
     walk.refresh = 4
-    for _ in range(6):
-        chunk_of(walk, frames=16)
+    for frames in (32, 16, 16, 16, 16):
+        chunk_of(walk, frames=frames)
     assert compressions == [61, 69, 77, 85]
-    # Each of the last four chunks but the last brings a window; the last then has the newest one and the results.
-    assert encoded == [61, live.WINDOW, 69, live.WINDOW, live.WINDOW, 77, live.WINDOW, live.WINDOW, 80]
+    window = live.WINDOW  # one after each of the first four chunks; after the last the newest one and the results
+    assert encoded == [61, 69, window, window, 77, window, window, window, 80]
 
 
 def test_models_that_walk_in_whole_chunks_keep_no_window_that_has_moved(world, picture, monkeypatch):
