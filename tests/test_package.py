@@ -38,7 +38,9 @@ def test_a_space_installs_the_dependencies_and_the_extra_app(project):
 def test_the_lock_has_every_requirement_at_a_version_that_fits(project):
     lines = (PROJECT_ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     locked = [Requirement(line.rstrip("\\ ")) for line in lines if line and not line.startswith((" ", "#", "-"))]
-    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    extras = project["optional-dependencies"]
+    locked_extras = {"dev"}.union(*(Requirement(line).extras for line in extras["dev"]))
+    wanted = [*project["dependencies"], *sum((extras[name] for name in locked_extras), [])]
     for found in map(Requirement, wanted):
         if found.name != project["name"]:
             pins = [pin for pin in locked if pin.name.lower().replace("_", "-") == found.name.lower().replace("_", "-")]
