@@ -55,6 +55,7 @@ _BOUNDS = {
     **{
         "num_frames": (-math.inf, 1001),
         **dict.fromkeys(("chunk_lengths", "live_lengths"), (4, 1000)),
+        "live_steps": (0, 1000),
         "fps": (1, 240),
         "trained_chunks": (1, 10_000),
         "max_chunks": (1, 10_000),
@@ -187,11 +188,13 @@ class RolloutConfig(_Bounded):
 
     chunk_lengths: new frames per chunk that the model was trained on; those between count as trained. Other multiples
     of 4, up to `num_frames` - 1, work, but films drift sooner. live_lengths: those that live play chooses from.
+    live_steps: of the sampler that live play takes at most, where time matters more; 0: as many as films.
     """
 
     num_frames: int = 81
     chunk_lengths: tuple[int, ...] = (80,)
     live_lengths: tuple[int, ...] = (80,)
+    live_steps: int = 0
     fps: int = 30
     trained_chunks: int = 16  # quality is known to fall apart past this horizon
     max_chunks: int = 50

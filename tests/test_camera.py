@@ -40,8 +40,9 @@ def random_script(seed: int) -> ActionScript:
     return ActionScript(there + [Segment(OPPOSITE[s.move], OPPOSITE[s.view], s.frames) for s in reversed(there)])
 
 
-def test_the_modules_of_the_page_hold_by_themselves():
-    node(str(STATIC / "script.test.mjs"), given=VOCABULARY)
+@pytest.mark.parametrize("name", ["script.test.mjs", "frames.test.mjs"])
+def test_the_modules_of_the_page_hold_by_themselves(name):
+    node(str(STATIC / name), given=VOCABULARY)
 
 
 @pytest.mark.parametrize("camera", CAMERAS, ids=["trained", "other"])

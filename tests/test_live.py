@@ -79,16 +79,37 @@ def test_the_history_is_compressed_anew_every_few_chunks_only(walk, compressions
     assert compressions == [1, 1 + REFRESH + 8]
 
 
-def test_what_is_kept_is_not_computed_again(walk, world, monkeypatch):
-    """In the second chunk only the new latents are looked at, and the memory is longer by them."""
+def test_what_is_kept_is_not_computed_again_and_no_key_waits_for_it(walk, world, monkeypatch):
+    """After a chunk only its latents are looked at, and then there is nothing left to be done before the next one."""
     chunk_of(walk, frames=16)
     seen, extend = [], live.KeptMemory.extend
     monkeypatch.setattr(
         live.KeptMemory, "extend", lambda memory, latents: seen.append(latents) or extend(memory, latents)
     )
-    history = walk.session.history
-    chunk_of(walk, frames=8)
-    assert len(seen) == 1 and torch.equal(seen[0], history[:, :, 1:5])
+    lengths = [len(seen) for _ in walk.iterate_chunk(FORWARD, 8)]
+    assert set(lengths) == {0} and len(seen) == 1
+    assert torch.equal(seen[0], walk.session.history[:, :, 5:7])
+
+
+def test_the_history_is_compressed_anew_between_two_chunks(walk, compressions):
+    """Not in one, where a key would wait for it."""
+    walk.refresh = 0
+    chunk_of(walk)
+    before = list(compressions)
+    for result in walk.iterate_chunk(FORWARD, 8):
+        assert compressions == before, result
+    assert before == [1, 3] and compressions == [1, 3, 5]
+
+
+def test_memory_that_runs_out_between_two_chunks_is_the_next_ones_concern(walk, world, monkeypatch):
+    def runs_out(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(world, "compress", runs_out)
+    walk.refresh = 0
+    walk._kept = live.Kept(live.CompressedHistory(walk.session.history, 1), (), [])
+    chunk_of(walk)
+    assert walk.session.num_frames == 9
 
 
 def test_the_encoder_goes_on_from_all_that_it_had(walk, world, monkeypatch):
@@ -133,7 +154,7 @@ def test_a_walk_may_be_refreshed_less_often_from_any_chunk_on(walk, compressions
     walk.refresh = 50
     for _ in range(3):
         chunk_of(walk, frames=64)
-    assert compressions == [1]
+    assert compressions == [1, 3]
 
 
 def test_models_for_short_chunks_are_refreshed_less_often(world):
@@ -166,21 +187,61 @@ def long_session(world, picture, latents: int):
     )
 
 
-def test_windows_of_a_long_history_are_compressed_ahead(world, picture, compressions, monkeypatch):
+@pytest.fixture
+def encoded(world, monkeypatch):
+    """The lengths of what the compressor encodes from now on: windows, and their results."""
+    lengths, encode = [], world.transformer.latent_encoder.encode
+    monkeypatch.setattr(
+        world.transformer.latent_encoder, "encode", lambda x: lengths.append(x.shape[2]) or encode(x), raising=False
+    )
+    return lengths
+
+
+def test_windows_of_a_long_history_are_compressed_ahead(world, picture, compressions, encoded):
     """Between two refreshments a window at a time; the refreshment itself then has fewer left, and is no other."""
     walk = LiveWalk(world, long_session(world, picture, 121))
-    walk.refresh = REFRESH
-    encoded, encode = [], world.transformer.latent_encoder.encode
-    monkeypatch.setattr(
-        world.transformer.latent_encoder, "encode", lambda x: encoded.append(x.shape[2]) or encode(x), raising=False
-    )
-    for _ in range(1 + REFRESH // 8 + 1):
+    walk.refresh, walk.slack = REFRESH, 0
+    for _ in range(1 + REFRESH // 8):
         chunk_of(walk, frames=32)
-    windows, whole = [live.WINDOW] * 5, [80]
-    assert encoded == windows + whole + [live.WINDOW] * (REFRESH // 8) + windows[: 5 - 1 - REFRESH // 8] + whole
+    windows, whole, ahead = [live.WINDOW] * 5, [80], REFRESH // 8
+    assert encoded[:-1] == windows + whole + windows[:ahead] + windows[: 5 - 1 - ahead] + whole
+    assert encoded[-1:] == windows[:1]  # for the refreshment after that
     assert compressions == [121, 121 + 24]
     latest = dataclasses.replace(walk.session, history=walk.session.history[:, :, : 121 + 24])
     assert torch.equal(walk._kept.compressed.latents, world.compress(latest).latents)
+
+
+def test_windows_that_have_hardly_moved_are_kept(world, picture, compressions, encoded):
+    """But for the last, which has what is new. The first never moves."""
+    walk = LiveWalk(world, long_session(world, picture, 121))
+    walk.refresh = 0
+    for _ in range(4):
+        chunk_of(walk, frames=32)
+    assert compressions == [121, 129, 137, 145, 153]
+    # The third of them begins at 28 of 121 latents and at 44 of 153, the fourth at 42 and 66.
+    assert len(encoded) == 6 + 4 * 2 + 2
+    exact = world.compress(walk.session)
+    assert not torch.equal(walk._kept.compressed.latents, exact.latents)
+    assert [walk._windows[place][0] for place in (0, 4)] == [0, 88]
+
+
+def test_no_window_is_left_to_the_moment_when_windows_are_first_needed(world, picture, compressions, encoded):
+    """As the history grows past 80 latents, the four windows that do not have the newest ones are there already."""
+    walk = LiveWalk(world, long_session(world, picture, 61))
+    walk.refresh = 4
+    for frames in (32, 16, 16, 16, 16):
+        chunk_of(walk, frames=frames)
+    assert compressions == [61, 69, 77, 85]
+    window = live.WINDOW  # one after each of the first four chunks; after the last the newest one and the results
+    assert encoded == [61, 69, window, window, 77, window, window, window, 80]
+
+
+def test_models_that_walk_in_whole_chunks_keep_no_window_that_has_moved(world, picture, monkeypatch):
+    session = world.start(picture)
+    assert LiveWalk(world, session).slack > 0
+    lengths = dataclasses.replace(world.config.validation_data, live_lengths=(80,))
+    monkeypatch.setattr(world, "config", dataclasses.replace(world.config, validation_data=lengths))
+    assert LiveWalk(world, session).slack == 0
 
 
 def test_the_last_action_is_taken_to_be_held(walk, monkeypatch):

@@ -13,11 +13,11 @@ import pytest
 from gpu_border import other_process
 
 from infworld.actions import ActionScript, Segment
-from infworld.app import compute
+from infworld.app import compute, model_pool
 from infworld.app import runner as runs
 from infworld.app.compute import Live, Opening, Walk, perform
 from infworld.app.films import FilmStore, PieceWriter, Recorder
-from infworld.app.model_pool import SingleModelPool
+from infworld.app.model_pool import ModelPool, SingleModelPool
 from infworld.app.pace import MARGIN, Pace
 from infworld.app.runner import Ended, Played, Runner, Waiting
 from infworld.app.steering import MAX_TAP_FRAMES, Helm, Steering, SteeringFile, Tap
@@ -111,95 +111,138 @@ def test_looking_far_about_takes_several_chunks_but_not_for_ever():
 
 
 class Machine:
-    """A computer whose chunks take `fixed` seconds and `per_frame` more, and a browser 20 ms away."""
+    """A computer whose chunks take `fixed` seconds and `per_frame` more, every third one `refresh` seconds longer after
+    it is shown, and a browser 20 ms away that draws as `frames.js` does."""
 
-    def __init__(self, fixed: float, per_frame: float, lengths=(16, 24, 32, 48)):
-        self.fixed, self.per_frame = fixed, per_frame
+    def __init__(self, fixed: float, per_frame: float, refresh: float = 0.0, lengths=(16, 24, 32, 48)):
+        self.fixed, self.per_frame, self.refresh = fixed, per_frame, refresh
         self.pace = Pace(lengths, 30)
-        self.now, self.made, self.next_due = 0.0, 0, 0.0
-        self.arrivals: list[tuple[float, int, float]] = []
-        self.lengths: list[int] = []
-        self.ahead: list[float] = []
+        self.now, self.made, self.waited = 0.0, 0, 0.0
+        self.chunks: list[tuple[float, int]] = []  # when it was begun, its frames
+        self.begins: list[float] = []  # when the first frame of each is drawn
+        self.arriving: list[tuple[float, int, float]] = []  # when, how many frames, how long they have to last
+        self.drawn, self.there, self.rate, self.at = 0.0, 0, 30.0, 0.0  # the browser's, at this time
+        self.rates: list[float] = []
+        self.stalls: list[float] = []  # seconds
 
     def play(self, seconds: float) -> None:
         """Makes chunks whenever they are due; what the browser has drawn is known as it is drawn."""
         end = self.now + seconds
         while self.now < end:
-            shown = self.shown()
-            if not self.pace.is_due(self.made, shown, 0.0):
+            self.draw()
+            if not self.pace.is_due(self.made, int(self.drawn), 0.0):
                 self.now += 0.02
+                self.waited += 0.02
                 continue
-            self.ahead.append((self.made - shown) / self.pace.frames)
-            frames = self.pace.frames
+            began, frames = self.now, self.pace.frames
             took = self.fixed + self.per_frame * frames
-            self.now += took
-            self.arrivals.append((self.now + 0.02, frames, self.pace.rate))
+            self.now += 0.8 * took
+            self.chunks.append((began, frames))
+            self.arriving.append((self.now + 0.02, frames, self.pace.until_next(0.8 * took)))
             self.made += frames
-            self.lengths.append(frames)
-            self.pace.took(took, 0.8 * took, self.stalls())
+            self.now += 0.2 * took + self.refresh * (len(self.chunks) % 3 == 0)
+            self.draw()
+            self.pace.took(self.now - began, 0.8 * took, len(self.stalls))
 
-    def _drawn(self) -> tuple[float, int]:
-        """Frames drawn by now, and how often the browser had to wait for some."""
-        at, drawn, stalls = 0.0, 0.0, 0
-        for arrived, frames, rate in self.arrivals:
-            if arrived > self.now:
-                break
-            stalls += at > 0 and arrived > at + 0.034
-            begin = max(at, arrived)
-            at = begin + frames / rate
-            drawn += min(frames, max(0.0, (self.now - begin) * rate))
-        return drawn, stalls
+    def draw(self) -> None:
+        """What the browser does until now."""
+        while self.arriving and self.arriving[0][0] <= self.now:
+            arrived, frames, lasts = self.arriving.pop(0)
+            self._draw_until(arrived)
+            if self.there and arrived > self.at + 0.034:
+                self.stalls.append(arrived - self.at)
+            self.rate = min(30, (self.there + frames - self.drawn) / lasts)
+            self.begins.append(arrived + (self.there - self.drawn) / self.rate)
+            self.at, self.there = arrived, self.there + frames
+            self.rates.append(self.rate)
+        self._draw_until(self.now)
 
-    def shown(self) -> int:
-        return int(self._drawn()[0])
+    def _draw_until(self, now: float) -> None:
+        """Stops at the time when there is nothing left."""
+        drawn = min(self.there, self.drawn + (now - self.at) * self.rate)
+        self.at, self.drawn = (now if drawn < self.there else self.at + (drawn - self.drawn) / self.rate), drawn
 
-    def stalls(self) -> int:
-        return self._drawn()[1]
+    def lengths(self, last: int) -> set[int]:
+        return {frames for _, frames in self.chunks[-last:]}
+
+    def delays(self, last: int) -> list[float]:
+        """From a chunk's beginning to the first frame of it that is drawn."""
+        return [begin - began for begin, (began, _) in zip(self.begins, self.chunks, strict=False)][-last:]
 
 
 def test_a_quick_machine_plays_the_shortest_chunks_without_waiting_and_is_hardly_ahead():
     machine = Machine(0.1, 0.01)
     machine.play(20)
-    assert set(machine.lengths) == {16} and machine.pace.rate == 30
-    assert machine.stalls() <= 2  # at the beginning, until it is known how long a chunk takes
-    assert max(machine.ahead[3:]) <= 1
+    assert machine.lengths(99) == {16} and set(machine.rates[-10:]) == {30}
+    assert len(machine.stalls) <= 2  # at the beginning, until it is known how long a chunk takes
+    assert machine.waited > 5  # a chunk is not begun before it has to be
+    assert max(machine.delays(20)) < 0.208 + 4 * MARGIN
 
 
 def test_a_machine_with_much_to_do_for_each_chunk_makes_longer_ones():
     machine = Machine(0.45, 0.012)  # 16 frames take 0.64 s and last 0.53 s; 32 frames 0.83 s and 1.07 s
     machine.play(40)
-    assert machine.lengths[-1] in (24, 32) and machine.pace.rate == 30
-    before = machine.stalls()
+    assert machine.lengths(5) <= {24, 32} and set(machine.rates[-5:]) == {30}
+    before = len(machine.stalls)
     machine.play(20)
-    assert machine.stalls() - before <= 1
+    assert len(machine.stalls) - before <= 1
 
 
-def test_a_slow_machine_plays_slowly_but_evenly_with_short_chunks():
-    machine = Machine(0.0, 0.1)  # 10 frames a second, whatever their number
+@pytest.mark.parametrize("per_frame, refresh", [(0.1, 0.0), (0.06, 0.0), (0.05, 0.3), (0.04, 0.2), (0.035, 0.0)])
+def test_a_slow_machine_plays_slowly_but_evenly_with_short_chunks_and_never_rests(per_frame, refresh):
+    machine = Machine(0.0, per_frame, refresh)
     machine.play(40)
-    assert machine.lengths[-1] == 16 and 9 < machine.pace.rate < 10
-    before = machine.stalls()
-    machine.play(40)
-    assert machine.stalls() - before <= 1
+    assert machine.lengths(5) == {16}
+    before, waited, made = len(machine.stalls), machine.waited, machine.made
+    machine.play(60)
+    chunk = 16 * per_frame + refresh / 3
+    assert len(machine.stalls) - before <= 1
+    assert machine.waited - waited < 0.05 * 60
+    assert machine.made - made > 0.9 * 16 * 60 / chunk  # all that the machine makes is shown
+    rates = machine.rates[-40:]
+    assert max(rates) < 1.5 * min(rates)
+    # As long as it takes to make, and what one that takes longer may need: no queue of frames besides.
+    assert max(machine.delays(40)) < 0.8 * 16 * per_frame + 1.1 * refresh + 4 * MARGIN
+
+
+def test_no_chunk_is_so_long_that_keys_take_long_where_the_film_stays_slow_all_the_same():
+    """24 frames would be made a third faster, but a key would have to wait for two seconds."""
+    machine = Machine(1.0, 0.02)
+    machine.play(60)
+    assert machine.lengths(99) == {16}
 
 
 def test_a_machine_that_has_become_free_makes_short_chunks_again():
-    machine = Machine(0.6, 0.012)
+    machine = Machine(0.5, 0.012)
     machine.play(40)
-    assert machine.lengths[-1] > 16
+    assert min(machine.lengths(5)) > 16
     machine.fixed = 0.1
     machine.play(60)
-    assert machine.lengths[-1] == 16
+    assert machine.lengths(5) == {16}
 
 
-def test_stalls_make_the_next_chunks_earlier():
+def test_a_pause_of_the_machine_does_not_leave_a_queue_behind():
+    machine = Machine(0.0, 0.05)
+    machine.play(20)
+    usual = max(machine.delays(10))
+    machine.now += 3  # another program had the cores
+    machine.play(40)
+    assert max(machine.delays(10)) < usual + 0.2
+
+
+def test_stalls_make_the_next_chunks_earlier_until_there_are_none():
     pace = Pace([16], 30)
+
+    def earliest() -> int:
+        return next(ahead for ahead in range(60, -1, -1) if pace.is_due(100 + ahead, 100, 0.0))
+
     pace.took(0.2, 0.1)
-    shown = 100
-    late = next(ahead for ahead in range(60, -1, -1) if pace.is_due(shown + ahead, shown, 0.0))
+    late = earliest()
     pace.took(0.2, 0.1, stalls=1)
-    early = next(ahead for ahead in range(60, -1, -1) if pace.is_due(shown + ahead, shown, 0.0))
-    assert early == pytest.approx(late + MARGIN * 30, abs=1)
+    assert earliest() == pytest.approx(late + MARGIN * 30, abs=1)
+    for _ in range(20):
+        pace.took(0.2, 0.1, stalls=1)
+    assert earliest() == late
 
 
 # ------------------------------------------------------------------------------------------------------------- keeping
@@ -358,6 +401,35 @@ def test_a_walk_does_what_is_steered_and_is_a_film_like_any_other(studio, runner
     more.until(lambda p: len(p.strips) >= 1)
     more.leave()
     assert film.num_frames > len(done) + 81 and actions_of(more)[: len(done)] == done
+
+
+def test_the_thread_that_loads_a_model_keeps_no_threads_of_its_own(world, monkeypatch):
+    """Or two pools of them would share the cores, and sleep whenever they wait for each other."""
+    loaders = []
+    monkeypatch.setattr(
+        model_pool.infworld, "load", lambda *_, **__: loaders.append(threading.current_thread()) or world
+    )
+    pool = ModelPool({world.config.name: world.config}, "cpu")
+    assert pool.is_loaded(world.config.name)
+    (loader,) = loaders
+    assert not loader.is_alive()
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error_at_once(world):
+    broken = dataclasses.replace(world.config, checkpoint_path="nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        ModelPool({broken.name: broken}, "cpu")
+
+
+def test_a_walk_takes_no_more_steps_than_its_model_wants_for_that(world, store, picture, walked, monkeypatch):
+    many = dataclasses.replace(SETTINGS, steps=5)
+    assert Studio(SingleModelPool(world), store).play(picture, many).settings.steps == 5
+    lengths = dataclasses.replace(world.config.validation_data, live_steps=3)
+    monkeypatch.setattr(world, "config", dataclasses.replace(world.config, validation_data=lengths))
+    studio = Studio(SingleModelPool(world), store)
+    assert studio.play(picture, many).settings.steps == studio.play_on(walked[0], many).settings.steps == 3
+    assert studio.play(picture, SETTINGS).settings.steps == 2
+    assert studio.begin(picture, 81, many).settings.steps == studio.go_on(walked[0], 1, many).settings.steps == 5
 
 
 def test_strips_hold_the_frames_of_the_film(studio, runner, picture):

@@ -75,11 +75,12 @@ class Walk:
 
 @dataclass(frozen=True)
 class Live:
-    """A walk goes on: the latest steering, and the actions of a chunk that begins. rate: frames a second to show."""
+    """A walk goes on: the steering that its present chunk is made with, or the latest between two. actions: of a chunk
+    that begins, or whose Frames come next; then these and those before them have to last for so many seconds."""
 
     steering: Steering
-    rate: float
     actions: ActionScript | None = None
+    lasts: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,9 @@ class Walker(Protocol):
 
 
 def walk(task: Walk, walker: Walker, config: ModelConfig) -> Generator[Live | Frames | Chunk]:
-    """Chunk after chunk: the Live that it is made with, another one after each step, its Frames as soon as they are
-    there, and the Chunk; between chunks a Live every few hundredths of a second. Ends where the film is full.
+    """Chunk after chunk: a Live with its actions, another one after each step, one that says how long its frames have
+    to last, its Frames as soon as they are there, and the Chunk; between chunks a Live every few hundredths of a
+    second. Ends where the film is full.
     """
     file, helm, ends = SteeringFile(task.steering), Helm(), time.monotonic() + task.seconds
     pace = Pace(config.validation_data.live_lengths, config.validation_data.fps)
@@ -141,20 +143,21 @@ def walk(task: Walk, walker: Walker, config: ModelConfig) -> Generator[Live | Fr
         steering, began = file.read(), time.monotonic()
         since = began - steering.at if steering.at else 0.0  # nothing was shown before the first word of the browser
         if steering.paused or not pace.is_due(made, steering.shown, since):
-            yield Live(steering, pace.rate)
+            yield Live(steering)
             time.sleep(POLL)
             continue
         actions, until_shown = helm.actions(steering, pace.frames), 0.0
-        yield Live(steering, pace.rate, actions)
+        yield Live(steering, actions)
         with closing(walker.iterate_chunk(actions, pace.frames)) as results:
             for result in results:
                 if isinstance(result, Frames):
                     made += len(result.frames)
                     until_shown = time.monotonic() - began
+                    yield Live(steering, actions, pace.until_next(until_shown))
                 if not isinstance(result, Progress):
                     yield result
                 elif not until_shown:  # what has been shown is kept: no stopping from there to the Chunk
-                    yield Live(steering, pace.rate)
+                    yield Live(steering)
         pace.took(time.monotonic() - began, until_shown, steering.stalls)
 
 

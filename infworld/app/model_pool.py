@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -38,7 +39,13 @@ class ModelPool:
         self._device = device
         self._team = team
         self._loaded: tuple[World, Compute] | None = None
-        self.compute(self.first)
+        if self.device.type == "cpu" and team is None:
+            # In a thread that ends: as long as a process has more OpenMP threads than cores, they sleep between any two
+            # loops, and the models take half as long again. So only the runner's thread may have a pool of them.
+            with ThreadPoolExecutor(1) as loader:
+                loader.submit(self.compute, self.first).result()
+        else:
+            self.compute(self.first)
 
     @property
     def names(self) -> list[str]:

@@ -45,7 +45,7 @@ def _sent(strip: Strip) -> dict[str, Any]:
         "jpeg": base64.b64encode(strip.jpeg).decode(),
         "size": strip.size,
         "frames": strip.frames,
-        "rate": strip.rate,
+        "lasts": strip.lasts,
         "steered": strip.steered,
         "actions": strip.actions,
     }

@@ -150,7 +150,7 @@ class Played:
 class Strip:
     """Frames of a chunk of a walk that is played, as one JPEG: row by row, `COLUMNS` beside each other.
 
-    size: width and height of a frame. rate: frames a second to show them at. steered: the number of the steering that
+    size: width and height of a frame. lasts: seconds that they have to last. steered: the number of the steering that
     they were made with; actions: their [move, view, frames].
     """
 
@@ -158,7 +158,7 @@ class Strip:
     jpeg: bytes
     size: tuple[int, int]
     frames: int
-    rate: float
+    lasts: float
     steered: int
     actions: list[list[int]]
 
@@ -501,7 +501,7 @@ def _strip(number: int, frames: np.ndarray, live: Live) -> Strip:
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(sheet)).save(file, "JPEG", quality=JPEG_QUALITY)
     actions = [[part.move, part.view, part.frames] for part in live.actions.segments]
-    return Strip(number, file.getvalue(), (width, height), len(frames), live.rate, live.steering.number, actions)
+    return Strip(number, file.getvalue(), (width, height), len(frames), live.lasts, live.steering.number, actions)
 
 
 def _first_task(job: Job) -> Task | None:

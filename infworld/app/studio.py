@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +42,14 @@ class Studio:
         """A new film of a picture, to be played."""
         config = self.models.config(model or self.models.first)
         picture = np.array(crop_image(image, config.buckets))
-        return Job(self.store.new(), config.name, 0, settings, picture, played=True)
+        return Job(self.store.new(), config.name, 0, _live(config, settings), picture, played=True)
 
     def play_on(self, film: Film, settings: FilmSettings) -> Job:
         """More of a film, to be played."""
         session = film.session()
         config = self.models.config(session.model)
         check_length(config, session.num_frames + min(config.validation_data.live_lengths))
-        return Job(film, session.model, 0, session.with_settings(settings).settings, played=True)
+        return Job(film, session.model, 0, session.with_settings(_live(config, settings)).settings, played=True)
 
     def redo(self, film: Film, settings: FilmSettings) -> Job:
         """The last chunk again, with the seed of `settings`."""
@@ -63,6 +64,12 @@ class Studio:
         film = self.store.new()
         film.begin(session)
         return Job(film, session.model, 0), session
+
+
+def _live(config: ModelConfig, settings: FilmSettings) -> FilmSettings:
+    """Settings of a walk that is played: with no more steps than the model takes for that."""
+    most = config.validation_data.live_steps or settings.steps
+    return dataclasses.replace(settings, steps=min(settings.steps, most))
 
 
 def check_length(config: ModelConfig, frames: int) -> None:

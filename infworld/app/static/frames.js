@@ -1,7 +1,8 @@
-// The frames of a walk in the order of their numbers, drawn one by one at an even rate. A strip is one JPEG of a chunk.
+// The frames of a walk in the order of their numbers, drawn one by one at an even rate: as slowly as it takes until there
+// are new ones, where they are late. A strip is one JPEG of a chunk.
 
 export class Frames {
-  #strips = new Map(); // number -> {bitmap, size, frames, rate, ...}, decoded and waiting
+  #strips = new Map(); // number -> {bitmap, size, frames, ...}, decoded and waiting
   #known = new Set();
   #run = 0; // what is decoded for an earlier run is dropped
 
@@ -23,6 +24,7 @@ export class Frames {
     this.at = 0; // its next frame
     this.due = 0; // when that is to be drawn
     this.since = null; // when the frames ran out
+    this.rate = this.fps; // at which frames are drawn
   }
 
   end() {
@@ -43,7 +45,15 @@ export class Frames {
     const run = this.#run;
     const bytes = Uint8Array.from(atob(strip.jpeg), (char) => char.charCodeAt(0));
     const bitmap = await createImageBitmap(new Blob([bytes], { type: "image/jpeg" }));
-    if (run === this.#run) this.#strips.set(number, { ...strip, jpeg: null, bitmap });
+    if (run !== this.#run) return;
+    this.#strips.set(number, { ...strip, jpeg: null, bitmap });
+    this.#last(strip.lasts);
+  }
+
+  // What is there has to last for so many seconds.
+  #last(seconds) {
+    const left = [...this.#strips.values()].reduce((sum, { frames }) => sum + frames, -this.at);
+    this.rate = Math.min(this.fps, left / seconds);
   }
 
   // Draws the frame that is due, if one is; returns whether it did. Late frames are drawn later, and never left out.
@@ -62,7 +72,7 @@ export class Frames {
     this.#paint(strip, this.at);
     this.count += 1;
     this.at += 1;
-    const step = 1000 / strip.rate;
+    const step = 1000 / this.rate;
     this.due = now - this.due < step ? this.due + step : now + step;
     if (this.at === strip.frames) {
       strip.bitmap.close();

@@ -68,9 +68,9 @@ export function start({ element, props, trigger, watch }, initial) {
       delays.push(delay);
       write("delay", `${(delay / 1000).toFixed(2)} s`);
     }
-    const slower = strip.rate < 0.97 * initial.fps;
+    const slower = frames.rate < 0.97 * initial.fps;
     write("chunk", `${strip.frames} frames`);
-    say(slower ? `This computer plays at ${(strip.rate / initial.fps).toFixed(2)} × the film's speed.` : "");
+    say(slower ? `This computer plays at ${(frames.rate / initial.fps).toFixed(2)} × the film's speed.` : "");
     const poses = walk(film, initial.motion);
     map.draw(poses.slice(-MAP_FRAMES), initial.chunk_frames, MAP_FRAMES);
     steering.tell();
@@ -207,7 +207,7 @@ export function start({ element, props, trigger, watch }, initial) {
 
   // What `infworld play-benchmark` and the tests read.
   element.measured = () => {
-    const { count: shown, stalls, stalled } = frames;
-    return { shown, stalls, stalled, delays: [...delays], first, chunk: chunk?.frames, rate: chunk?.rate };
+    const { count: shown, stalls, stalled, rate } = frames;
+    return { shown, stalls, stalled, rate, delays: [...delays], first, chunk: chunk?.frames };
   };
 }
