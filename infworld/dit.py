@@ -18,7 +18,18 @@ from torch import Tensor, nn
 
 from infworld.actions import MOVES, VIEWS
 from infworld.config import TransformerConfig
-from infworld.layers import EPS, LOCAL, Attending, Attention, TokenLayout, gated_add, linear_float32, modulate, rope_3d
+from infworld.layers import (
+    EPS,
+    LOCAL,
+    Attending,
+    Attention,
+    Kernel,
+    TokenLayout,
+    gated_add,
+    linear_float32,
+    modulate,
+    rope_3d,
+)
 from infworld.memory import MemoryCompressor
 from infworld.offload import Recomputed, StreamedBlocks, StreamedTensors
 
@@ -149,6 +160,13 @@ class InfiniteWorldTransformer(nn.Module):
         size: height and width of a latent. room: latents, of memory and noise together.
         """
         return KeptMemory(self, context, timesteps, size, room)
+
+    def use_kernel(self, kernel: Kernel) -> Kernel:
+        """Lets the blocks' self-attention be computed by this kernel; returns the one before."""
+        before = self.blocks[0].self_attn.kernel
+        for block in self.blocks:
+            block.self_attn.kernel = kernel
+        return before
 
     def compile_blocks(self) -> None:
         """Compiles the two steps of a block, once for all blocks and for memories of any length.

@@ -49,8 +49,8 @@ def use_fastest(model: InfiniteWorldTransformer, config: ModelConfig) -> str | N
 
     A kernel that fails, or whose result differs from torch's by more than rounding, is left out with a warning.
     """
-    attention = model.blocks[0].self_attn
-    shape = attention.num_heads, config.model_cfg.dim // attention.num_heads
+    sizes = config.model_cfg
+    shape = sizes.num_heads, sizes.dim // sizes.num_heads
     device = model.patch_embedding.weight.device
     generator = torch.Generator(device).manual_seed(0)
 
@@ -80,8 +80,7 @@ def use_fastest(model: InfiniteWorldTransformer, config: ModelConfig) -> str | N
             elif seconds < best:
                 best, name, kernel = seconds, candidate, tried
     if kernel:
-        for block in model.blocks:
-            block.self_attn.kernel = kernel
+        model.use_kernel(kernel)
         log.info("attention by %s", name)
     return name
 

@@ -150,16 +150,12 @@ def film_histories(config: ModelConfig, chunks: int) -> list[int]:
 @contextmanager
 def naive_attention(bench: Benchmark) -> Iterator[None]:
     """Attention by torch's flash attention, whatever the world has chosen."""
-    attentions = [block.self_attn for block in bench.world.transformer.blocks]
-    chosen = [attention.kernel for attention in attentions]
+    chosen = bench.world.transformer.use_kernel(F.scaled_dot_product_attention)
     try:
-        for attention in attentions:
-            attention.kernel = F.scaled_dot_product_attention
         with bench.attention(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
             yield
     finally:
-        for attention, kernel in zip(attentions, chosen, strict=True):
-            attention.kernel = kernel
+        bench.world.transformer.use_kernel(chosen)
 
 
 def timestep(bench: Benchmark) -> Tensor:

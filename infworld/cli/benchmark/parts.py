@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def ceilings(bench: Benchmark) -> None:
         name = f"ceiling: attention, {kernel_name}"
         try:
             kernel = install()
-            rate(bench, name, lambda kernel=kernel: kernel(q, k, v), 4 * tokens * keys * config.dim, note)
+            rate(bench, name, partial(kernel, q, k, v), 4 * tokens * keys * config.dim, note)
         except (ImportError, RuntimeError) as error:
             bench.record.leave_out(name, str(error).splitlines()[0])
 
