@@ -49,6 +49,7 @@ def write_report(evaluation: Evaluation, films: Sequence[Film]) -> Path:
         cases=len({film.case for film in films}),
         films=len(films),
         seconds=sum(film.seconds for film in films),
+        missing=evaluation.networks.missing,
     )
     write_text(folder / "report.html", html)
     return folder / "report.html"
