@@ -25,7 +25,7 @@ from infworld.config import load_config
 from infworld.devices import limit_memory, pick_device
 from infworld.files import read_json_text
 from infworld.memory_plan import NotEnoughMemory
-from infworld.models import default_model, prepare, with_loras
+from infworld.models import default_model, lora_files, prepare, with_loras
 
 OF_ALL = {
     "jobs",
@@ -63,13 +63,14 @@ def generate_all(args: argparse.Namespace, stop: StopSignals) -> int:
     if parallel.rank() == 0:
         print(*(f"error: {problem}\n" for problem in problems), sep="", end="", file=sys.stderr)
     failed = parallel.rank() == 0 and bool(problems)
+    loras = lora_files(args.lora) if jobs else []  # a wrong one is said even if nothing is left to film
     share = [job for job in jobs[parallel.rank() :: parallel.world_size()] if not finished(FilmPlan.of(job.args))]
     if share:
         if parallel.world_size() > 1 and not hub.find(config):
             raise ValueError(f"the files of {name} are not here: get them first with `infworld download`")
         began = time.monotonic()
         limit_memory(pick_device(device), args.memory_gb)
-        world = infworld.load(with_loras(prepare(name), args.lora), device, compile=args.compile, team=None)
+        world = infworld.load(with_loras(prepare(name), loras), device, compile=args.compile, team=None)
         loading = time.monotonic() - began
     began = time.monotonic()
     for made, job in enumerate(share):
