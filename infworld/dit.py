@@ -155,10 +155,13 @@ class InfiniteWorldTransformer(nn.Module):
 
         The first calls take up to a minute, longer with gradients.
         """
-        # This fusion leaves the gradients of shifts, scales and gates, which are slices of one tensor, uninitialised
-        # (pytorch issue 193061). The option is there from torch 2.10 on.
-        fused = "triton.mix_order_reduction"
-        options = {fused: False} if fused in torch._inductor.list_options() else {}
+        # The fusion leaves the gradients of shifts, scales and gates, which are slices of one tensor, uninitialised
+        # (pytorch issue 193061; the option is there from torch 2.10 on). The analysis fails an assertion for some
+        # shapes, a batch of 48 or chunks of 5 latents among them.
+        harmful = {"triton.mix_order_reduction", "triton.coalesce_tiling_analysis"}
+        options = dict.fromkeys(harmful & set(torch._inductor.list_options()), False)
+        # One graph for each length of chunk, with and without gradients.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         for block in self.blocks:
             block.memory_step = torch.compile(block.memory_step, fullgraph=True, options=options)
             block.noisy_step = torch.compile(block.noisy_step, fullgraph=True, options=options)

@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EPS = 1e-6  # of every norm in the transformer and the compressor
 
-Attending = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values (B, heads, L, d) -> as queries
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values (B, heads, L, d) -> as queries
+Attending = Callable[[Kernel, Tensor, Tensor, Tensor], Tensor]  # the same of tokens on several devices, by that kernel
 
 
 class TokenLayout:
@@ -34,7 +35,7 @@ class TokenLayout:
         return tokens
 
     def attention(self, *lengths: int) -> Attending | None:
-        """What takes the place of torch's attention; the keys are of parts of so many tokens, the queries the last."""
+        """How tokens elsewhere are attended to; the keys are of parts of so many tokens, the queries the last."""
         return None
 
 
@@ -90,6 +91,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(dim, dim)
         self.norm_q = RMSNorm(dim)
         self.norm_k = RMSNorm(dim)
+        self.kernel: Kernel = F.scaled_dot_product_attention
 
     def queries(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         """(B, L, C) -> (B, heads, L, C / heads)."""
@@ -102,9 +104,9 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: Attending | None = None) -> Tensor:
         """Softmax attention, unmasked, and the output projection: -> (B, L, C).
 
-        attention: what takes the place of torch's own, where tokens are on other devices (`TokenLayout`).
+        attention: where tokens are on other devices (`TokenLayout`).
         """
-        attended = F.scaled_dot_product_attention(q, k, v) if attention is None else attention(q, k, v)
+        attended = self.kernel(q, k, v) if attention is None else attention(self.kernel, q, k, v)
         return self.o(attended.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, rope: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from infworld import hub, packages
+from infworld import hub, kernels, packages
 from infworld.checkpoint import RELEASED_EXTRAS, check_file, load_strict, read_tensors
 from infworld.config import MODELS, PROJECT_ROOT, ModelConfig, load_config
 from infworld.devices import pick_device, pick_dtype, pick_threads, pick_vae_dtype
@@ -68,11 +68,14 @@ def load(
         device=device,
         dtype=dtype,
     )
+    packaged = False
     if plan.blocks == "gpu":
         places = (path.parent, PROJECT_ROOT / "checkpoints", hub.weights_folder())
         packaged = team is None and packages.apply(transformer, places)
         if compile and not packaged:
             transformer.compile_blocks()
+    if device.type == "cuda" and not packaged:  # packages have their own attention inside
+        kernels.use_fastest(transformer, config)
     vae = load_strict(
         lambda: build_vae(config),
         read_tensors(vae_path),

@@ -13,7 +13,7 @@ LAYERS = (
     {"layers", "offload", "memory", "dit", "vae", "text", "quantized", "sampler", "presets", "checkpoint", "lora"},
     {"settings", "session", "progress"},
     {"metrics"},
-    {"packages", "memory_plan", "transfer", "hub", "models", "arena"},
+    {"kernels", "packages", "memory_plan", "transfer", "hub", "models", "arena"},
     {"world", "live", "loading"},
     {"parallel", "evaluation"},
     {"training", "videos", "cli", "app"},

@@ -111,6 +111,24 @@ def test_a_finished_run_starts_a_new_schedule(run):
     assert load_weights(identity_vae(4), run / "resume.safetensors")["progress"] == 0
 
 
+def test_a_decoder_alone_learns_to_decode_the_same_latents(run, tmp_path):
+    critic = ["--critic", "0.5", "--critic-from", "0"]
+    vae = run / "vae.safetensors"
+    train(
+        parse_args(
+            ["--out", str(tmp_path), "--minutes", "0.05", "--resume", str(vae), "--decoder-only", *critic, *SMALL]
+        )
+    )
+    before, after = read_tensors(vae), read_tensors(tmp_path / "vae.safetensors")
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "conv2"}
+
+
+def test_a_decoder_alone_needs_an_encoder(tmp_path):
+    with pytest.raises(ValueError, match="--decoder-only keeps the encoder of a trained VAE: name one by --resume"):
+        train(parse_args(["--out", str(tmp_path), "--minutes", "0.05", "--decoder-only", *SMALL]))
+
+
 @pytest.mark.parametrize("shape", [(2, 8, 30), (1, 30, 8), (3, 16, 16)])
 def test_orthogonalize_brings_singular_values_near_one(shape):
     values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))))

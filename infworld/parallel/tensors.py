@@ -12,11 +12,10 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from infworld.layers import TokenLayout
+from infworld.layers import Attending, Kernel, TokenLayout
 from infworld.vae import VideoVAE
 
 
@@ -73,8 +72,8 @@ class TokenShard(TokenLayout):
         """This rank's tokens (B, l, ...) -> all of them, (B, length, ...)."""
         return self.ranks.gather(tokens, 1, shares(length, self.ranks.size))
 
-    def attention(self, *lengths: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Attention as a function of this rank's queries, keys and values (B, heads, l, d).
+    def attention(self, *lengths: int) -> Attending:
+        """Attention as a function of a kernel and this rank's queries, keys and values (B, heads, l, d).
 
         lengths: of the parts that the keys consist of, each split by itself; the queries are the last of them.
         """
@@ -82,7 +81,9 @@ class TokenShard(TokenLayout):
         return partial(_attend, self.ranks, parts[-1], [sum(each) for each in zip(*parts, strict=True)])
 
 
-def _attend(ranks: RankGroup, queries: list[int], keys: list[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend(
+    ranks: RankGroup, queries: list[int], keys: list[int], kernel: Kernel, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
     """Rank i has queries[i] queries and keys[i] keys of all heads; to attend, each gets all tokens of some heads."""
     batch, dim = q.shape[0], q.shape[-1]
     heads = shares(q.shape[1], ranks.size)
@@ -97,7 +98,7 @@ def _attend(ranks: RankGroup, queries: list[int], keys: list[int], q: Tensor, k:
     ]
     # A rank without a head (there are more ranks than heads) has nothing to attend with.
     q, k, v = (torch.cat(parts, dim=2).transpose(0, 1) for parts in zip(*split, strict=True))
-    attended = F.scaled_dot_product_attention(q, k, v) if own else q
+    attended = kernel(q, k, v) if own else q
     flat = torch.cat([part.transpose(0, 1).reshape(-1) for part in attended.split(queries, dim=2)])
     here = queries[ranks.place]
     pieces = ranks.exchange(flat, [own * count * number for count in queries], [c * here * number for c in heads])

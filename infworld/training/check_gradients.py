@@ -24,6 +24,7 @@ from infworld.checkpoint import load_strict, read_tensors
 from infworld.config import load_config
 from infworld.training.data import WalkPool
 from infworld.training.optim import EMA
+from infworld.training.parts import recompute
 from infworld.training.run import autocast, compute_dtype, set_up_devices
 from infworld.training.train_world import MIXED, NOISES, Trainee, flow_loss, make_optimizers, pick_cut, resume
 from infworld.vae import build_vae
@@ -56,6 +57,7 @@ def check(args: argparse.Namespace) -> int:
     if args.resume:
         resume(args.resume, plain, make_optimizers(plain, 0.0), EMA(plain, 0.0))
     model = copy.deepcopy(plain)
+    recompute(plain.transformer)  # attention in float32 without its own kernels takes tens of GB
     if args.compile:
         model.transformer.compile_blocks()
     walks = max(4, min(16, args.batch))

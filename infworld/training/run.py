@@ -32,6 +32,17 @@ def set_up_devices() -> tuple[int, int, torch.device]:
     return rank, ranks, device
 
 
+def leave_together(ranks: int) -> None:
+    """Ends the process group once all ranks are here.
+
+    One that left right after a `from_rank_0` could wait for ever: gloo's thread needs Python's lock to free the values
+    that were sent, and who destroys the group holds it while waiting for that thread.
+    """
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def from_rank_0(ranks: int, *values: float) -> tuple[float, ...]:
     """Rank 0's values on every rank. They go from CPU to CPU, so that no rank waits for its GPU."""
     if ranks == 1:

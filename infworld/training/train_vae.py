@@ -4,6 +4,7 @@
     torchrun --nproc-per-node N -m infworld.training.train_vae --minutes 8 --out runs/vae
     infworld train vae ... --resume runs/vae/resume.safetensors    # goes on where that run was stopped
     infworld train vae --size 192 256 --fold 4 --dim 40 --mult 1 2 3 --z-dim 48 --packs PACK ...
+    infworld train vae ... --resume VAE --decoder-only --critic 0.8 --critic-from 0.1    # the same latents, sharper
 
 Every report writes to the folder of `--out`: `vae.safetensors` (averaged weights in float16, for use: their latents
 have mean 0 and deviation 1), `resume.safetensors`, `train.jsonl`, `train.png` and `samples-*.png` (truth above result).
@@ -22,7 +23,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
@@ -39,7 +39,7 @@ from infworld.training.frames import to_frames, to_video
 from infworld.training.measures import sharpness
 from infworld.training.optim import EMA, GradientClipper, Muon, lr_at
 from infworld.training.pictures import load_pictures
-from infworld.training.run import Log, autocast, from_rank_0, peak_gib, set_up_devices
+from infworld.training.run import Log, autocast, from_rank_0, leave_together, peak_gib, set_up_devices
 from infworld.training.scenes import WALK_FRAMES, FramePool, measured_walks
 from infworld.vae import ResidualBlock, VideoVAE
 
@@ -64,6 +64,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fold", type=int, default=1, help="pixels a side that the VAE takes as one")
     add("--z-dim", type=int, default=16, help="channels of a latent")
     add("--packs", type=Path, nargs=2, metavar=("TRAINING", "KEPT"), help="pictures of training.collect")
+    add(
+        "--decoder-only", action="store_true", help="keep the encoder, and with it the latents, of --resume as they are"
+    )
     add("--equivariant", type=float, default=0.0, help="share of steps with shifted or halved latents")
     add("--texture", type=float, default=0.0, help="weight of the error in how much texture there is, place by place")
     add("--critic", type=float, default=0.0, help="size of the critic's gradient over that of the other losses")
@@ -90,6 +93,10 @@ def train(args: argparse.Namespace) -> None:
     # The model. Its latents stay raw while it trains; the export folds their mean and deviation into the weights.
     model = Autoencoder(identity_vae(args.dim, args.mult, args.fold, args.z_dim), args.equivariant).to(device)
     done = load_weights(model.vae, args.resume) if args.resume else {"step": 0, "progress": 0.0}
+    if args.decoder_only:
+        if not args.resume:
+            raise ValueError("--decoder-only keeps the encoder of a trained VAE: name one by --resume")
+        model.freeze_encoder()
     ema = EMA(model.vae, args.ema)
     optimizers, clip = make_optimizers(model.vae, args.lr), GradientClipper()
     if args.compile:
@@ -123,7 +130,8 @@ def train(args: argparse.Namespace) -> None:
             with autocast(device):
                 score = critic(decoded).mean()
             gradient = judged_gradient(losses["loss"] - KL * losses["kl"], score, decoded, say)
-            torch.autograd.backward([decoded, KL * losses["kl"]], [gradient, None])
+            of_latents = [] if args.decoder_only else [KL * losses["kl"]]
+            torch.autograd.backward([decoded, *of_latents], [gradient, *[None] * len(of_latents)])
             losses |= {"score": score, "critic": teach(decoded.detach(), video)}
         else:
             losses["loss"].backward()
@@ -165,7 +173,7 @@ def train(args: argparse.Namespace) -> None:
             if log:
                 save_progress(model.vae, args.out, step, progress, "unjudged.safetensors")
         losses.append(learn(frames, say))
-        clip(model.parameters())
+        clip([p for p in model.parameters() if p.requires_grad])
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -192,8 +200,7 @@ def train(args: argparse.Namespace) -> None:
             clips = to_video(walks[:AT_ONCE, :17])
             quality[f"shift_error_{name}"] = shift_error(lambda x: vae.encode(x)[0], clips, vae.space)
         log.add("done", step=step, worlds=pool.next_seed - seed, lost=clip.lost, gib=peak_gib(device), **quality)
-    if ranks > 1:
-        dist.destroy_process_group()
+    leave_together(ranks)
 
 
 class Autoencoder(nn.Module):
@@ -205,13 +212,20 @@ class Autoencoder(nn.Module):
     def __init__(self, vae: VideoVAE, equivariant: float = 0.0):
         super().__init__()
         self.vae, self.equivariant = vae, equivariant
+        self.frozen = False  # the encoder
         for block in self.vae.modules():
             if isinstance(block, ResidualBlock):
                 block.residual["6"].weight.data *= 0.1
 
+    def freeze_encoder(self) -> None:
+        self.frozen = True
+        for part in (self.vae.encoder, self.vae.conv1):
+            part.requires_grad_(False)
+
     def forward(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What is decoded, the video that it should be, and the latents' mean and log variance."""
-        mean, logvar = self.vae.encode_distribution(video)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            mean, logvar = self.vae.encode_distribution(video)
         logvar = logvar.clamp(-20, 10)
         z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
         if torch.rand(()) < self.equivariant:
@@ -263,8 +277,9 @@ def compile_norms() -> None:
 
 def make_optimizers(vae: VideoVAE, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the convolutions' weights, AdamW for the rest."""
-    matrices = [p for name, p in vae.named_parameters() if name.endswith("weight")]
-    rest = [p for name, p in vae.named_parameters() if not name.endswith("weight")]
+    learning = [(name, p) for name, p in vae.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in learning if name.endswith("weight")]
+    rest = [p for name, p in learning if not name.endswith("weight")]
     return [Muon(matrices, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
@@ -281,7 +296,8 @@ def export(vae: VideoVAE, ema: EMA, pool: FramePool, unseen: dict[str, Tensor], 
     ema.copy_to(averaged)
     unfolded = {name: psnr(reconstruct(averaged, walks)[0], walks).mean() for name, walks in unseen.items()}
     seen = [encode(averaged, walks) for walks in pool.frames[:: max(1, pool.filled // 64)].split(AT_ONCE)]
-    fold(averaged, *channel_statistics(torch.cat(seen)))
+    if vae.conv1.weight.requires_grad:  # else the latents stay what they were
+        fold(averaged, *channel_statistics(torch.cat(seen)))
     save_tensors(out / "vae.safetensors", {name: tensor.half() for name, tensor in averaged.state_dict().items()})
 
     averaged = exported(vae, out)

@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -45,7 +44,7 @@ from infworld.training.flow import Conditions, memory_gap
 from infworld.training.labels import jitter, label_actions, naive_labels, poses_to_matrices
 from infworld.training.optim import EMA, GradientClipper, Muon
 from infworld.training.pictures import load_pictures
-from infworld.training.run import Log, autocast, compute_dtype, from_rank_0, peak_gib, set_up_devices
+from infworld.training.run import Log, autocast, compute_dtype, from_rank_0, leave_together, peak_gib, set_up_devices
 from infworld.training.walks import MIXED, VIEW_ONLY
 from infworld.training.worlds import EVAL_SEEDS
 from infworld.vae import build_vae
@@ -64,7 +63,8 @@ WARMUP = 100  # steps
 NOISES = 2  # noisy targets for every history: they share its way through compressor and transformer
 PAINT_FROM = (2, 6)  # sampler steps, of 8, before which a painted chunk may start: the truth at noise 0.9 to 0.64
 POSE_LABELS = 0.25  # share of walks whose actions are read off noisy poses, where labels are mixed
-RENEWED_AT_ONCE = 64  # walks
+RENEWED_AT_ONCE = 16  # walks
+UNSEEN_WALKS = 32
 JUST_REFRESHED = 0.5  # share of the short chunks that could be, which begin off the grid with no recent latents
 UNSEEN_CHUNKS = (2, 8)  # of history, where the memory is measured
 
@@ -135,11 +135,12 @@ def train(args: argparse.Namespace) -> None:
         faded=args.fade,
         pictures=load_pictures(args.pack).to(device) if args.pack else None,
     )
-    pool.renew(min(pool.size, RENEWED_AT_ONCE))
+    for _ in pool.kinds:  # of each kind, before the first step
+        pool.renew(min(pool.size, RENEWED_AT_ONCE))
     if log:
         unseen = WalkPool(
             **shared,
-            size=min(RENEWED_AT_ONCE, args.batch),
+            size=min(UNSEEN_WALKS, args.batch),
             chunks=min(1 + max(UNSEEN_CHUNKS), args.chunks),
             mixture=VIEW_ONLY,
             first_seed=EVAL_SEEDS[len(EVAL_SEEDS) // 2],
@@ -201,8 +202,7 @@ def train(args: argparse.Namespace) -> None:
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "step": step, "samples": samples}
         torch.save({**state, "optimizers": [o.state_dict() for o in optimizers]}, args.out / "state.pt")
         log.plot("samples", ["loss", "error_right", "error_wrong"], ["gap", "far_gap"], scale="log")
-    if ranks > 1:
-        dist.destroy_process_group()
+    leave_together(ranks)
 
 
 class Trainee(nn.Module):
@@ -285,6 +285,7 @@ def paint(model: Trainee, batch: Batch, sampler: SamplerConfig) -> Tensor:
     return sample(velocity, (1 - t) * batch.target + t * torch.randn_like(batch.target), timesteps)
 
 
+@torch.compiler.set_stance("force_eager")  # few calls, whose graphs without gradients would take minutes to compile
 def memory_report(model: Trainee, unseen: WalkPool) -> dict[str, float]:
     """`memory_errors` with a short history, their ratio with a long one as `far_gap`, and as `short_gap` that of the
     shortest chunks in the middle of two refreshments of their memory, if there are short ones."""

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from infworld.cli.benchmark.model import NoiseText, picture_size
@@ -28,7 +27,7 @@ from infworld.dit import InfiniteWorldTransformer
 from infworld.training import distill, finetune
 from infworld.training.clips import ClipSampler
 from infworld.training.parts import LORA_PARTS, PAPER
-from infworld.training.run import compute_dtype, finish, peak_gib, set_up_devices
+from infworld.training.run import compute_dtype, finish, leave_together, peak_gib, set_up_devices
 from infworld.training.sharing import WAYS
 from infworld.vae import build_vae
 from infworld.videos.dataset import FOLDER, Clip, ClipInfo, write_clip
@@ -53,8 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(json.dumps(figure), flush=True)
     if args.out and rank == 0:
         args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_together(ranks)
     return 0
 
 

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -19,6 +20,7 @@ from infworld.cli.benchmark.model import generator, noise, noise_session, pictur
 from infworld.cli.benchmark.record import GIB, Record, machine, name_of
 from infworld.config import ModelConfig, load_config
 from infworld.devices import pick_device, pick_dtype, pick_vae_dtype
+from infworld.kernels import use_fastest
 from infworld.memory import MAX_SINGLE_PASS, memory_latents
 from infworld.session import Session
 from infworld.world import Chunk
@@ -40,6 +42,7 @@ class Benchmark:
         self.histories = histories(self.config, args.histories, args.chunks)
         self.exact_latents: Tensor | None = None  # of the chunk after the longest history
         self.world, self.naive_vae = random_world(self.config, self.device, self.dtype, vae_dtype)
+        attention = use_fastest(self.world.transformer, self.config) if self.device.type == "cuda" else None
         settings = {
             "model": self.config.name,
             "picture": "x".join(map(str, self.size)),
@@ -47,6 +50,7 @@ class Benchmark:
             "guidance": self.config.val_scheduler_cfg.text_cfg_scale,
             "transformer": name_of(self.dtype),
             "vae": name_of(vae_dtype),
+            "attention": attention or "torch",
             "film": f"{1 + self.chunks * self.config.chunk_frames} frames",
             "longest history": self.histories[0],
         }
@@ -143,8 +147,19 @@ def film_histories(config: ModelConfig, chunks: int) -> list[int]:
     return [1 + (config.chunk_latents - 1) * chunk for chunk in range(chunks)]
 
 
-def naive_attention(bench: Benchmark) -> AbstractContextManager:
-    return bench.attention(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+@contextmanager
+def naive_attention(bench: Benchmark) -> Iterator[None]:
+    """Attention by torch's flash attention, whatever the world has chosen."""
+    attentions = [block.self_attn for block in bench.world.transformer.blocks]
+    chosen = [attention.kernel for attention in attentions]
+    try:
+        for attention in attentions:
+            attention.kernel = F.scaled_dot_product_attention
+        with bench.attention(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
+            yield
+    finally:
+        for attention, kernel in zip(attentions, chosen, strict=True):
+            attention.kernel = kernel
 
 
 def timestep(bench: Benchmark) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend
 from infworld.cli.benchmark.harness import Benchmark, clip, guidance_of, naive_attention, timestep, tokens_of
 from infworld.cli.benchmark.model import plain_velocity
 from infworld.cli.benchmark.record import GIB, name_of
+from infworld.kernels import KERNELS
 from infworld.memory import memory_latents
 
 TERA = 1e12
@@ -40,6 +41,13 @@ def ceilings(bench: Benchmark) -> None:
             with bench.attention(backend):
                 rate(bench, name, lambda: F.scaled_dot_product_attention(q, k, v), 4 * tokens * keys * config.dim, note)
         except RuntimeError as error:
+            bench.record.leave_out(name, str(error).splitlines()[0])
+    for kernel_name, install in KERNELS.items() if cuda else ():
+        name = f"ceiling: attention, {kernel_name}"
+        try:
+            kernel = install()
+            rate(bench, name, lambda kernel=kernel: kernel(q, k, v), 4 * tokens * keys * config.dim, note)
+        except (ImportError, RuntimeError) as error:
             bench.record.leave_out(name, str(error).splitlines()[0])
 
 
@@ -90,7 +98,8 @@ def share_of_ceilings(bench: Benchmark) -> None:
     work = [2 * branches * config.num_layers * w / TERA for w in (products, attention)]
     for name, amount in zip(("matrix products", "attention"), work, strict=True):
         record.put(f"work: {name} of a step, longest history", amount, "TFLOP", "counted")
-    best = max(filter(None, (record[f"ceiling: attention, {b}"] for b in ("flash", "cudnn"))), default=None)
+    kernels = ("flash", "cudnn", *KERNELS)
+    best = max(filter(None, (record[f"ceiling: attention, {name}"] for name in kernels)), default=None)
     product, seconds = record["ceiling: matrix product"], record[f"exact: step, history {bench.histories[0]}"]
     if best and product and seconds:
         floor = work[0] / product + work[1] / best
