@@ -78,7 +78,8 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        patch.delenv("INFWORLD_MODEL", raising=False)
+        for name in ("INFWORLD_MODEL", "TORCH_HOME"):
+            patch.delenv(name, raising=False)
         yield
 
 

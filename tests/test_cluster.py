@@ -11,8 +11,6 @@ import psutil
 import pytest
 
 from infworld.cli import generate
-from infworld.cli.cluster import finished
-from infworld.cli.film import FilmPlan
 from infworld.config import PROJECT_ROOT
 from infworld.video import read_mp4
 
@@ -90,15 +88,6 @@ def test_a_killed_worker_costs_no_film_and_changes_none(small_model, jobs, tmp_p
     assert generate.main(["--model", str(small_model), "--device", "cpu", "--jobs", jobs.name]) == 0
     for name, frames in zip(names, made, strict=True):
         np.testing.assert_array_equal(read_mp4(tmp_path / name), frames)
-
-
-def test_a_film_with_too_few_frames_is_not_finished(small_model, picture, tmp_path, world, monkeypatch):
-    monkeypatch.setattr(generate.infworld, "load", lambda *_, **__: world)
-    arguments = ["--image", str(picture), "--model", str(small_model), "--out", str(tmp_path / "film.mp4")]
-    assert generate.main([*arguments, "--frames", "81"]) == 0
-    assert finished(FilmPlan.of(generate.parse([*arguments, "--frames", "81"])))
-    assert not finished(FilmPlan.of(generate.parse([*arguments, "--frames", "161"])))
-    assert not finished(FilmPlan.of(generate.parse([*arguments[:-1], str(tmp_path / "other.mp4")])))
 
 
 @pytest.mark.parametrize("options", [["--cluster"], ["--workers", "2", "--jobs", "x"]])

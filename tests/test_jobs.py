@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from infworld.cli import generate
+from infworld.cli.film import FilmPlan
+from infworld.cli.jobs import finished
 from infworld.session import Session
 from infworld.video import read_mp4
 
@@ -109,6 +113,30 @@ def test_two_films_in_one_file_are_refused_before_the_first_is_made(make, job, c
     said = capsys.readouterr().err
     assert "line 1: job 1" in said and "line 3: job 3" in said and "would all write" in said
     assert said.index("would all write") < said.index("chunk 1/") and films() == ["other.mp4"]
+
+
+def test_the_same_command_goes_on_with_the_films_that_are_left(make, job, capsys, monkeypatch):
+    jobs = [job(f"{name}.mp4", seed=seed, actions="right 80") for seed, name in enumerate("abc")]
+    assert make("\n".join(jobs)) == 0
+    said = capsys.readouterr().out
+    assert "film 1 of 3\n" in said and re.search(r"film 3 of 3, \d\d:\d\d left\n", said)
+    before, lost = {name: os.stat(name).st_mtime_ns for name in films()}, read_mp4("b.mp4")
+    os.remove("b.mp4")
+    assert make("\n".join(jobs)) == 0
+    assert "film 1 of 1\n" in capsys.readouterr().out
+    np.testing.assert_array_equal(read_mp4("b.mp4"), lost)
+    assert [os.stat(name).st_mtime_ns == then for name, then in before.items()] == [True, False, True]
+    monkeypatch.setattr(generate.infworld, "load", None)  # when nothing is left, no model is loaded
+    assert make("\n".join(jobs)) == 0
+
+
+def test_a_film_with_too_few_frames_is_not_finished(small_model, picture, tmp_path, world, monkeypatch):
+    monkeypatch.setattr(generate.infworld, "load", lambda *_, **__: world)
+    arguments = ["--image", str(picture), "--model", str(small_model), "--out", str(tmp_path / "film.mp4")]
+    assert generate.main([*arguments, "--frames", "81"]) == 0
+    assert finished(FilmPlan.of(generate.parse([*arguments, "--frames", "81"])))
+    assert not finished(FilmPlan.of(generate.parse([*arguments, "--frames", "161"])))
+    assert not finished(FilmPlan.of(generate.parse([*arguments[:-1], str(tmp_path / "other.mp4")])))
 
 
 def test_when_no_job_can_be_made_no_model_is_loaded(make, job, capsys, monkeypatch):

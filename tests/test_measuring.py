@@ -235,6 +235,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(report, short, monkeypat
     arguments = ["--model", str(short), "--cases", str(report / "cases"), "--out", str(report / "report"), "--quick"]
     assert evaluated([*arguments, "--frames", "81"]) == 0
     assert made == ["mirror-turn-last"]
+    done, total = map(int, re.search(r"(\d+)/(\d+) \[00:00<\?", capsys.readouterr().err).groups())
+    assert total - done == 2  # chunks that the time left is for
     assert all(path.stat().st_mtime_ns == then for path, then in rest.items())
     assert json.loads(lost.read_text())["measures"] == json.loads(before)["measures"]  # seeds are fixed
     assert evaluated([*arguments, "--frames", "81", "--seed", "9"]) == 2

@@ -12,13 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-from imageio_ffmpeg import count_frames_and_secs
 from tqdm import tqdm
 
 import infworld
 from infworld.cli.console import FAILED, StopSignals
 from infworld.cli.film import FilmPlan, film
-from infworld.cli.jobs import PATHS, WRONG, Job, check_jobs, read_jobs
+from infworld.cli.jobs import PATHS, WRONG, Job, check_jobs, finished, read_jobs
 from infworld.config import MODELS, PROJECT_ROOT
 from infworld.devices import limit_memory, pick_device
 from infworld.models import default_model, lora_files, prepare, with_loras
@@ -81,11 +80,6 @@ def generate_on_cluster(args: argparse.Namespace, stop: StopSignals) -> int:
         ray.shutdown()
     print(*(f"error: {problem}\n" for problem in problems), sep="", end="", file=sys.stderr)
     return FAILED if problems else 0
-
-
-def finished(plan: FilmPlan) -> bool:
-    """Whether the film is there with all its frames. One that was stopped has fewer."""
-    return plan.out.is_file() and count_frames_and_secs(str(plan.out))[0] == plan.frames
 
 
 def _connect(ray, address: str) -> None:

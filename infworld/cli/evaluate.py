@@ -58,6 +58,7 @@ def evaluate(args: argparse.Namespace) -> int:
         from infworld.evaluation.report import text_table, write_report
         from infworld.evaluation.run import Evaluation, FilmFolder, digest, run
         from infworld.evaluation.takes import FULL, QUICK, WHOLE, plan
+        from infworld.metrics.networks import find_networks
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing: pip install infworld[metrics]") from error
 
@@ -73,16 +74,22 @@ def evaluate(args: argparse.Namespace) -> int:
     takes = plan(suite.cases, scope, config.chunk_frames, args.seed)
     choices = {"preset": args.preset, "steps": args.steps, "guidance": args.guidance}
     world = infworld.load(config, args.device)
-    evaluation = Evaluation(args.out, {**settings_of(world, choices), "seed": args.seed, "cases": digest(suite)})
+    networks = find_networks(world.device)
+    settings = {**settings_of(world, choices), "seed": args.seed, "cases": digest(suite), "networks": str(networks)}
+    evaluation = Evaluation(args.out, settings, networks)
     films = FilmFolder(args.films, suite) if args.films else None
     measured = []
-    with tqdm(total=sum(take.chunks for take in takes), unit="chunk", dynamic_ncols=True) as bar:
+    kept = [take for take in takes if evaluation.done(take) and not (films and films.lack(take))]
+    total, initial = (sum(take.chunks for take in some) for some in (takes, kept))
+    with tqdm(total=total, initial=initial, unit="chunk", dynamic_ncols=True) as bar:
         for take, found in run(evaluation, world, takes, choices, films):
             measured.append(found)
             bar.set_description_str(take.name, refresh=False)
-            bar.update(take.chunks)
+            bar.update(take.chunks if take not in kept else 0)  # which the time left is reckoned from
     path = write_report(evaluation, measured)
     print(f"{text_table(measured)}\n\n{len(measured)} films measured; the report is {path}")
+    for name, why in networks.missing.items():
+        print(f"{name} is left out: {why}")
     return 0
 
 

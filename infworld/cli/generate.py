@@ -47,7 +47,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--jobs",
         metavar="FILE",
         help="many films: a JSON list, or one line each, of objects with the options of one film, such as "
-        '{"image": "a.png", "out": "a.mp4"}; options left out are taken from the command line',
+        '{"image": "a.png", "out": "a.mp4"}; options left out are taken from the command line. Films that are there '
+        "already with all their frames are not made again",
     )
     film = parser.add_argument_group("the film")
     film.add_argument("--out", metavar="FILE", help="the .mp4 to write; required except with --jobs")
@@ -105,7 +106,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         const="local",
         metavar="ADDRESS",
         help="make the films of --jobs with Ray, one on each GPU: of this host, or of the cluster at an address (auto: "
-        "the one that this host is in). Films that are there already with all their frames are not made again",
+        "the one that this host is in)",
     )
     machine.add_argument("--workers", type=int, metavar="N", help="with --cluster: films at a time; default: the GPUs")
     args = parser.parse_args(arguments)

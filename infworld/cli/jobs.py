@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
+from imageio_ffmpeg import count_frames_and_secs
+from tqdm import tqdm
 
 import infworld
 from infworld import hub, parallel
@@ -23,7 +25,7 @@ from infworld.config import load_config
 from infworld.devices import limit_memory, pick_device
 from infworld.files import read_json_text
 from infworld.memory_plan import NotEnoughMemory
-from infworld.models import default_model, prepare, with_loras
+from infworld.models import default_model, lora_files, prepare, with_loras
 
 OF_ALL = {
     "jobs",
@@ -50,26 +52,31 @@ class Job:
 def generate_all(args: argparse.Namespace, stop: StopSignals) -> int:
     """Makes this process's share of many films; returns the exit code.
 
-    All are checked before the first is made. One that cannot be made is named, and the others are made. Raises
-    ValueError or OSError for a file that cannot be read.
+    All are checked before the first is made. One that cannot be made is named, and the others are made; films that are
+    `finished` are not made again. Raises ValueError or OSError for a file that cannot be read.
     """
     device = parallel.device_of_rank(args.device)
     name = args.model or default_model(device)
     with unknown_homes():
         config, path = load_config(name), Path(args.jobs).expanduser()
-    jobs, problems = read_jobs(path, argparse.Namespace(**{**vars(args), "model": name}))
-    jobs, problems = check_jobs(jobs, problems)
+    jobs, problems = check_jobs(*read_jobs(path, argparse.Namespace(**{**vars(args), "model": name})))
     if parallel.rank() == 0:
         print(*(f"error: {problem}\n" for problem in problems), sep="", end="", file=sys.stderr)
     failed = parallel.rank() == 0 and bool(problems)
-    if jobs:
+    loras = lora_files(args.lora) if jobs else []  # a wrong one is said even if nothing is left to film
+    share = [job for job in jobs[parallel.rank() :: parallel.world_size()] if not finished(FilmPlan.of(job.args))]
+    if share:
         if parallel.world_size() > 1 and not hub.find(config):
             raise ValueError(f"the files of {name} are not here: get them first with `infworld download`")
         began = time.monotonic()
         limit_memory(pick_device(device), args.memory_gb)
-        world = infworld.load(with_loras(prepare(name), args.lora), device, compile=args.compile, team=None)
+        world = infworld.load(with_loras(prepare(name), loras), device, compile=args.compile, team=None)
         loading = time.monotonic() - began
-    for job in jobs[parallel.rank() :: parallel.world_size()]:
+    began = time.monotonic()
+    for made, job in enumerate(share):
+        spent = time.monotonic() - began
+        left = f", {tqdm.format_interval(spent / made * (len(share) - made))} left" if made else ""
+        print(f"film {made + 1} of {len(share)}{left}")
         try:
             plan = FilmPlan.of(job.args)
             with plan.claimed():
@@ -151,6 +158,11 @@ def check_jobs(jobs: list[Job], problems: list[str]) -> tuple[list[Job], list[st
         problems = [*problems, f"{' and '.join(places)}: they would all write {path}"]
         good = [job for job in good if job.where not in places]
     return good, problems
+
+
+def finished(plan: FilmPlan) -> bool:
+    """Whether the film is there with all its frames. One that was stopped has fewer."""
+    return plan.out.is_file() and count_frames_and_secs(str(plan.out))[0] == plan.frames
 
 
 def wait_for_others() -> None:

@@ -17,6 +17,7 @@ import torch
 from infworld.evaluation.takes import LAST, WHOLE, Take, describe
 from infworld.metrics.control import control, expected, residual_motion
 from infworld.metrics.memory import Return, by_gap, mirror, revisit_closure
+from infworld.metrics.networks import Networks
 from infworld.metrics.quality import dynamic_degree, motion_smoothness
 from infworld.metrics.similarity import normalised, random_floor, round_trip_ceiling
 from infworld.metrics.stability import drift, seams, still_likeness
@@ -41,7 +42,7 @@ def round_trip(world: World) -> Callable[[np.ndarray], np.ndarray]:
     return through
 
 
-def measure(take: Take, frames: np.ndarray, world: World) -> Measures:
+def measure(take: Take, frames: np.ndarray, world: World, networks: Networks) -> Measures:
     """All measures of one film."""
     chunk, fps = world.config.chunk_frames, world.config.validation_data.fps
     if take.kind == "action":
@@ -52,9 +53,11 @@ def measure(take: Take, frames: np.ndarray, world: World) -> Measures:
         )
     ends = random_floor(frames), round_trip_ceiling(frames[:CEILING_FRAMES], round_trip(world))
     if take.kind == "mirror":
-        return _likeness("mirror", mirror(frames, chunk), ends)
+        returns = mirror(frames, chunk)
+        return _likeness("mirror", returns, ends) | _lpips("mirror", returns, frames, networks)
     returns = revisit_closure(frames, take.actions, chunk, world.config.camera)
-    found = _likeness("return", returns, ends) | _stability(frames, chunk)
+    found = _likeness("return", returns, ends) | _lpips("return", returns, frames, networks)
+    found |= _stability(frames, chunk) | networks.quality(frames[chunk // 2 :: chunk // 2])
     for gap, group in by_gap(returns).items():
         found |= _likeness(f"return after {gap}", group, ends)
     dynamics = dynamic_degree(frames, fps)
@@ -70,6 +73,13 @@ def _likeness(name: str, returns: Sequence[Return], ends: tuple[float, float]) -
     score = 100 * normalised(means["best"], floor, ceiling)
     named = {f"{name} {key}": value for key, value in means.items()}
     return named | {f"{name} score": score, "floor": floor, "ceiling": ceiling}
+
+
+def _lpips(name: str, returns: Sequence[Return], frames: np.ndarray, networks: Networks) -> Measures:
+    if not returns:
+        return {}
+    first, again = ([getattr(found, key) for found in returns] for key in ("first", "again"))
+    return {f"{name} {key}": value for key, value in networks.lpips(frames[first], frames[again]).items()}
 
 
 def _stability(frames: np.ndarray, chunk: int) -> Measures:
@@ -106,10 +116,12 @@ class Row:
 ROWS = (
     Row("memory", "mirror", "mirror psnr", "mirror: a chunk and its inverse, PSNR", "dB"),
     Row("memory", "mirror", "mirror ssim", "mirror, SSIM"),
+    Row("memory", "mirror", "mirror LPIPS", "mirror, LPIPS", "", "low"),
     Row("memory", "mirror", "mirror best", "mirror, best PSNR within 4 frames", "dB"),
     Row("memory", "mirror", "mirror score", "mirror, 0 random frames, 100 the VAE", "%"),
     Row("memory", "walk", "return psnr", "returns of the walks, PSNR", "dB"),
     Row("memory", "walk", "return ssim", "returns, SSIM"),
+    Row("memory", "walk", "return LPIPS", "returns, LPIPS", "", "low"),
     Row("memory", "walk", "return best", "returns, best PSNR within 4 frames", "dB"),
     Row("memory", "walk", "return score", "returns, 0 random frames, 100 the VAE", "%"),
     Row("control", "action", "obeyed", "actions obeyed", "%"),
@@ -127,6 +139,8 @@ ROWS = (
     Row("quality", "walk", "motion smoothness", "motion smoothness (light)", "%"),
     Row("quality", "walk", "dynamic degree", "dynamic degree (light)", "%"),
     Row("quality", "walk", "flow", "motion of the fastest 5 % in 1/8 s, of the shorter side", "%", ""),
+    Row("quality", "walk", "imaging quality", "imaging quality (MUSIQ, as VBench)", "%"),
+    Row("quality", "walk", "aesthetic quality", "aesthetic quality (LAION's predictor, as VBench)", "%"),
 )
 
 

@@ -49,6 +49,7 @@ def write_report(evaluation: Evaluation, films: Sequence[Film]) -> Path:
         cases=len({film.case for film in films}),
         films=len(films),
         seconds=sum(film.seconds for film in films),
+        missing=evaluation.networks.missing,
     )
     write_text(folder / "report.html", html)
     return folder / "report.html"
@@ -102,7 +103,6 @@ def plot_gaps(films: Sequence[Film]) -> str:
             axes.plot(xs, [value.mean for value in values], "o-", color=colour, label=NAMES[memory])
             axes.fill_between(xs, [v.low for v in values], [v.high for v in values], color=colour, alpha=0.15, lw=0)
     axes.axhline(0, color="gray", lw=0.8)
-    axes.legend()
     return _svg(plot)
 
 
@@ -121,7 +121,6 @@ def plot_drift(films: Sequence[Film]) -> list[str]:
             label = NAMES[memory] if kind == "walk" else "doing nothing"
             axes.plot(range(1, 1 + longest), means, style, color=COLOURS[memory], label=label)
         axes.axhline(1 if ratio else 0, color="gray", lw=0.8)
-        axes.legend()
         plots.append(_svg(plot))
     return plots
 
@@ -163,6 +162,7 @@ def _plot(title: str, x: str, y: str):
 
 
 def _svg(plot: Plot) -> str:
+    plot.legend(loc="outside lower center", ncols=3, frameon=False)  # beside the curves, which go everywhere
     text = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "infworld"}):
         plot.savefig(text, format="svg", metadata={"Date": None})

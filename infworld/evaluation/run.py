@@ -18,6 +18,7 @@ from infworld.evaluation.cases import Suite
 from infworld.evaluation.measure import Film, measure
 from infworld.evaluation.takes import WHOLE, Take, film
 from infworld.metrics.memory import revisit_closure
+from infworld.metrics.networks import Networks
 from infworld.progress import Progress
 from infworld.video import Mp4Writer
 from infworld.world import World
@@ -35,12 +36,17 @@ class Evaluation:
 
     folder: Path
     settings: dict
+    networks: Networks = Networks()
 
     def begin(self) -> None:
         path = self.folder / "settings.json"
         (self.folder / "measured").mkdir(parents=True, exist_ok=True)
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != self.settings:
-            raise ValueError(f"{self.folder} has an evaluation with other settings: choose another folder with --out")
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else self.settings
+        if changed := [name for name, value in self.settings.items() if before.get(name) != value]:
+            raise ValueError(
+                f"{self.folder} has an evaluation with other settings ({', '.join(changed)}): "
+                "choose another folder with --out"
+            )
         write_text(path, json.dumps(self.settings, indent=1))
 
     def film_path(self, take: Take) -> Path:
@@ -54,10 +60,11 @@ class Evaluation:
         path = self.film_path(take)
         return Film(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
-    def keep(self, take: Take, frames: np.ndarray, seconds: float, world: World) -> Film:
-        found = Film(
-            take.name, take.kind, take.case.name, take.memory, len(frames), seconds, measure(take, frames, world)
-        )
+    def keep(self, take: Take, frames: np.ndarray, began: float, world: World) -> Film:
+        """Measures a film and keeps that. began: when filming did, by time.monotonic."""
+        measures = measure(take, frames, world, self.networks)
+        seconds = time.monotonic() - began
+        found = Film(take.name, take.kind, take.case.name, take.memory, len(frames), seconds, measures)
         if take.kind in ("walk", "still"):
             write_strip(self.strip_path(take.name), frames)
         write_text(self.film_path(take), json.dumps(dataclasses.asdict(found), indent=1))
@@ -77,6 +84,10 @@ class FilmFolder:
 
     def path(self, take: Take) -> Path:
         return self.of(take.memory) / self.suite.film(take.case.name)
+
+    def lack(self, take: Take) -> bool:
+        """Whether the take's film belongs here and is not here."""
+        return take.kind == "walk" and not self.path(take).is_file()
 
     def write(self, take: Take, frames: np.ndarray, world: World) -> None:
         path, fps = self.path(take), world.config.validation_data.fps
@@ -115,17 +126,16 @@ def run(
     films: FilmFolder | None = None,
     heard: Callable[[Progress], None] | None = None,
 ) -> Iterator[tuple[Take, Film]]:
-    """Films and measures every take, yielding each; takes that are measured already are only read."""
+    """Films and measures every take, yielding each; takes that are `done` already are only read."""
     evaluation.begin()
     for take in takes:
-        wanted = films if films and take.kind == "walk" and not films.path(take).is_file() else None
-        found = evaluation.done(take)
-        if found is None or wanted:
+        found = None if films and films.lack(take) else evaluation.done(take)
+        if found is None:
             began = time.monotonic()
             frames = film(world, take, choices, heard)
-            if wanted:
-                wanted.write(take, frames, world)
-            found = evaluation.keep(take, frames, time.monotonic() - began, world)
+            if films and films.lack(take):
+                films.write(take, frames, world)
+            found = evaluation.keep(take, frames, began, world)
         yield take, found
 
 
