@@ -123,7 +123,8 @@ def test_the_same_command_goes_on_with_the_films_that_are_left(make, job, capsys
     before, lost = {name: os.stat(name).st_mtime_ns for name in films()}, read_mp4("b.mp4")
     os.remove("b.mp4")
     assert make("\n".join(jobs)) == 0
-    assert "film 1 of 1\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 films are there already and stay" in said and "film 1 of 1\n" in said
     np.testing.assert_array_equal(read_mp4("b.mp4"), lost)
     assert [os.stat(name).st_mtime_ns == then for name, then in before.items()] == [True, False, True]
     monkeypatch.setattr(generate.infworld, "load", None)  # when nothing is left, no model is loaded

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import infworld
 from infworld.cli.console import FAILED, StopSignals
 from infworld.cli.film import FilmPlan, film
-from infworld.cli.jobs import PATHS, WRONG, Job, check_jobs, finished, read_jobs
+from infworld.cli.jobs import PATHS, WRONG, Job, check_jobs, left_to_make, read_jobs
 from infworld.config import MODELS, PROJECT_ROOT
 from infworld.devices import limit_memory, pick_device
 from infworld.models import default_model, lora_files, prepare, with_loras
@@ -59,7 +59,7 @@ def generate_on_cluster(args: argparse.Namespace, stop: StopSignals) -> int:
     args.model, args.lora = _everywhere(args.model or default_model(args.device)), lora_files(args.lora)
     jobs, problems = check_jobs(*read_jobs(Path(args.jobs).expanduser(), args))
     jobs = [Job(job.where, _with_whole_paths(job.args)) for job in jobs]
-    left = [job for job in jobs if not finished(FilmPlan.of(job.args))]
+    left = left_to_make(jobs)
     _connect(ray, args.cluster)
     try:
         pool = ActorPool(_workers(ray, args, len(left)))

@@ -64,7 +64,7 @@ def generate_all(args: argparse.Namespace, stop: StopSignals) -> int:
         print(*(f"error: {problem}\n" for problem in problems), sep="", end="", file=sys.stderr)
     failed = parallel.rank() == 0 and bool(problems)
     loras = lora_files(args.lora) if jobs else []  # a wrong one is said even if nothing is left to film
-    share = [job for job in jobs[parallel.rank() :: parallel.world_size()] if not finished(FilmPlan.of(job.args))]
+    share = left_to_make(jobs[parallel.rank() :: parallel.world_size()])
     if share:
         if parallel.world_size() > 1 and not hub.find(config):
             raise ValueError(f"the files of {name} are not here: get them first with `infworld download`")
@@ -158,6 +158,14 @@ def check_jobs(jobs: list[Job], problems: list[str]) -> tuple[list[Job], list[st
         problems = [*problems, f"{' and '.join(places)}: they would all write {path}"]
         good = [job for job in good if job.where not in places]
     return good, problems
+
+
+def left_to_make(jobs: list[Job]) -> list[Job]:
+    """The jobs whose films are not `finished`; says how many are."""
+    left = [job for job in jobs if not finished(FilmPlan.of(job.args))]
+    if len(left) < len(jobs):
+        print(f"{len(jobs) - len(left)} films are there already and stay; delete one to have it made again")
+    return left
 
 
 def finished(plan: FilmPlan) -> bool:
