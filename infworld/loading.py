@@ -74,7 +74,8 @@ def load(
         packaged = team is None and packages.apply(transformer, places)
         if compile and not packaged:
             transformer.compile_blocks()
-    if device.type == "cuda" and not packaged:  # packages have their own attention inside
+    # Packages have their own attention inside; and where all is packed for a GPU to come, none is here for a trial.
+    if device.type == "cuda" and not packaged and text_placement != "gpu":
         kernels.use_fastest(transformer, config)
     vae = load_strict(
         lambda: build_vae(config),

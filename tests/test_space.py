@@ -127,13 +127,14 @@ def test_every_import_outside_of_tests_is_required(requirements):
         "starlette": "gradio",
         "httpx": "gradio",
     }
+    optional = {"infworld", "app", "ray", "playwright", "fa3_fwd_interface", "flash_attn"}
     package = PROJECT_ROOT / "infworld"
     extras = {
         package / name for name in ("training", "metrics", "evaluation", "arena", "videos")
     }  # a Space does without
     files = [path for path in package.rglob("*.py") if not extras & set(path.parents)]
     for path in files:
-        for name in imported(path) - set(sys.stdlib_module_names) - {"infworld", "app", "ray", "playwright"}:
+        for name in imported(path) - set(sys.stdlib_module_names) - optional:
             assert packages.get(name, name.replace("_", "-")) in requirements, f"{path.name} imports {name}"
 
 
