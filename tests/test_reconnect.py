@@ -160,8 +160,9 @@ def test_a_restart_of_the_server_loses_neither_film_nor_picture(page, small_mode
         expect_film(page, 161)
     (uploads,) = (tmp_path / UPLOADS).iterdir()
     assert list(uploads.rglob("picture.png"))
+    page.evaluate("window.before = true")
     with page_server(small_model, films, port):
-        page.reload()  # Gradio does so by itself only where the page waits for something while the server is away
+        page.wait_for_function("!window.before", timeout=PATIENCE)  # the page is loaded again by itself
         expect_film(page, 161)
         page.click("#more")
         status(page, "321 frames")

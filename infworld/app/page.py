@@ -286,12 +286,12 @@ class Page:
     def _remember_tab(self, blocks: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
         """A page that is loaded again shows the tab that was open."""
         last = gr.BrowserState(None, storage_key="infinite-world-tab", secret="infinite-world")
-        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         for name, tab in tabs.items():
-            tab.select(lambda name=name: name, None, last, **at_once)
-        # The first tab is there already; by the time of the answer another one may have been opened.
+            tab.select(None, None, last, js=f"() => '{name}'", api_visibility="private")
+        # The first tab is there already.
         later = list(tabs)[1:]
-        blocks.load(lambda name: gr.Tabs(selected=name) if name in later else gr.skip(), last, self.tabs, **at_once)
+        show = f"(name) => {later}.includes(name) ? {{__type__: 'update', selected: name}} : {{__type__: 'update'}}"
+        blocks.load(None, last, self.tabs, js=show, api_visibility="private")
 
     def _doors(self) -> None:
         """The one endpoint for programs, which is also the MCP tool. Its parts are seen by nobody."""

@@ -7,3 +7,21 @@ welcome.querySelector("button").addEventListener("click", () => {
   welcome.hidden = true;
   keep((storage) => storage.setItem(KEY, "yes"));
 });
+
+// Gradio notices that the server was started anew only while the page waits for something. An idle page asks, and loads
+// itself again, which brings the film back.
+const ASK = 5000; // ms
+const serverId = async () => {
+  try {
+    const answer = await fetch("gradio_api/app_id");
+    return answer.ok ? await answer.text() : null;
+  } catch {
+    return null; // out of reach for now
+  }
+};
+const firstId = serverId();
+setInterval(async () => {
+  if (document.hidden) return;
+  const [before, now] = [await firstId, await serverId()];
+  if (before && now && before !== now) window.location.reload();
+}, ASK);
