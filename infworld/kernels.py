@@ -47,8 +47,11 @@ def use_fastest(model: InfiniteWorldTransformer, config: ModelConfig) -> str | N
     """Makes the model's blocks compute attention with the fastest kernel that is installed, by a trial on its device
     with a chunk's tokens and a full memory; returns its name, None for torch's own.
 
-    A kernel that fails, or whose result differs from torch's by more than rounding, is left out with a warning.
+    A kernel that fails, or whose result differs from torch's by more than rounding, is left out with a warning. Where
+    none is installed there is no trial.
     """
+    if not (installed := _installed()):
+        return None
     sizes = config.model_cfg
     shape = sizes.num_heads, sizes.dim // sizes.num_heads
     device = model.patch_embedding.weight.device
@@ -64,15 +67,12 @@ def use_fastest(model: InfiniteWorldTransformer, config: ModelConfig) -> str | N
     with torch.inference_mode(), fastest_attention(device):
         own = F.scaled_dot_product_attention(q, k, v)
         best, name, kernel = FASTER * _seconds(F.scaled_dot_product_attention, q, k, v), None, None
-        for candidate, install in KERNELS.items():
+        for candidate, tried in installed.items():
             try:
-                tried = install()
                 found = tried(q, k, v)
                 seconds = _seconds(tried, q, k, v)
-            except ImportError:
-                continue
             except Exception as error:  # such as a kernel for other cards
-                log.warning("%s does not run here and is left out: %s", candidate, str(error).splitlines()[:1])
+                _leave_out(candidate, error)
                 continue
             error = float((found - own).abs().max() / own.abs().max())
             if not error < ERROR:
@@ -83,6 +83,22 @@ def use_fastest(model: InfiniteWorldTransformer, config: ModelConfig) -> str | N
         model.use_kernel(kernel)
         log.info("attention by %s", name)
     return name
+
+
+def _installed() -> dict[str, Kernel]:
+    kernels = {}
+    for name, install in KERNELS.items():
+        try:
+            kernels[name] = install()
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:  # such as one that was built for another torch
+            _leave_out(name, error)
+    return kernels
+
+
+def _leave_out(name: str, error: Exception) -> None:
+    log.warning("%s does not run here and is left out: %s", name, " ".join(str(error).splitlines()[:1]))
 
 
 def _tokens_first(function: Callable) -> Kernel:

@@ -66,10 +66,14 @@ def test_one_that_fails_is_left_out_and_the_next_is_tried(model, config, monkeyp
     def fails(q, k, v):
         raise RuntimeError("no kernel image is available for this card")
 
-    monkeypatch.setattr(kernels, "KERNELS", {"old": lambda: fails, "fast": Fast})
+    def broken():
+        raise ImportError("undefined symbol: aoti_torch")
+
+    monkeypatch.setattr(kernels, "KERNELS", {"old": lambda: fails, "broken": broken, "fast": Fast})
     with caplog.at_level(logging.WARNING):
         assert kernels.use_fastest(model, config) == "fast"
     assert "old does not run here and is left out" in caplog.text and "no kernel image" in caplog.text
+    assert "broken does not run here and is left out: undefined symbol" in caplog.text
 
 
 def test_tokens_come_first_in_flash_attention_and_only_the_result_is_taken():

@@ -150,7 +150,7 @@ def test_rounds_of_submit_and_cancel_leave_nothing_behind(serve_models, world, f
     time.sleep(2 * step)
     threads, files, children = own_threads(), me.num_fds(), len(me.children(recursive=True))
     folders = set(films.iterdir())
-    for number in range(6):
+    for number in range(10):
         one_round(number)
     until(lambda: slow.films == 0)
     path = clients[0].predict(handle_file(picture), "", 81, 0, "", api_name="/film")  # it still works
@@ -259,7 +259,7 @@ def test_one_program_cannot_fill_the_queue_and_cheap_events_are_never_refused(cl
 
 
 def test_of_many_pages_at_once_each_gets_its_own_downloads(quick, picture, films):
-    clients = [PageClient(quick) for _ in range(8)]
+    clients = [PageClient(quick) for _ in range(20)]
     image = clients[0].upload(picture)
     events = [client.start("generate", picture=image, frames=81) for client in clients]
     found = set()
@@ -267,4 +267,4 @@ def test_of_many_pages_at_once_each_gets_its_own_downloads(quick, picture, films
         assert client.wait(event, 300)["success"]
         assert "Done" in client.said(event) and "Download" in client.said(event)
         found |= {film.name for film in films.iterdir() if film.name in client.said(event)}
-    assert len(found) == 8 == len(list(films.iterdir()))
+    assert len(found) == 20 == len(list(films.iterdir()))

@@ -173,7 +173,7 @@ def train(args: argparse.Namespace) -> None:
             if log:
                 save_progress(model.vae, args.out, step, progress, "unjudged.safetensors")
         losses.append(learn(frames, say))
-        clip([p for p in model.parameters() if p.requires_grad])
+        clip(model.parameters())
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -212,20 +212,17 @@ class Autoencoder(nn.Module):
     def __init__(self, vae: VideoVAE, equivariant: float = 0.0):
         super().__init__()
         self.vae, self.equivariant = vae, equivariant
-        self.frozen = False  # the encoder
         for block in self.vae.modules():
             if isinstance(block, ResidualBlock):
                 block.residual["6"].weight.data *= 0.1
 
     def freeze_encoder(self) -> None:
-        self.frozen = True
         for part in (self.vae.encoder, self.vae.conv1):
             part.requires_grad_(False)
 
     def forward(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What is decoded, the video that it should be, and the latents' mean and log variance."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            mean, logvar = self.vae.encode_distribution(video)
+        mean, logvar = self.vae.encode_distribution(video)
         logvar = logvar.clamp(-20, 10)
         z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
         if torch.rand(()) < self.equivariant:

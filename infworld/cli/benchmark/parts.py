@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from infworld.cli.benchmark.harness import Benchmark, clip, guidance_of, naive_a
 from infworld.cli.benchmark.model import plain_velocity
 from infworld.cli.benchmark.record import GIB, name_of
 from infworld.kernels import KERNELS
+from infworld.layers import Kernel
 from infworld.memory import memory_latents
 
 TERA = 1e12
@@ -35,19 +37,21 @@ def ceilings(bench: Benchmark) -> None:
         for n in (tokens, keys, keys)
     )
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION] if cuda else [SDPBackend.FLASH_ATTENTION]
-    for backend in backends:
-        name = f"ceiling: attention, {backend.name.removesuffix('_ATTENTION').lower()}"
-        note = f"{tokens} queries, {keys} keys, {config.num_heads} heads of {head_dim}"
+    ways: dict[str, tuple[AbstractContextManager, Callable[[], Kernel]]] = {
+        backend.name.removesuffix("_ATTENTION").lower(): (
+            bench.attention(backend),
+            lambda: F.scaled_dot_product_attention,
+        )
+        for backend in backends
+    }
+    if cuda:
+        ways |= {name: (nullcontext(), install) for name, install in KERNELS.items()}
+    note = f"{tokens} queries, {keys} keys, {config.num_heads} heads of {head_dim}"
+    for way, (chosen, install) in ways.items():
+        name = f"ceiling: attention, {way}"
         try:
-            with bench.attention(backend):
-                rate(bench, name, lambda: F.scaled_dot_product_attention(q, k, v), 4 * tokens * keys * config.dim, note)
-        except RuntimeError as error:
-            bench.record.leave_out(name, str(error).splitlines()[0])
-    for kernel_name, install in KERNELS.items() if cuda else ():
-        name = f"ceiling: attention, {kernel_name}"
-        try:
-            kernel = install()
-            rate(bench, name, partial(kernel, q, k, v), 4 * tokens * keys * config.dim, note)
+            with chosen:
+                rate(bench, name, partial(install(), q, k, v), 4 * tokens * keys * config.dim, note)
         except (ImportError, RuntimeError) as error:
             bench.record.leave_out(name, str(error).splitlines()[0])
 
