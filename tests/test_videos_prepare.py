@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import resource
@@ -70,6 +71,7 @@ def test_a_film_becomes_a_clip_with_its_actions_and_latents(folder, small_model,
     (folder / "captions.json").write_text(json.dumps({"walk.mp4": "a pattern"}))
     assert prepare(folder, small_model, "--captions", str(folder / "captions.json")) == 0
     assert "1 clips in" in capsys.readouterr().out
+    assert logging.getLogger("infworld").level == logging.NOTSET  # others in this process are warned as before
     config = load_config(small_model)
     (clip,) = open_data(folder / "data", config)
     assert (clip.name, clip.size, clip.frames, clip.info.caption) == ("walk.mp4-1", (32, 48), 161, "a pattern")

@@ -15,6 +15,8 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +60,6 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing: pip install 'infworld[videos]'") from error
 
-    logging.getLogger("infworld").setLevel(logging.ERROR)  # what is told there is told below
     preparation = Preparation(
         args.folder,
         args.out,
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     )
     console = Console(len(preparation.names))
     try:
-        with StopSignals():
+        with StopSignals(), without_warnings():  # what is told there is told below
             records = preparation.run(console.film_begins, console.progress)
     finally:
         console.close()
@@ -80,6 +81,18 @@ def run(args: argparse.Namespace) -> int:
     clips = sum(bool(part.clip) for record in records.values() for part in record.parts)
     print(f"{clips} clips in {args.out}; what was found: {page}")
     return 1 if not clips or any(record.error for record in records.values()) else 0
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """In which the project logs errors only."""
+    log = logging.getLogger("infworld")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def read_captions(path: Path) -> dict[str, str]:
