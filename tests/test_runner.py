@@ -150,7 +150,7 @@ def test_rounds_of_submit_and_cancel_leave_nothing_behind(serve_models, world, f
     time.sleep(2 * step)
     threads, files, children = own_threads(), me.num_fds(), len(me.children(recursive=True))
     folders = set(films.iterdir())
-    for number in range(10):
+    for number in range(20):
         one_round(number)
     until(lambda: slow.films == 0)
     path = clients[0].predict(handle_file(picture), "", 81, 0, "", api_name="/film")  # it still works
