@@ -64,6 +64,13 @@ FIND = f"""(latest) => {{
   window.hasFoundFilm = true;  // before, the latest film of all tabs is no change
   return name;
 }}"""
+# A page also tells of the tab that it begins with, which is no choice.
+KEEP_TAB = "() => window.hasFoundTab && sessionStorage.setItem('infinite-world-tab', '{}')"
+FIND_TAB = """() => {{
+  const name = sessionStorage.getItem('infinite-world-tab');
+  window.hasFoundTab = true;
+  return {}.includes(name) ? {{__type__: 'update', selected: name}} : {{__type__: 'update'}};
+}}"""
 # A button is off in the browser at once, before the server answers, and on again after an error.
 OFF = "(...values) => {{ document.getElementById('{}').disabled = true; return values; }}"
 ON = "() => {{ document.getElementById('{}').disabled = false; }}"
@@ -285,13 +292,10 @@ class Page:
 
     def _remember_tab(self, blocks: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
         """A page that is loaded again shows the tab that was open."""
-        last = gr.BrowserState(None, storage_key="infinite-world-tab", secret="infinite-world")
         for name, tab in tabs.items():
-            tab.select(None, None, last, js=f"() => '{name}'", api_visibility="private")
+            tab.select(None, js=KEEP_TAB.format(name), api_visibility="private")
         # The first tab is there already.
-        later = list(tabs)[1:]
-        show = f"(name) => {later}.includes(name) ? {{__type__: 'update', selected: name}} : {{__type__: 'update'}}"
-        blocks.load(None, last, self.tabs, js=show, api_visibility="private")
+        blocks.load(None, None, self.tabs, js=FIND_TAB.format(list(tabs)[1:]), api_visibility="private")
 
     def _doors(self) -> None:
         """The one endpoint for programs, which is also the MCP tool. Its parts are seen by nobody."""
