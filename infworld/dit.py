@@ -27,7 +27,9 @@ from infworld.layers import (
     TokenLayout,
     gated_add,
     linear_float32,
+    linear_gelu,
     modulate,
+    modulate_both,
     rope_3d,
 )
 from infworld.memory import MemoryCompressor
@@ -362,7 +364,7 @@ class Block(nn.Module):
         `memory` are the memory tokens as they entered this block. `rope` is of both, memory first.
         """
         vectors = self._vectors(modulation)
-        x = modulate(torch.cat([memory, noisy], dim=1), vectors[0], vectors[1])
+        x = modulate_both(memory, noisy, vectors[0], vectors[1])
         own = memory.shape[1]
         queries = self.self_attn.queries(x[:, own:], rope[:, own:])
         attended = self.self_attn.attend(queries, *self.self_attn.keys_values(x, rope), attention)
@@ -384,7 +386,8 @@ class Block(nn.Module):
 
     def _text_and_ffn(self, x: Tensor, vectors: tuple[Tensor, ...], text: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.cross_attn.attend(self.cross_attn.queries(self.norm3(x).to(x.dtype)), *text)
-        return gated_add(x, self.ffn(modulate(x, vectors[3], vectors[4])), vectors[5])
+        first, _, last = self.ffn
+        return gated_add(x, last(linear_gelu(modulate(x, vectors[3], vectors[4]), first)), vectors[5])
 
     def _vectors(self, modulation: Tensor) -> tuple[Tensor, ...]:
         """shift1, scale1, gate1, shift2, scale2, gate2, each float32 (B, 1, dim)."""

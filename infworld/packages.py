@@ -26,6 +26,7 @@ from torch import Tensor
 from infworld import layers
 from infworld.config import ModelConfig, TransformerConfig
 from infworld.dit import Block, InfiniteWorldTransformer
+from infworld.fused import ALLOWED
 from infworld.layers import fastest_attention, rope_3d
 from infworld.memory import MAX_SINGLE_PASS, memory_latents
 
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 
 STEPS = {"memory_step": 1, "noisy_step": 2}  # of a block; how many tensors of tokens each takes
 RECORD = "blocks.json"  # records what a package was made for; written last, so that it marks a complete package
-# By how much of the largest value compiled steps may deviate: rounding, and no more.
-ALLOWED = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Prefixes of the kernel's names for the instruction sets that a compiler may use.
 INSTRUCTIONS = ("sse", "ssse", "avx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "adx", "amx", "asimd", "sve")
 _USELESS = "the blocks compiled ahead of time do not work here, so on without: %s"
