@@ -175,16 +175,11 @@ class InfiniteWorldTransformer(nn.Module):
 
         The first calls take up to a minute, longer with gradients.
         """
-        # The fusion leaves the gradients of shifts, scales and gates, which are slices of one tensor, uninitialised
-        # (pytorch issue 193061; the option is there from torch 2.10 on). The analysis fails an assertion for some
-        # shapes, a batch of 48 or chunks of 5 latents among them.
-        harmful = {"triton.mix_order_reduction", "triton.coalesce_tiling_analysis"}
-        options = dict.fromkeys(harmful & set(torch._inductor.list_options()), False)
         # One graph for each length of chunk, with and without gradients.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         for block in self.blocks:
-            block.memory_step = torch.compile(block.memory_step, fullgraph=True, options=options)
-            block.noisy_step = torch.compile(block.noisy_step, fullgraph=True, options=options)
+            block.memory_step = torch.compile(block.memory_step, fullgraph=True, options=inductor_options())
+            block.noisy_step = torch.compile(block.noisy_step, fullgraph=True, options=inductor_options())
 
     def offload_blocks(self) -> None:
         """Moves the blocks to the CPU's memory, from where they are streamed through the model's device one by one.
@@ -316,6 +311,15 @@ class KeptMemory:
         own = self._model.blocks[i].keys_values(x, self._modulation[part], rope)
         keys[:, :, known:], values[:, :, known:] = own
         return keys, values
+
+
+def inductor_options() -> dict[str, bool]:
+    """What torch's compiler is told to leave, by those of its names that this version has."""
+    # The fusion leaves the gradients of shifts, scales and gates, which are slices of one tensor, uninitialised
+    # (pytorch issue 193061; the option is there from torch 2.10 on). The analysis fails an assertion for some
+    # shapes, a batch of 48 or chunks of 5 latents among them.
+    harmful = {"triton.mix_order_reduction", "triton.coalesce_tiling_analysis"}
+    return dict.fromkeys(harmful & set(torch._inductor.list_options()), False)
 
 
 def _of_any_length(*tensors: Tensor) -> None:

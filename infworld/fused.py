@@ -28,6 +28,7 @@ DEVICES = {"cuda"}
 P = ParamSpec("P")
 
 _plain: ContextVar[bool] = ContextVar("plain", default=False)
+_said: set[str] = set()  # warnings: several kernels may fail for one reason
 
 
 @contextmanager
@@ -75,6 +76,7 @@ def _kernel(function: Callable) -> Callable:
 
 
 def _passes_trial(function: Callable, args: tuple) -> bool:
+    name = function.__name__
     with plain_torch():
         expected = function(*args)
     try:
@@ -83,16 +85,19 @@ def _passes_trial(function: Callable, args: tuple) -> bool:
     except torch.OutOfMemoryError:
         raise
     except ModuleNotFoundError:
-        log.info("%s without a kernel: Triton is not installed", function.__name__)
+        log.info("%s without a kernel: Triton is not installed", name)
         return False
     except Exception as error:  # of any kind: such as no C compiler, or a card that Triton does not know
-        log.warning("the kernel for %s does not run here and is left out: %s", function.__name__, _first_line(error))
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        _warn_once(f"kernels of Triton do not run here, and plain torch takes their place: {reason}")
         return False
     if found.shape != expected.shape or not error <= ALLOWED[expected.dtype]:
-        log.warning("the kernel for %s is off by %.1e of torch's result and is left out", function.__name__, error)
+        _warn_once(f"the kernel for {name} is off by {error:.1e} of torch's result and is left out")
         return False
     return True
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _warn_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        log.warning(message)

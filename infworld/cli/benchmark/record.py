@@ -96,6 +96,7 @@ def goals(results: dict) -> list[tuple[str, float, float, bool]]:
     step, film = (
         [figures.get(f"{way}: {what}") for way in ("naive", "exact")] for what in (f"step, history {longest}", "film")
     )
+    of_four = results["settings"].get("devices") == 4
     compiled_step = figures.get(f"compiled: step, history {longest}")
     found = [
         ("steady step, naive / exact", ratio(*step), 3.0, True),
@@ -106,6 +107,9 @@ def goals(results: dict) -> list[tuple[str, float, float, bool]]:
         ("error of a chunk's latents, bfloat16", figures.get("error of a chunk, bfloat16"), 1e-2, False),
         ("error of a chunk's latents, float32", figures.get("error of a chunk, float32 at small size"), 1e-4, False),
         ("decode a chunk, s", figures.get("exact: decode a chunk"), 1.1, False),
+        ("four devices, exact", figures.get("exact: chunk, times as fast as on one") if of_four else None, 3.6, True),
+        ("four devices, fast", figures.get("fast: chunk, times as fast as on one") if of_four else None, 3.5, True),
+        ("fast film on four devices, s", figures.get("fast: film on 4"), 55.0, False),
         ("first step with compilation, s", figures.get("compiled: first step"), 60.0, False),
     ]
     return [
