@@ -27,7 +27,9 @@ from infworld.layers import (
     TokenLayout,
     gated_add,
     linear_float32,
+    linear_gelu,
     modulate,
+    modulate_both,
     rope_3d,
 )
 from infworld.memory import MemoryCompressor
@@ -173,16 +175,11 @@ class InfiniteWorldTransformer(nn.Module):
 
         The first calls take up to a minute, longer with gradients.
         """
-        # The fusion leaves the gradients of shifts, scales and gates, which are slices of one tensor, uninitialised
-        # (pytorch issue 193061; the option is there from torch 2.10 on). The analysis fails an assertion for some
-        # shapes, a batch of 48 or chunks of 5 latents among them.
-        harmful = {"triton.mix_order_reduction", "triton.coalesce_tiling_analysis"}
-        options = dict.fromkeys(harmful & set(torch._inductor.list_options()), False)
         # One graph for each length of chunk, with and without gradients.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         for block in self.blocks:
-            block.memory_step = torch.compile(block.memory_step, fullgraph=True, options=options)
-            block.noisy_step = torch.compile(block.noisy_step, fullgraph=True, options=options)
+            block.memory_step = torch.compile(block.memory_step, fullgraph=True, options=inductor_options())
+            block.noisy_step = torch.compile(block.noisy_step, fullgraph=True, options=inductor_options())
 
     def offload_blocks(self) -> None:
         """Moves the blocks to the CPU's memory, from where they are streamed through the model's device one by one.
@@ -316,6 +313,15 @@ class KeptMemory:
         return keys, values
 
 
+def inductor_options() -> dict[str, bool]:
+    """What torch's compiler is told to leave, by those of its names that this version has."""
+    # The fusion leaves the gradients of shifts, scales and gates, which are slices of one tensor, uninitialised
+    # (pytorch issue 193061; the option is there from torch 2.10 on). The analysis fails an assertion for some
+    # shapes, a batch of 48 or chunks of 5 latents among them.
+    harmful = {"triton.mix_order_reduction", "triton.coalesce_tiling_analysis"}
+    return dict.fromkeys(harmful & set(torch._inductor.list_options()), False)
+
+
 def _of_any_length(*tensors: Tensor) -> None:
     """Tells torch.compile that axis 1 of these tensors, the memory's tokens, changes from chunk to chunk."""
     for tensor in tensors:
@@ -362,7 +368,7 @@ class Block(nn.Module):
         `memory` are the memory tokens as they entered this block. `rope` is of both, memory first.
         """
         vectors = self._vectors(modulation)
-        x = modulate(torch.cat([memory, noisy], dim=1), vectors[0], vectors[1])
+        x = modulate_both(memory, noisy, vectors[0], vectors[1])
         own = memory.shape[1]
         queries = self.self_attn.queries(x[:, own:], rope[:, own:])
         attended = self.self_attn.attend(queries, *self.self_attn.keys_values(x, rope), attention)
@@ -384,7 +390,8 @@ class Block(nn.Module):
 
     def _text_and_ffn(self, x: Tensor, vectors: tuple[Tensor, ...], text: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.cross_attn.attend(self.cross_attn.queries(self.norm3(x).to(x.dtype)), *text)
-        return gated_add(x, self.ffn(modulate(x, vectors[3], vectors[4])), vectors[5])
+        first, _, last = self.ffn
+        return gated_add(x, last(linear_gelu(modulate(x, vectors[3], vectors[4]), first)), vectors[5])
 
     def _vectors(self, modulation: Tensor) -> tuple[Tensor, ...]:
         """shift1, scale1, gate1, shift2, scale2, gate2, each float32 (B, 1, dim)."""

@@ -2,8 +2,8 @@
 
 Norm statistics, modulation and rotation are computed in float32 and results returned in the input's dtype, as the
 released model was trained (spec section 7, "Precision"); torch's own norms do so inside, and only autocast, in
-training, makes them return float32. What the blocks call is plain torch, so that torch.compile can trace it with a
-memory of any length.
+training, makes them return float32. All of it is plain torch, so that torch.compile can trace it with a memory of any
+length; the functions marked `fused` have kernels besides.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from infworld.fused import fused
+
 EPS = 1e-6  # of every norm in the transformer and the compressor
+TRIED = 64  # tokens that a kernel is tried with
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values (B, heads, L, d) -> as queries
 Attending = Callable[[Kernel, Tensor, Tensor, Tensor], Tensor]  # the same of tokens on several devices, by that kernel
@@ -43,14 +46,16 @@ LOCAL = TokenLayout()
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, with a weight."""
+    """The weight of a root-mean-square norm, under its released name; `norm_heads` computes the norm."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=EPS).to(x.dtype) * self.weight.to(x.dtype)
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Root-mean-square norm over the last axis, with a weight."""
+    return F.rms_norm(x, x.shape[-1:], eps=EPS).to(x.dtype) * weight.to(x.dtype)
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -58,13 +63,21 @@ def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS).to(x.dtype)
 
 
+@fused(small=lambda x, shift, scale: (x[:, :TRIED], shift, scale))
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm, then scale and shift: x (B, L, C), shift and scale float32 (B, 1, C)."""
+    """LayerNorm, then scale and shift: x (B, L, C), shift and scale float32 (B or 1, 1, C)."""
     return add_product(shift, layer_norm(x), 1 + scale, x.dtype)
 
 
+@fused(small=lambda first, second, shift, scale: (first[:, :TRIED], second[:, :TRIED], shift, scale))
+def modulate_both(first: Tensor, second: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`modulate` of tokens (B, L1, C) and (B, L2, C), joined: (B, L1 + L2, C)."""
+    return modulate(torch.cat([first, second], dim=1), shift, scale)
+
+
+@fused(small=lambda x, result, gate: (x[:, :TRIED], result[:, :TRIED], gate))
 def gated_add(x: Tensor, result: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * result, summed in float32: x, result (B, L, C), gate float32 (B, 1, C)."""
+    """x + gate * result, summed in float32: x, result (B, L, C), gate float32 (B or 1, 1, C)."""
     return add_product(x, result, gate, x.dtype)
 
 
@@ -74,6 +87,18 @@ def add_product(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.addcmul(a, b, c).to(dtype)
     # Rounded while it is written, where a result in float32 would be written and read once more.
     return torch.addcmul(a, b, c, out=torch.empty_like(b, dtype=dtype))
+
+
+@fused(
+    small=lambda x, weight, num_heads, rope: (
+        *(x[:, :TRIED], weight, num_heads),
+        None if rope is None else rope[:, :TRIED],
+    )
+)
+def norm_heads(x: Tensor, weight: Tensor, num_heads: int, rope: Tensor | None) -> Tensor:
+    """RMSNorm over the whole width, then split into heads and rotated: (B, L, C) -> (B, heads, L, C / heads)."""
+    x = heads(rms_norm(x, weight), num_heads)
+    return x if rope is None else rotate(x, rope)
 
 
 class Attention(nn.Module):
@@ -95,11 +120,11 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         """(B, L, C) -> (B, heads, L, C / heads)."""
-        return self._heads(self.norm_q(self.q(x)), rope)
+        return norm_heads(self.q(x), self.norm_q.weight, self.num_heads, rope)
 
     def keys_values(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, L, C) -> twice (B, heads, L, C / heads)."""
-        return self._heads(self.norm_k(self.k(x)), rope), self._heads(self.v(x))
+        return norm_heads(self.k(x), self.norm_k.weight, self.num_heads, rope), heads(self.v(x), self.num_heads)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: Attending | None = None) -> Tensor:
         """Softmax attention, unmasked, and the output projection: -> (B, L, C).
@@ -109,9 +134,10 @@ class Attention(nn.Module):
         attended = self.kernel(q, k, v) if attention is None else attention(self.kernel, q, k, v)
         return self.o(attended.transpose(1, 2).flatten(2))
 
-    def _heads(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        x = x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        return x if rope is None else rotate(x, rope)
+
+def heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, L, C) -> (B, heads, L, C / heads), a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 @lru_cache(maxsize=8)  # the same few grids at every step of a film
@@ -158,6 +184,22 @@ def fastest_attention(device: torch.device) -> Iterator[None]:
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
         yield
+
+
+def linear_gelu(x: Tensor, layer: nn.Module) -> Tensor:
+    """The layer, then tanh GELU."""
+    # What wraps a layer, as a LoRA in training does, computes more than its weight tells.
+    return affine_gelu(x, layer.weight, layer.bias) if type(layer) is nn.Linear else _gelu(layer(x))
+
+
+@fused(small=lambda x, weight, bias: (x[:, :TRIED], weight, bias))
+def affine_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Tanh GELU of x (B, L, C) through a linear layer."""
+    return _gelu(F.linear(x, weight, bias))
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 def linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from infworld import layers
 from infworld.config import ModelConfig, TransformerConfig
-from infworld.dit import Block, InfiniteWorldTransformer
+from infworld.dit import Block, InfiniteWorldTransformer, inductor_options
+from infworld.fused import ALLOWED
 from infworld.layers import fastest_attention, rope_3d
 from infworld.memory import MAX_SINGLE_PASS, memory_latents
 
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 
 STEPS = {"memory_step": 1, "noisy_step": 2}  # of a block; how many tensors of tokens each takes
 RECORD = "blocks.json"  # records what a package was made for; written last, so that it marks a complete package
-# By how much of the largest value compiled steps may deviate: rounding, and no more.
-ALLOWED = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Prefixes of the kernel's names for the instruction sets that a compiler may use.
 INSTRUCTIONS = ("sse", "ssse", "avx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "adx", "amx", "asimd", "sve")
 _USELESS = "the blocks compiled ahead of time do not work here, so on without: %s"
@@ -67,7 +66,8 @@ def make(config: ModelConfig, device: torch.device, dtype: torch.dtype, folder: 
             shapes = (*[{1: any_length}] * tokens, None, {1: any_length}, ({2: any_length},) * 2)
             exported = torch.export.export(block, inputs, dynamic_shapes=shapes, strict=False)
             # On a CPU with as many threads as there are when a film is made, not now.
-            spaces.aoti_compile_and_save(folder, exported, {"cpp.dynamic_threads": True}, submodule=step)
+            options = {"cpp.dynamic_threads": True, **inductor_options()}
+            spaces.aoti_compile_and_save(folder, exported, options, submodule=step)
         del block.forward
         deviation = _deviation(block, {step: _Code(_package(folder, step)) for step in STEPS})
     if not deviation <= ALLOWED[dtype]:

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from infworld.config import FRAMES_PER_LATENT, RELEASED_LATENTS_MEAN, RELEASED_LATENTS_STD, ModelConfig
+from infworld.fused import fused
 
 FRAMES = "frames"  # name of a clip's last frames in an encoder's state
 OLD_STATE_FRAMES = 20  # that must follow an older state, so that the next one has all frames it needs
@@ -425,6 +426,7 @@ class Norm(nn.Module):
         return normalize(x, self.gamma, self.silu)
 
 
+@fused(small=lambda x, gamma, silu: (x[:, :1, :1], gamma, silu))
 def normalize(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
     """`Norm` of x (..., C), with statistics in float32 or better. Training may compile it: it moves many bytes."""
     exact = torch.promote_types(x.dtype, torch.float32)

@@ -1,6 +1,9 @@
 """`infworld benchmark`: every figure is there, the fast way equals the plain one, and a short budget is kept."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -30,6 +33,7 @@ def results(small_model, tmp_path_factory) -> dict:
 def test_every_figure_is_there(results):
     found = results["figures"].keys()
     expected = {
+        "ceiling: copy",
         "ceiling: matrix product",
         "ceiling: attention, flash",
         "exact: share of the ceilings in a step, longest history",
@@ -48,10 +52,18 @@ def test_every_figure_is_there(results):
         "choice: projections q, k, v of one block as one",
         "choice: projections q, k, v of one block as three",
         "exact: step, longest history, once more at the end",
+        *(f"plain torch: {what}" for what in ("step, history 101", "decode a chunk", "encode a chunk")),
+        *(
+            f"{way}: {name}"
+            for way in ("kernel", "plain torch")
+            for name in ("modulate_both", "affine_gelu", "normalize")
+        ),
+        "kernels: error of a chunk",
     }
     assert expected <= found
     assert results["left out"] == {"small cards": "only a GPU's memory can be limited"}
-    assert all(figure["value"] > 0 for figure in results["figures"].values())
+    same = {name for name, figure in results["figures"].items() if not figure["value"] > 0}
+    assert same == {"kernels: error of a chunk", "kernels: error of a chunk's frames"}  # on a CPU there are no kernels
     assert len(results["profiles"]) == 4
 
 
@@ -138,11 +150,49 @@ def test_a_goal_is_reached_from_the_right_side():
     }
 
 
-def test_a_chunk_is_timed_by_its_stages_for_every_preset(small_model, capsys, monkeypatch):
-    """The command that compares several devices, on one."""
-    options = ["--device", "cpu", "--history", "21", "--presets", "exact,fast", "--steps", "1"]
-    monkeypatch.setattr("sys.argv", ["infworld benchmark team", "--model", str(small_model), *options])
+def team_results(model, out, *arguments, processes: int = 1) -> dict:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    options = ["--model", str(model), "--device", "cpu", "--out", str(out), *arguments]
+    command = [sys.executable, *launcher, "-m", "infworld", "benchmark", "team", *options]
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return json.loads(out.read_text())
+
+
+def test_films_on_several_devices_are_measured_whole(small_model, tmp_path):
+    """And a chunk is compared with one device's."""
+    options = ["--presets", "fast,exact", "--history", "21", "--chunks", "3", "--steps", "1"]
+    results = team_results(small_model, tmp_path / "team.json", *options, processes=2)
+    value = {name: figure["value"] for name, figure in results["figures"].items()}
+    for preset in ("fast", "exact"):
+        chunks = [value[f"{preset}: chunk {i} of the film"] for i in (1, 2, 3)]
+        assert value[f"{preset}: film on 2"] == pytest.approx(sum(chunks))
+        times = value[f"{preset}: chunk on one"] / value[f"{preset}: chunk on 2"]
+        assert value[f"{preset}: chunk, times as fast as on one"] == pytest.approx(times)
+        assert value[f"{preset}: error of a chunk"] < 1e-4
+    assert "decode" in results["figures"]["fast: chunk on 2"]["note"]
+    assert results["command"].startswith("torchrun --nproc-per-node 2 -m infworld benchmark team")
+    assert "| fast: film on 2 | " in table(results)
+
+
+def test_a_film_beyond_a_full_memory_is_estimated_and_one_without_time_left_out(small_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("infworld.cli.benchmark.team.memory_latents", lambda history: min(history, 21))
+    out = tmp_path / "one.json"
+    options = ["--model", str(small_model), "--device", "cpu", "--out", str(out), "--chunks", "4", "--presets"]
+    monkeypatch.setattr("sys.argv", ["infworld benchmark team", *options, "exact,balanced"])
     team.main()
-    exact, fast = capsys.readouterr().out.splitlines()
-    assert exact.startswith("exact, one: chunk of 1 steps ") and fast.startswith("fast, one: chunk of 1 steps ")
-    assert "of 2 steps" in exact and "decode" in exact and "encode and the rest" in exact
+    figures = json.loads(out.read_text())["figures"]
+    assert "exact: chunk 4 of the film" in figures and "exact: chunk on one" not in figures
+    chunks = [figures[f"balanced: chunk {i} of the film"]["value"] for i in (1, 2)]
+    assert figures["balanced: film on 1"]["value"] == pytest.approx(chunks[0] + 3 * chunks[1])
+    assert figures["balanced: film on 1"]["note"] == "2 chunks measured, 2 more like the last of them"
+    monkeypatch.setattr("sys.argv", ["infworld benchmark team", *options, "exact", "--budget", "1"])
+    team.main()
+    assert json.loads(out.read_text())["left out"] == {"exact: film on 1": "only 0 chunks in the time that was left"}
+
+
+def test_four_devices_have_goals_of_their_own():
+    figures = {"exact: chunk, times as fast as on one": 3.7, "fast: film on 4": 56.0}
+    results = {"settings": {"longest history": 101, "devices": 4}}
+    results["figures"] = {name: {"value": value} for name, value in figures.items()}
+    reached = {what: ok for what, _, _, ok in goals(results)}
+    assert reached == {"four devices, exact": True, "fast film on four devices, s": False}

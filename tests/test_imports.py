@@ -10,7 +10,21 @@ PACKAGE = Path(__file__).parent.parent / "infworld"
 # From the leaves upwards. Modules of one layer may import each other, as long as there is no circle.
 LAYERS = (
     {"config", "actions", "camera", "files", "video", "pictures", "picture_files", "measures", "devices"},
-    {"layers", "offload", "memory", "dit", "vae", "text", "quantized", "sampler", "presets", "checkpoint", "lora"},
+    {
+        "fused",
+        "triton_kernels",
+        "layers",
+        "offload",
+        "memory",
+        "dit",
+        "vae",
+        "text",
+        "quantized",
+        "sampler",
+        "presets",
+        "checkpoint",
+        "lora",
+    },
     {"settings", "session", "progress"},
     {"metrics"},
     {"kernels", "packages", "memory_plan", "transfer", "hub", "models", "arena"},

@@ -19,7 +19,6 @@ def choices(bench: Benchmark) -> None:
     """What the engine chose between, each way measured."""
     two_texts_at_once(bench)
     fused_projections(bench)
-    fused_gelu(bench)
     attention_backends(bench)
     vae_ways(bench)
 
@@ -52,17 +51,6 @@ def fused_projections(bench: Benchmark) -> None:
     )
 
 
-def fused_gelu(bench: Benchmark) -> None:
-    """The first half of a block's feed-forward with GELU inside the matrix product (a private function of torch)."""
-    config, tokens = bench.config.model_cfg, tokens_of(bench, bench.config.chunk_latents)
-    x, w = (torch.randn(n, config.dim, device=bench.device).to(bench.dtype) for n in (tokens, config.ffn_dim))
-    b = torch.zeros(config.ffn_dim, device=bench.device).to(bench.dtype)
-    together = lambda: torch._addmm_activation(b, x, w.T, use_gelu=True)  # noqa: E731
-    bench.seconds("choice: half a feed-forward of one block, GELU inside", together, repeats=20)
-    apart = lambda: F.gelu(F.linear(x, w, b), approximate="tanh")  # noqa: E731
-    bench.seconds("choice: half a feed-forward of one block, GELU after", apart, repeats=20)
-
-
 def attention_backends(bench: Benchmark) -> None:
     if bench.device.type != "cuda":
         return
@@ -79,7 +67,7 @@ def attention_backends(bench: Benchmark) -> None:
 
 
 def vae_ways(bench: Benchmark) -> None:
-    """Other ways through the VAE on a GPU: dtype, form of the convolutions, latents per pass, compiled norms."""
+    """Other ways through the VAE on a GPU: dtype, form of the convolutions, latents per pass."""
     if bench.device.type != "cuda":
         return
     vae, latents = bench.world.vae, bench.noise(bench.config.chunk_latents)
@@ -98,6 +86,3 @@ def vae_ways(bench: Benchmark) -> None:
         with mock.patch.object(infworld.vae, "_convolve_3d", infworld.vae._convolve_by_frame):
             bench.seconds("choice: decode a chunk, 2-D convolutions", lambda: vae.decode(latents), repeats=1)
             bench.seconds("choice: encode a chunk, 2-D convolutions", lambda: vae.encode(video), repeats=1)
-        if bench.record.allows(name := "choice: decode a chunk, norms compiled", 60):
-            with mock.patch.object(infworld.vae, "normalize", torch.compile(infworld.vae.normalize, dynamic=True)):
-                bench.seconds(name, lambda: vae.decode(latents), repeats=1)

@@ -20,6 +20,7 @@ from infworld.cli.benchmark.model import generator, noise, noise_session, pictur
 from infworld.cli.benchmark.record import GIB, Record, machine, name_of
 from infworld.config import ModelConfig, load_config
 from infworld.devices import pick_device, pick_dtype, pick_vae_dtype
+from infworld.fused import plain_torch
 from infworld.kernels import use_fastest
 from infworld.memory import MAX_SINGLE_PASS, memory_latents
 from infworld.session import Session
@@ -81,6 +82,11 @@ class Benchmark:
         run()
         self._wait()
         return time.perf_counter() - began
+
+    def each(self, run: Callable[[], object], calls: int = 20) -> float:
+        """Seconds of one of many calls, the first one not counted: for what is shorter than the wait for the device."""
+        run()
+        return self.once(lambda: [run() for _ in range(calls)]) / calls
 
     def made(self, session: Session) -> tuple[float, Chunk]:
         """The session's next chunk and the seconds that it took."""
@@ -148,11 +154,14 @@ def film_histories(config: ModelConfig, chunks: int) -> list[int]:
 
 
 @contextmanager
-def naive_attention(bench: Benchmark) -> Iterator[None]:
-    """Attention by torch's flash attention, whatever the world has chosen."""
+def naive_kernels(bench: Benchmark) -> Iterator[None]:
+    """Attention by torch's flash attention, whatever the world has chosen, and all else by plain torch."""
     chosen = bench.world.transformer.use_kernel(F.scaled_dot_product_attention)
     try:
-        with bench.attention(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
+        with (
+            bench.attention(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
+            plain_torch(),
+        ):
             yield
     finally:
         bench.world.transformer.use_kernel(chosen)

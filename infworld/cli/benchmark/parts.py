@@ -11,23 +11,28 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
-from infworld.cli.benchmark.harness import Benchmark, clip, guidance_of, naive_attention, timestep, tokens_of
+from infworld.cli.benchmark.harness import Benchmark, clip, guidance_of, naive_kernels, timestep, tokens_of
 from infworld.cli.benchmark.model import plain_velocity
 from infworld.cli.benchmark.record import GIB, name_of
+from infworld.fused import plain_torch
 from infworld.kernels import KERNELS
 from infworld.layers import Kernel
 from infworld.memory import memory_latents
 
+COPY, PRODUCT = "ceiling: copy", "ceiling: matrix product"
 TERA = 1e12
 TOP_KERNELS = 15
 
 
 def ceilings(bench: Benchmark) -> None:
-    """What the card does at best: a large matrix product, and attention of the model's own sizes."""
+    """What the card does at best: a copy, a large matrix product, and attention of the model's own sizes."""
     config, dtype, cuda = bench.config.model_cfg, bench.dtype, bench.device.type == "cuda"
+    large = torch.zeros(GIB if cuda else GIB // 16, dtype=torch.uint8, device=bench.device)
+    rate(bench, COPY, large.clone, 2 * large.nbytes, "read and written", "TB/s")
+    del large
     side = 8192 if cuda else 1024
     a, b = (torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2))
-    rate(bench, "ceiling: matrix product", lambda: a @ b, 2 * side**3, f"{side}^3, {name_of(dtype)}")
+    rate(bench, PRODUCT, lambda: a @ b, 2 * side**3, f"{side}^3, {name_of(dtype)}")
     tokens = tokens_of(bench, bench.config.chunk_latents)
     keys = tokens + tokens_of(bench, memory_latents(bench.histories[0]))
     head_dim = config.dim // config.num_heads
@@ -56,11 +61,13 @@ def ceilings(bench: Benchmark) -> None:
             bench.record.leave_out(name, str(error).splitlines()[0])
 
 
-def rate(bench: Benchmark, name: str, run: Callable[[], object], operations: float, note: str) -> None:
+def rate(
+    bench: Benchmark, name: str, run: Callable[[], object], operations: float, note: str, unit: str = "TFLOP/s"
+) -> None:
     times = [bench.once(run) for _ in range(10)][3:]
     median = statistics.median(times)
     spread = (max(times) - min(times)) / median
-    bench.record.put(name, operations / median / TERA, "TFLOP/s", note, spread)
+    bench.record.put(name, operations / median / TERA, unit, note, spread)
 
 
 def steady_step(bench: Benchmark) -> None:
@@ -76,19 +83,19 @@ def other_steps(bench: Benchmark) -> None:
         naive_step(bench, history, repeats=1)
 
 
-def exact_step(bench: Benchmark, history: int) -> None:
+def exact_step(bench: Benchmark, history: int, way: str = "exact") -> None:
     session, z, t = bench.session(history), bench.noise(bench.config.chunk_latents), timestep(bench)
     note = f"{memory_latents(history)} latents of memory"
     what = "compressor, texts and the memory's way through the blocks, once per chunk"
-    bench.seconds(f"exact: prepare, history {history}", lambda: bench.world.velocity(session), what, repeats=1)
+    bench.seconds(f"{way}: prepare, history {history}", lambda: bench.world.velocity(session), what, repeats=1)
     velocity = bench.world.velocity(session)
-    bench.seconds(f"exact: step, history {history}", lambda: velocity(z, t), note)
+    bench.seconds(f"{way}: step, history {history}", lambda: velocity(z, t), note)
 
 
 def naive_step(bench: Benchmark, history: int, repeats: int = 2) -> None:
     session, z, t = bench.session(history), bench.noise(bench.config.chunk_latents), timestep(bench)
     velocity = plain_velocity(bench.world, session)
-    with bench.peak_memory(f"naive: peak memory, step, history {history}"), naive_attention(bench):
+    with bench.peak_memory(f"naive: peak memory, step, history {history}"), naive_kernels(bench):
         bench.seconds(f"naive: step, history {history}", lambda: velocity(z, t), "everything computed", repeats)
 
 
@@ -105,7 +112,7 @@ def share_of_ceilings(bench: Benchmark) -> None:
         record.put(f"work: {name} of a step, longest history", amount, "TFLOP", "counted")
     kernels = ("flash", "cudnn", *KERNELS)
     best = max(filter(None, (record[f"ceiling: attention, {name}"] for name in kernels)), default=None)
-    product, seconds = record["ceiling: matrix product"], record[f"exact: step, history {bench.histories[0]}"]
+    product, seconds = record[PRODUCT], record[f"exact: step, history {bench.histories[0]}"]
     if best and product and seconds:
         floor = work[0] / product + work[1] / best
         note = f"{floor:.3g} s if both ran at this run's ceilings and all else took no time"
@@ -114,19 +121,27 @@ def share_of_ceilings(bench: Benchmark) -> None:
 
 def vae_times(bench: Benchmark) -> None:
     """A chunk's way through the VAE, and with it how large a session's encoder state is."""
-    config, world = bench.config, bench.world
+    exact_vae(bench)
+    config, naive, note = bench.config, bench.naive_vae, "float32, one latent at a time"
     latents, video = bench.noise(config.chunk_latents), clip(bench, config.chunk_frames + 1)
     with torch.inference_mode():
-        _, state = world.vae.encode(video[:, :, :1])
+        _, state = bench.world.vae.encode(video[:, :, :1])
         size = sum(tensor.nbytes for tensor in state.values()) / GIB
         bench.record.put("exact: encoder state of a session", size, "GiB", "crosses to the CPU and back once per chunk")
-        bench.seconds("exact: decode a chunk", lambda: world.vae.decode(latents), f"{config.chunk_latents} latents")
+        with plain_torch():
+            bench.seconds("naive: decode a chunk", lambda: naive.decode(latents, tile=1), note, repeats=1)
+            note += f", {config.chunk_frames + 1} frames from the start"
+            bench.seconds("naive: encode a chunk", lambda: naive.encode(video, tile=1), note, repeats=1)
+
+
+def exact_vae(bench: Benchmark, way: str = "exact") -> None:
+    config, model = bench.config, bench.world.vae
+    latents, video = bench.noise(config.chunk_latents), clip(bench, config.chunk_frames + 1)
+    with torch.inference_mode():
+        bench.seconds(f"{way}: decode a chunk", lambda: model.decode(latents), f"{config.chunk_latents} latents")
+        _, state = model.encode(video[:, :, :1])
         note = f"{config.chunk_frames} frames after a state"
-        bench.seconds("exact: encode a chunk", lambda: world.vae.encode(video[:, :, 1:], state), note)
-        naive, note = bench.naive_vae, "float32, one latent at a time"
-        bench.seconds("naive: decode a chunk", lambda: naive.decode(latents, tile=1), note, repeats=1)
-        note += f", {config.chunk_frames + 1} frames from the start"
-        bench.seconds("naive: encode a chunk", lambda: naive.encode(video, tile=1), note, repeats=1)
+        bench.seconds(f"{way}: encode a chunk", lambda: model.encode(video[:, :, 1:], state), note)
 
 
 def repeated_step(bench: Benchmark) -> None:

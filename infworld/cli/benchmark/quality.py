@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infworld.checkpoint import load_strict, read_tensors
-from infworld.cli.benchmark.harness import Benchmark, film_histories, guidance_of, naive_attention, relative_error
+from infworld.cli.benchmark.harness import Benchmark, film_histories, guidance_of, naive_kernels, relative_error
 from infworld.cli.benchmark.model import noise, noise_session, plain_velocity, random_world
 from infworld.cli.benchmark.record import name_of, total
 from infworld.config import PROJECT_ROOT, ModelConfig, TextConfig, TransformerConfig, load_config
@@ -54,7 +54,7 @@ def chunk_error(bench: Benchmark, world: World, session: Session) -> float:
     z = noise(world.config, (height, width), world.config.chunk_latents).to(bench.device)
     timesteps = schedule(world.config.val_scheduler_cfg, session.settings.steps)
     ours = sample(world.velocity(session), z, timesteps)
-    with naive_attention(bench):
+    with naive_kernels(bench):
         plain = sample(plain_velocity(world, session), z, timesteps)
     return relative_error(ours, plain)
 

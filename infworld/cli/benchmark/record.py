@@ -96,20 +96,20 @@ def goals(results: dict) -> list[tuple[str, float, float, bool]]:
     step, film = (
         [figures.get(f"{way}: {what}") for way in ("naive", "exact")] for what in (f"step, history {longest}", "film")
     )
+    of_four = results["settings"].get("devices") == 4
     compiled_step = figures.get(f"compiled: step, history {longest}")
     found = [
-        ("steady step, naive / exact", ratio(*step), 2.8, True),
-        (
-            "steady step, naive / exact compiled",
-            ratio(step[0], compiled_step),
-            2.8,
-            True,
-        ),
+        ("steady step, naive / exact", ratio(*step), 3.0, True),
+        ("steady step, naive / exact compiled", ratio(step[0], compiled_step), 3.0, True),
         ("film, naive / exact", ratio(*film), 3.0, True),
-        ("film, naive / fast", ratio(film[0], figures.get("fast: film")), 10.0, True),
+        ("film, naive / fast", ratio(film[0], figures.get("fast: film")), 12.0, True),
         ("peak GPU memory of a chunk, GiB", figures.get("exact: peak memory of a chunk"), 24.0, False),
-        ("error of a chunk's latents, bfloat16", figures.get("error of a chunk, bfloat16"), 2e-2, False),
+        ("error of a chunk's latents, bfloat16", figures.get("error of a chunk, bfloat16"), 1e-2, False),
         ("error of a chunk's latents, float32", figures.get("error of a chunk, float32 at small size"), 1e-4, False),
+        ("decode a chunk, s", figures.get("exact: decode a chunk"), 1.1, False),
+        ("four devices, exact", figures.get("exact: chunk, times as fast as on one") if of_four else None, 3.6, True),
+        ("four devices, fast", figures.get("fast: chunk, times as fast as on one") if of_four else None, 3.5, True),
+        ("fast film on four devices, s", figures.get("fast: film on 4"), 55.0, False),
         ("first step with compilation, s", figures.get("compiled: first step"), 60.0, False),
     ]
     return [

@@ -22,6 +22,7 @@ from infworld.cli.benchmark.cards import small_cards
 from infworld.cli.benchmark.choices import choices
 from infworld.cli.benchmark.chunks import faster_presets, film_measured, film_sum, whole_chunk
 from infworld.cli.benchmark.compiling import compiled, packaged
+from infworld.cli.benchmark.fusing import fused_kernels
 from infworld.cli.benchmark.harness import Benchmark
 from infworld.cli.benchmark.parts import ceilings, other_steps, profile, repeated_step, steady_step, vae_times
 from infworld.cli.benchmark.quality import errors, vae_quality
@@ -39,13 +40,14 @@ PARTS = {
     "quality": vae_quality,
     "compiled": compiled,
     "packaged": packaged,
+    "fused": fused_kernels,
     "choices": choices,
     "again": repeated_step,
     "measured-film": film_measured,
     "profile": profile,
     "small-cards": small_cards,
 }
-ON_REQUEST = ("packaged", "measured-film", "profile", "small-cards")
+ON_REQUEST = ("fused", "packaged", "measured-film", "profile", "small-cards")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
