@@ -123,6 +123,7 @@ def test_every_import_outside_of_tests_is_required(requirements):
         "yaml": "pyyaml",
         "imageio_ffmpeg": "imageio",
         "tokenizers": "transformers",
+        "triton": "torch",
         "pydantic": "gradio",
         "starlette": "gradio",
         "httpx": "gradio",
