@@ -50,7 +50,7 @@ def fused(small: Callable[P, tuple]) -> Callable[[Callable[P, Tensor]], Callable
     """
 
     def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-        works: dict[tuple[torch.device, torch.dtype, int], bool] = {}
+        fastest: dict[tuple[torch.device, torch.dtype, int], Callable[P, Tensor]] = {}
 
         @wraps(function)
         def chosen(*args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -58,9 +58,9 @@ def fused(small: Callable[P, tuple]) -> Callable[[Callable[P, Tensor]], Callable
             if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _allowed(x):
                 return function(*args, **kwargs)
             key = (x.device, x.dtype, x.shape[-1])
-            if key not in works:
-                works[key] = _passes_trial(function, small(*args, **kwargs))
-            return (_kernel(function) if works[key] else function)(*args, **kwargs)
+            if key not in fastest:
+                fastest[key] = _kernel(function) if _passes_trial(function, small(*args, **kwargs)) else function
+            return fastest[key](*args, **kwargs)
 
         return chosen
 
@@ -88,13 +88,17 @@ def _passes_trial(function: Callable, args: tuple) -> bool:
         log.info("%s without a kernel: Triton is not installed", name)
         return False
     except Exception as error:  # of any kind: such as no C compiler, or a card that Triton does not know
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        _warn_once(f"kernels of Triton do not run here, and plain torch takes their place: {reason}")
+        _warn_once(f"kernels of Triton do not run here, and plain torch takes their place: {reason(error)}")
         return False
     if found.shape != expected.shape or not error <= ALLOWED[expected.dtype]:
         _warn_once(f"the kernel for {name} is off by {error:.1e} of torch's result and is left out")
         return False
     return True
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _warn_once(message: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from infworld.config import ModelConfig
 from infworld.dit import InfiniteWorldTransformer
+from infworld.fused import reason
 from infworld.layers import Kernel, fastest_attention
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def _installed() -> dict[str, Kernel]:
 
 
 def _leave_out(name: str, error: Exception) -> None:
-    log.warning("%s does not run here and is left out: %s", name, " ".join(str(error).splitlines()[:1]))
+    log.warning("%s does not run here and is left out: %s", name, reason(error))
 
 
 def _tokens_first(function: Callable) -> Kernel:

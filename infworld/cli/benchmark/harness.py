@@ -7,7 +7,7 @@ import dataclasses
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -126,6 +126,18 @@ def without_out(arguments: list[str]) -> list[str]:
         return arguments
     at = arguments.index("--out")
     return arguments[:at] + arguments[at + 2 :]
+
+
+def names_among(known: Collection[str], what: str) -> Callable[[str], list[str]]:
+    """For an option that takes names separated by commas."""
+
+    def names(text: str) -> list[str]:
+        found = text.split(",")
+        if unknown := [name for name in found if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown {what} {unknown[0]!r}: known are {', '.join(known)}")
+        return found
+
+    return names
 
 
 def with_options(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:

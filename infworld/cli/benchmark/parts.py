@@ -9,12 +9,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from infworld.cli.benchmark.harness import Benchmark, clip, guidance_of, naive_kernels, timestep, tokens_of
 from infworld.cli.benchmark.model import plain_velocity
 from infworld.cli.benchmark.record import GIB, name_of
-from infworld.fused import plain_torch
+from infworld.fused import plain_torch, reason
 from infworld.kernels import KERNELS
 from infworld.layers import Kernel
 from infworld.memory import memory_latents
@@ -58,7 +59,7 @@ def ceilings(bench: Benchmark) -> None:
             with chosen:
                 rate(bench, name, partial(install(), q, k, v), 4 * tokens * keys * config.dim, note)
         except (ImportError, RuntimeError) as error:
-            bench.record.leave_out(name, str(error).splitlines()[0])
+            bench.record.leave_out(name, reason(error))
 
 
 def rate(
@@ -121,11 +122,10 @@ def share_of_ceilings(bench: Benchmark) -> None:
 
 def vae_times(bench: Benchmark) -> None:
     """A chunk's way through the VAE, and with it how large a session's encoder state is."""
-    exact_vae(bench)
+    state = exact_vae(bench)
     config, naive, note = bench.config, bench.naive_vae, "float32, one latent at a time"
     latents, video = bench.noise(config.chunk_latents), clip(bench, config.chunk_frames + 1)
     with torch.inference_mode():
-        _, state = bench.world.vae.encode(video[:, :, :1])
         size = sum(tensor.nbytes for tensor in state.values()) / GIB
         bench.record.put("exact: encoder state of a session", size, "GiB", "crosses to the CPU and back once per chunk")
         with plain_torch():
@@ -134,7 +134,8 @@ def vae_times(bench: Benchmark) -> None:
             bench.seconds("naive: encode a chunk", lambda: naive.encode(video, tile=1), note, repeats=1)
 
 
-def exact_vae(bench: Benchmark, way: str = "exact") -> None:
+def exact_vae(bench: Benchmark, way: str = "exact") -> dict[str, Tensor]:
+    """Decoding and encoding of a chunk; returns the encoder's state before it."""
     config, model = bench.config, bench.world.vae
     latents, video = bench.noise(config.chunk_latents), clip(bench, config.chunk_frames + 1)
     with torch.inference_mode():
@@ -142,6 +143,7 @@ def exact_vae(bench: Benchmark, way: str = "exact") -> None:
         _, state = model.encode(video[:, :, :1])
         note = f"{config.chunk_frames} frames after a state"
         bench.seconds(f"{way}: encode a chunk", lambda: model.encode(video[:, :, 1:], state), note)
+    return state
 
 
 def repeated_step(bench: Benchmark) -> None:

@@ -23,7 +23,7 @@ from infworld.cli.benchmark.choices import choices
 from infworld.cli.benchmark.chunks import faster_presets, film_measured, film_sum, whole_chunk
 from infworld.cli.benchmark.compiling import compiled, packaged
 from infworld.cli.benchmark.fusing import fused_kernels
-from infworld.cli.benchmark.harness import Benchmark
+from infworld.cli.benchmark.harness import Benchmark, names_among
 from infworld.cli.benchmark.parts import ceilings, other_steps, profile, repeated_step, steady_step, vae_times
 from infworld.cli.benchmark.quality import errors, vae_quality
 from infworld.cli.benchmark.record import table
@@ -61,14 +61,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, default=13, help="of a film; default 13, which are 1041 frames")
     parser.add_argument("--budget", type=float, default=500, help="seconds that the run may take; default 500")
     usual = ",".join(part for part in PARTS if part not in ON_REQUEST)
-    parser.add_argument("--parts", default=usual, help=f"default: {usual}; on request: {','.join(ON_REQUEST)}")
+    on_request = f"default: {usual}; on request: {','.join(ON_REQUEST)}"
+    parser.add_argument("--parts", type=names_among(PARTS, "part"), default=usual, help=on_request)
     parser.add_argument("--out", default="benchmark.json", help="the JSON file; default benchmark.json")
     parser.add_argument("--table", metavar="JSON", help="measure nothing: print the table of such a file")
     parser.add_argument("--docs", type=Path, metavar="MARKDOWN", help="with --table: write it to this page")
     args = parser.parse_args(arguments)
-    args.parts = args.parts.split(",")
-    if unknown := [part for part in args.parts if part not in PARTS]:
-        parser.error(f"unknown part {unknown[0]!r}: known are {', '.join(PARTS)}")
     args.command = arguments
     return args
 

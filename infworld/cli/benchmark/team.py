@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from infworld import parallel
-from infworld.cli.benchmark.harness import film_histories, without_out
+from infworld.cli.benchmark.harness import film_histories, names_among, relative_error, without_out
 from infworld.cli.benchmark.model import NoiseText, noise_session, picture_size, random_world
 from infworld.cli.benchmark.record import Record, machine, name_of
 from infworld.config import load_config
@@ -47,15 +47,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="infinite-world")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--history", type=int, default=101, help="latents of the compared chunk's history; default 101")
-    parser.add_argument("--presets", default="fast,exact,balanced", help="in order; default: fast,exact,balanced")
+    usual = "fast,exact,balanced"
+    parser.add_argument(
+        "--presets", type=names_among(PRESETS, "preset"), default=usual, help=f"in order; default: {usual}"
+    )
     parser.add_argument("--steps", type=int, default=2, help="of the chunk that is compared; default 2")
     parser.add_argument("--chunks", type=int, default=13, help="of a film; default 13, which are 1041 frames")
     parser.add_argument("--budget", type=float, default=280, help="seconds that the run may take; default 280")
     parser.add_argument("--out", default="benchmark-team.json", help="the JSON file; default benchmark-team.json")
     args = parser.parse_args(arguments)
-    args.presets = args.presets.split(",")
-    if unknown := [preset for preset in args.presets if preset not in PRESETS]:
-        parser.error(f"unknown preset {unknown[0]!r}: known are {', '.join(PRESETS)}")
     args.command = arguments
     return args
 
@@ -104,7 +104,7 @@ class TeamBenchmark:
         alone, expected = self.chunk(self.one, session, f"{preset}: chunk on one", steps)
         together, found = self.chunk(self.world, session, f"{preset}: chunk on {self.devices}", steps)
         self.put(f"{preset}: chunk, times as fast as on one", alone / together, "", "longest history")
-        error = float((found - expected).norm() / expected.norm())
+        error = relative_error(found, expected)
         self.put(f"{preset}: error of a chunk", error, "", f"of {session.settings.steps} steps, against one device")
 
     def chunk(self, world: World, session: Session, name: str, steps: int) -> tuple[float, Tensor]:
