@@ -597,6 +597,11 @@ def test_weights_alone_begin_a_new_count(run, model):
     weights = read_tensors(run / "world.safetensors")
     assert all(torch.equal(tensor, weights[name].float()) for name, tensor in model.transformer.state_dict().items())
     assert all(torch.equal(tensor, ema.average[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        model.transformer.head.head.bias += 1
+    ema.update()  # what a run begins with may be far from where it goes, and is soon forgotten
+    moved = ema.average["transformer.head.head.bias"] - weights["head.head.bias"].float()
+    assert (moved > 0.5).all()
 
 
 def test_right_gradients_are_found_right_and_wrong_ones_wrong(run, capsys):

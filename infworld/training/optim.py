@@ -69,8 +69,13 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model, self.decay, self.updates = model, decay, 0
-        self.average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.model, self.decay = model, decay
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins with the model's present weights, which are soon forgotten."""
+        self.updates = 0
+        self.average = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -86,7 +91,7 @@ class EMA:
         return dict(self.average)
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Takes up a settled average, or a trained model's own state dict."""
+        """Takes up a settled average."""
         for name, tensor in self.average.items():
             tensor.copy_(tensors[name])
         self.updates = SETTLED

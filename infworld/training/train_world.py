@@ -395,7 +395,7 @@ def resume(path: Path, model: Trainee, optimizers: list, ema: EMA) -> dict[str, 
             optimizer.load_state_dict(saved)
         return {"step": state["step"], "samples": state["samples"]}
     load_weights(path, model)
-    ema.load_state_dict(model.state_dict())
+    ema.begin()
     return {"step": 0, "samples": 0}
 
 
