@@ -72,7 +72,7 @@ def test_compiled_blocks_are_two_graphs_for_memories_of_any_length(model, monkey
     """As training compiles them, but the graphs are run by plain torch: inductor needs a C++ compiler."""
     graphs, compile = CompileCounter(), torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda step, fullgraph, options: compile(step, fullgraph=True, backend=graphs)
+        torch, "compile", lambda step, fullgraph, **_: compile(step, fullgraph=fullgraph, backend=graphs)
     )
     compiled = copy.deepcopy(model)
     compiled.compile_blocks()
