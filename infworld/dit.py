@@ -171,7 +171,7 @@ class InfiniteWorldTransformer(nn.Module):
         return before
 
     def compile_blocks(self) -> None:
-        """Compiles the two steps of a block, once for all blocks and for memories of any length.
+        """Compiles the two steps of a block for training, once for all blocks and for memories of any length.
 
         The first calls take up to a minute, longer with gradients.
         """
@@ -184,14 +184,10 @@ class InfiniteWorldTransformer(nn.Module):
     def offload_blocks(self) -> None:
         """Moves the blocks to the CPU's memory, from where they are streamed through the model's device one by one.
 
-        Results stay the same; compiled steps are dropped.
+        Results stay the same.
         """
-        if isinstance(self.blocks, StreamedBlocks):
-            return
-        for block in self.blocks:
-            for step in ("memory_step", "noisy_step"):
-                vars(block).pop(step, None)
-        self.blocks = StreamedBlocks(self.blocks, self.patch_embedding.weight.device)
+        if not isinstance(self.blocks, StreamedBlocks):
+            self.blocks = StreamedBlocks(self.blocks, self.patch_embedding.weight.device)
 
     @property
     def dtype(self) -> torch.dtype:

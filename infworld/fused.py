@@ -1,8 +1,8 @@
 """Which of the shared functions of layers.py and vae.py a kernel computes in one pass over memory, and where.
 
 Norms, modulation and rotation take plain torch several passes each. The kernels are triton_kernels.py's; Triton comes
-with torch for GPUs. Plain torch stays the reference: it is used on a CPU, with gradients, in what is compiled or
-exported, under autocast, without Triton, and wherever a kernel fails its trial.
+with torch for GPUs. Plain torch stays the reference: it is used on a CPU, with gradients, in what is compiled,
+under autocast, without Triton, and wherever a kernel fails its trial.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 KERNELS = "infworld.triton_kernels"  # imported when a GPU first needs it
-# By how much of the largest value fused or compiled code may deviate: rounding, and no more.
+# By how much of the largest value a kernel may deviate: rounding, and no more.
 ALLOWED = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 DEVICES = {"cuda"}
 

@@ -2,7 +2,7 @@
 
 Norm statistics, modulation and rotation are computed in float32 and results returned in the input's dtype, as the
 released model was trained (spec section 7, "Precision"); torch's own norms do so inside, and only autocast, in
-training, makes them return float32. All of it is plain torch, so that torch.compile can trace it with a memory of any
+training, makes them return float32. All of it is plain torch, so that training can compile it with a memory of any
 length; the functions marked `fused` have kernels besides.
 """
 

@@ -12,9 +12,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from infworld import hub, kernels, packages
+from infworld import hub, kernels
 from infworld.checkpoint import RELEASED_EXTRAS, check_file, load_strict, read_tensors
-from infworld.config import MODELS, PROJECT_ROOT, ModelConfig, load_config
+from infworld.config import MODELS, ModelConfig, load_config
 from infworld.devices import pick_device, pick_dtype, pick_threads, pick_vae_dtype
 from infworld.dit import InfiniteWorldTransformer
 from infworld.lora import LoraChoice, merge
@@ -35,18 +35,16 @@ def load(
     device: str = "auto",
     *,
     text_placement: str = "auto",
-    compile: bool = False,
     team: Team | None = None,
 ) -> World:
     """Loads a model: "tiny", "infinite-world" (downloaded if missing), the path of a config YAML, or the config itself.
 
     device: "auto" (the GPU if there is one), "cuda", "cuda:1", "cpu". text_placement: where a large text encoder runs
-    and whether it stays loaded: "auto", "gpu" or "cpu", see `UMT5OnDemand`. compile: whether to use torch.compile
-    for the transformer's blocks, which delays the first chunk (docs/performance.md); blocks compiled ahead of time
-    (`packages`) are always used where they fit, in place of that. team: of `parallel.join_team`, to film
-    together with other processes; its device is used. LoRAs that the config names (`models.with_loras`) are merged.
-    What stays on a GPU is planned by its free memory (see `memory_plan`), except with text_placement "gpu", which keeps
-    everything there. Raises FileNotFoundError or ValueError for missing, truncated or wrong weights, naming the file.
+    and whether it stays loaded: "auto", "gpu" or "cpu", see `UMT5OnDemand`. team: of `parallel.join_team`, to
+    film together with other processes; its device is used. LoRAs that the config names (`models.with_loras`) are
+    merged. What stays on a GPU is planned by its free memory (see `memory_plan`), except with text_placement "gpu",
+    which keeps everything there. Raises FileNotFoundError or ValueError for missing, truncated or wrong weights, naming
+    the file.
     """
     began = time.monotonic()
     if not isinstance(name, ModelConfig):
@@ -68,14 +66,8 @@ def load(
         device=device,
         dtype=dtype,
     )
-    packaged = False
-    if plan.blocks == "gpu":
-        places = (path.parent, PROJECT_ROOT / "checkpoints", hub.weights_folder())
-        packaged = team is None and packages.apply(transformer, places)
-        if compile and not packaged:
-            transformer.compile_blocks()
-    # Packages have their own attention inside; and where all is packed for a GPU to come, none is here for a trial.
-    if device.type == "cuda" and not packaged and text_placement != "gpu":
+    # Where all is packed for a GPU to come, none is here for a trial.
+    if device.type == "cuda" and text_placement != "gpu":
         kernels.use_fastest(transformer, config)
     vae = load_strict(
         lambda: build_vae(config),

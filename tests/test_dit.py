@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from infworld.config import TransformerConfig
 from infworld.dit import InfiniteWorldTransformer
@@ -65,6 +66,20 @@ def test_one_memory_stream_serves_every_noise_and_timestep(model, history):
     for seed, timestep in enumerate((1000.0, 937.5, 3.0)):
         x["noisy"], x["timestep"] = torch.randn_like(x["noisy"]) * seed, torch.tensor([timestep])
         assert difference(model.denoise(x["noisy"], x["timestep"], *once), model(**x)) < 1e-6
+
+
+def test_compiled_blocks_are_two_graphs_for_memories_of_any_length(model, monkeypatch):
+    """As training compiles them, but the graphs are run by plain torch: inductor needs a C++ compiler."""
+    graphs, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda step, fullgraph, **_: compile(step, fullgraph=fullgraph, backend=graphs)
+    )
+    compiled = copy.deepcopy(model)
+    compiled.compile_blocks()
+    for history in (9, 17, 85):
+        x = inputs(history=history)
+        assert difference(compiled(**x), model(**x)) < 1e-6
+    assert graphs.frame_count == 2
 
 
 def test_velocity_depends_on_every_input(model):

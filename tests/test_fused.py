@@ -186,7 +186,6 @@ def test_plain_torch_computes_with_gradients_in_graphs_under_autocast_and_where_
             return function(x)
 
     with torch.no_grad():
-        torch.export.export(Module(), (torch.ones(10, 4),), strict=False)
         torch.compile(Module(), fullgraph=True, backend="eager")(torch.ones(10, 4))
     assert sizes == []
 

@@ -27,7 +27,7 @@ LAYERS = (
     },
     {"settings", "session", "progress"},
     {"metrics"},
-    {"kernels", "packages", "memory_plan", "transfer", "hub", "models", "arena"},
+    {"kernels", "memory_plan", "transfer", "hub", "models", "arena"},
     {"world", "live", "loading"},
     {"parallel", "evaluation"},
     {"training", "videos", "cli", "app"},

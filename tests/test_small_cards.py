@@ -84,15 +84,6 @@ def test_offloaded_blocks_keep_their_names_and_weights(transformer):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_offloaded_blocks_are_compiled_no_more(transformer):
-    """A compiled step belongs to the block it was made from, whose weights are no longer where it works."""
-    model = copy.deepcopy(transformer)
-    for block in model.blocks:
-        block.noisy_step = block.memory_step = None
-    model.offload_blocks()
-    assert torch.equal(velocities(model, "gpu"), velocities(transformer, "gpu"))
-
-
 def test_at_most_two_of_what_passes_are_there_at_once():
     tensors = [torch.full((2, 3), float(i)) for i in range(6)]
     passing = StreamedTensors(iter(tensors))

@@ -18,7 +18,6 @@ from sessions import assert_same_chunk, same_state, state
 import infworld
 from infworld.actions import ActionScript
 from infworld.devices import pick_device, pick_threads, pick_vae_dtype
-from infworld.dit import InfiniteWorldTransformer
 from infworld.pictures import prepare_image, to_uint8
 from infworld.session import Session
 from infworld.settings import MAX_SEED, MAX_STEPS
@@ -367,15 +366,6 @@ def test_a_gpu_is_picked_with_its_number(name, expected, monkeypatch):
     for asked, answer in {"is_available": True, "device_count": 2, "current_device": 1}.items():
         monkeypatch.setattr(torch.cuda, asked, lambda answer=answer: answer)
     assert pick_device(name) == torch.device("cuda", expected)
-
-
-def test_blocks_are_compiled_on_request_alone(small_model, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(InfiniteWorldTransformer, "compile_blocks", lambda self: compiled.append(self))
-    infworld.load(small_model, device="cpu")
-    assert compiled == []
-    world = infworld.load(small_model, device="cpu", compile=True)
-    assert compiled == [world.transformer]
 
 
 def test_the_vae_is_rounded_where_the_transformer_is_but_never_to_float16():

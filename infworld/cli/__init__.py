@@ -20,7 +20,6 @@ COMMANDS = {
     "benchmark finetune": ("infworld.cli.benchmark.finetune", "measure time and memory of fine-tuning on this machine"),
     "play-benchmark": ("infworld.cli.benchmark.play", "measure how well the page plays, in a real browser"),
     "check-parity": ("infworld.cli.check_parity", "compare every stage with tensors of the reference computation"),
-    "compile-blocks": ("infworld.cli.compile_blocks", "compile the transformer's blocks ahead of time"),
     "random-checkpoint": ("infworld.cli.random_checkpoint", "write random weights in the released files' form"),
     "prepare-videos": ("infworld.cli.prepare_videos", "make training data of your own films"),
     "finetune": ("infworld.cli.finetune", "fine-tune a model on prepared videos, or train a LoRA"),

@@ -29,10 +29,10 @@ PATIENCE = 1.0  # seconds between looks at what is finished, in which Ctrl-C wai
 class Filmmaker:
     """A worker: a loaded model that makes one film after the other."""
 
-    def __init__(self, model: str, loras: list[str], device: str, compile: bool, memory_gb: float | None):
+    def __init__(self, model: str, loras: list[str], device: str, memory_gb: float | None):
         began = time.monotonic()
         limit_memory(pick_device(device), memory_gb)
-        self._world = infworld.load(with_loras(prepare(model), loras), device, compile=compile)
+        self._world = infworld.load(with_loras(prepare(model), loras), device)
         self._loading = time.monotonic() - began
 
     def make(self, job: Job) -> str:
@@ -101,7 +101,7 @@ def _workers(ray, args: argparse.Namespace, films: int) -> list:
     count = max(1, min(args.workers or gpus or 1, films))
     needs = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": max(1, int(resources.get("CPU", 1)) // count)}
     maker = ray.remote(Filmmaker).options(**needs, max_restarts=-1, max_task_retries=RETRIES)
-    return [maker.remote(args.model, args.lora, args.device, args.compile, args.memory_gb) for _ in range(count)]
+    return [maker.remote(args.model, args.lora, args.device, args.memory_gb) for _ in range(count)]
 
 
 def _with_whole_paths(args: argparse.Namespace) -> argparse.Namespace:

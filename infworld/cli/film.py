@@ -123,7 +123,7 @@ class FilmPlan:
         for name, value in given.items():
             words += [] if value is None else [name, _word(value)]
         words += [word for lora in args.lora for word in ("--lora", _word(lora))]
-        return shlex.join([*program, *words, *(["--compile"] if args.compile else [])])
+        return shlex.join([*program, *words])
 
     def _longer(self) -> int:
         longest = self.frames + (self.config.max_frames - self.frames) // self.chunk_frames * self.chunk_frames

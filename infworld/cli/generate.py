@@ -93,7 +93,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     machine.add_argument("--lora", **LORA_OPTION)
     machine.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    machine.add_argument("--compile", action="store_true", help="for long films on a GPU: faster after a slow start")
     machine.add_argument(
         "--memory-gb",
         type=float,
@@ -131,7 +130,7 @@ def generate(args: argparse.Namespace, stop: StopSignals) -> int:
         config = prepared() if team is None else team.broadcast_from_rank0(prepared)
         began = time.monotonic()
         limit_memory(pick_device(device), args.memory_gb)
-        world = infworld.load(config, device, compile=args.compile, team=team)
+        world = infworld.load(config, device, team=team)
         loading = time.monotonic() - began
         return film(plan, world, loading, stop) if team is None or team.is_rank0 else follow(plan, world)
 

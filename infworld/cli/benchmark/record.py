@@ -97,10 +97,8 @@ def goals(results: dict) -> list[tuple[str, float, float, bool]]:
         [figures.get(f"{way}: {what}") for way in ("naive", "exact")] for what in (f"step, history {longest}", "film")
     )
     of_four = results["settings"].get("devices") == 4
-    compiled_step = figures.get(f"compiled: step, history {longest}")
     found = [
         ("steady step, naive / exact", ratio(*step), 3.0, True),
-        ("steady step, naive / exact compiled", ratio(step[0], compiled_step), 3.0, True),
         ("film, naive / exact", ratio(*film), 3.0, True),
         ("film, naive / fast", ratio(film[0], figures.get("fast: film")), 12.0, True),
         ("peak GPU memory of a chunk, GiB", figures.get("exact: peak memory of a chunk"), 24.0, False),
@@ -110,7 +108,6 @@ def goals(results: dict) -> list[tuple[str, float, float, bool]]:
         ("four devices, exact", figures.get("exact: chunk, times as fast as on one") if of_four else None, 3.6, True),
         ("four devices, fast", figures.get("fast: chunk, times as fast as on one") if of_four else None, 3.5, True),
         ("fast film on four devices, s", figures.get("fast: film on 4"), 55.0, False),
-        ("first step with compilation, s", figures.get("compiled: first step"), 60.0, False),
     ]
     return [
         (what, value, goal, value >= goal if more else value <= goal)

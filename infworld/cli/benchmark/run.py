@@ -21,7 +21,6 @@ from pathlib import Path
 from infworld.cli.benchmark.cards import small_cards
 from infworld.cli.benchmark.choices import choices
 from infworld.cli.benchmark.chunks import faster_presets, film_measured, film_sum, whole_chunk
-from infworld.cli.benchmark.compiling import compiled, packaged
 from infworld.cli.benchmark.fusing import fused_kernels
 from infworld.cli.benchmark.harness import Benchmark, names_among
 from infworld.cli.benchmark.parts import ceilings, other_steps, profile, repeated_step, steady_step, vae_times
@@ -38,8 +37,6 @@ PARTS = {
     "presets": faster_presets,
     "errors": errors,
     "quality": vae_quality,
-    "compiled": compiled,
-    "packaged": packaged,
     "fused": fused_kernels,
     "choices": choices,
     "again": repeated_step,
@@ -47,7 +44,7 @@ PARTS = {
     "profile": profile,
     "small-cards": small_cards,
 }
-ON_REQUEST = ("fused", "packaged", "measured-film", "profile", "small-cards")
+ON_REQUEST = ("fused", "measured-film", "profile", "small-cards")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
