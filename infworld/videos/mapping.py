@@ -178,7 +178,8 @@ def _reconstruct(folder: Path, names: Sequence[str], focal: float, shown: bool) 
 def find_turns(matches: Matches, count: int, focal: float) -> tuple[np.ndarray, np.ndarray]:
     """Turns and still steps of `Tracks` by the matches of `count` keyframes."""
     turns, still = np.full((count - 1, 3, 3), np.nan), np.zeros(count - 1, bool)
-    span, quiet = min(STILL_SPAN, count - 1), {}
+    span = min(STILL_SPAN, count - 1)
+    quiet: dict[tuple[int, int], bool] = {}
     for (first, last), both in matches.items():
         if last - first <= span:
             turn, off = fit_turn(both, focal)
