@@ -105,7 +105,7 @@ def _at_one_scale(tracks: Tracks) -> np.ndarray:
     Such a turn shows nothing of distances, so COLMAP's scale may differ tenfold there. In place, nothing moves.
     """
     poses = tracks.poses.copy()
-    for number in range(tracks.model.max() + 1):
+    for number in np.unique(tracks.model[tracks.model >= 0]):
         known = np.flatnonzero(tracks.model == number)
         steps, apart = np.diff(poses[known, :3, 3], axis=0), np.diff(known)[:, None]
         walks = np.array([not tracks.still[a:b].all() for a, b in pairwise(known)], bool)
