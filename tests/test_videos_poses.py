@@ -116,6 +116,35 @@ def test_two_models_have_their_own_scales_and_a_seam_between():
     assert np.linalg.norm(found[150, :3, 3] - found[140, :3, 3]) == pytest.approx(10, rel=0.05)
 
 
+def test_a_turn_in_place_may_change_the_scale():
+    flat, actions = flat_walk((AHEAD, 100), (LEFT, 80), (BACK, 60), (RIGHT, 80), ((0, 0), 20), (AHEAD, 60))
+    matrices = matrices_of(flat)
+    tracks, at = tracks_of(matrices)
+    for first, last, factor in ((25, 45, 1), (60, 85, 0.05)):
+        tracks.still[first:last] = True
+        tracks.poses[last:, :3, 3] = (
+            tracks.poses[last, :3, 3] + factor * (matrices[::4] - matrices[4 * last])[last:, :3, 3]
+        )
+    poses = from_tracks(tracks, at, 401)
+    assert np.allclose(poses.matrices[::4], matrices[::4], atol=1e-6)
+    move, view = label(poses, np.zeros(401, bool), 30)
+    assert (move[:-1] == actions[0]).mean() > 0.97 and (view[:-1] == actions[1]).mean() > 0.97
+
+
+def test_a_slower_walk_stays_slower_and_a_shaking_hand_is_no_walk():
+    flat, _ = flat_walk((AHEAD, 100), (LEFT, 80), (AHEAD, 60), (RIGHT, 80), ((0, 0), 81))
+    matrices = matrices_of(flat)
+    matrices[180:241, :3, 3] = matrices[180, :3, 3] + 0.7 * (matrices[180:241] - matrices[180])[:, :3, 3]
+    matrices[241:, :3, 3] = matrices[240, :3, 3]
+    tracks, at = tracks_of(matrices)
+    tracks.still[25:45] = tracks.still[60:80] = True
+    tracks.poses[81:, :3, 3] += 0.002 * np.random.default_rng(0).standard_normal((20, 3))
+    found = from_tracks(tracks, at, 402)
+    assert np.allclose(found.matrices[:320:4], matrices[:320:4], atol=1e-6)
+    move, _ = label(found, np.zeros(402, bool), 30)
+    assert (move[322:400] == 0).all()
+
+
 def test_a_camera_that_only_turns_has_views_and_no_moves():
     flat, actions = flat_walk((LEFT, 60), ((0, 0), 20), (RIGHT, 80))
     tracks, at = tracks_of(matrices_of(flat), still=True)
@@ -203,6 +232,13 @@ def test_a_step_aside_is_told_from_a_turn():
     assert np.isfinite(turns).all() and not still.any()
     pairs = {(a, a + d): matches_of(turn) for a in range(8) for d in (1, 4) if a + d < 8}
     assert find_turns(pairs, 8, 0.8)[1].all()
+
+
+def test_there_and_back_is_not_still():
+    turn = np.eye(3)
+    shifts = {(a, b): 0.1 * ((b % 4) - (a % 4)) for a in range(9) for b in range(a + 1, min(a + 5, 9))}
+    pairs = {pair: matches_of(turn, shift=shift) for pair, shift in shifts.items()}
+    assert not find_turns(pairs, 9, 0.8)[1].any()
 
 
 def test_the_focal_length_shows_in_turns():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from infworld.videos.mapping import Tracks
 SHORTEST = 6  # frames that an action lasts at least; between two keyframes two actions look like a third one
 BRIDGED = 3  # keyframes in a row that may be missing between two of one model
 APART = 1.5  # degrees between what a model says and what the matches of a camera in place show
+LEG = 4  # keyframes of a walk, at least, by which its pace is judged
+UNEVEN = 2.0  # times as fast or as slow as the longest leg of a model: beyond, it is the scale that differs
 ROUGH = 0.75  # of a model's usual step: places that jump about by more are not where the camera was
 RETURNS_EVERY = 4  # frames from one to the next that `returns` looks at
 
@@ -71,7 +74,8 @@ def _extend(tracks: Tracks) -> tuple[np.ndarray, np.ndarray]:
     From a keyframe with a pose on, both ways, turns go on as long as the camera stays in place; where no keyframe has
     one, turns alone make a model.
     """
-    model, poses = np.where(_rough(tracks) | _apart(tracks), -1, tracks.model), tracks.poses.copy()
+    poses = _at_one_scale(tracks)
+    model = np.where(_rough(replace(tracks, poses=poses)) | _apart(tracks), -1, tracks.model)
     count = len(model)
 
     def turned(from_: int, to: int) -> None:
@@ -93,6 +97,35 @@ def _extend(tracks: Tracks) -> tuple[np.ndarray, np.ndarray]:
             model[a], poses[a] = model.max() + 1, np.eye(4)
             spread()
     return model, poses
+
+
+def _at_one_scale(tracks: Tracks) -> np.ndarray:
+    """Poses (K, 4, 4) whose walks before and after a turn in place have one scale, as far as their paces tell.
+
+    Such a turn shows nothing of distances, so COLMAP's scale may differ tenfold there. In place, nothing moves.
+    """
+    poses = tracks.poses.copy()
+    for number in np.unique(tracks.model[tracks.model >= 0]):
+        known = np.flatnonzero(tracks.model == number)
+        steps, apart = np.diff(poses[known, :3, 3], axis=0), np.diff(known)[:, None]
+        walks = np.array([not tracks.still[a:b].all() for a, b in pairwise(known)], bool)
+        steps[~walks] = 0
+        bounds = np.flatnonzero(np.diff(walks, prepend=False, append=False)).reshape(-1, 2)
+        legs = sorted((slice(a, b) for a, b in bounds if b - a >= LEG), key=lambda leg: leg.start - leg.stop)
+        paces = [_pace(steps[leg] / apart[leg]) for leg in legs]
+        usual = next(filter(None, paces), 0.0)
+        for leg, pace in zip(legs, paces, strict=True):
+            if pace and not 1 / UNEVEN < pace / usual < UNEVEN:
+                steps[leg] *= usual / pace
+        poses[known[1:], :3, 3] = poses[known[0], :3, 3] + steps.cumsum(0)
+    return poses
+
+
+def _pace(steps: np.ndarray) -> float:
+    """The usual length of steps (N, 3) from keyframe to keyframe; 0 if they lead to and fro, as a hand shakes."""
+    usual = np.median(np.linalg.norm(steps, axis=1))
+    along = np.linalg.norm(np.lib.stride_tricks.sliding_window_view(steps, LEG, axis=0).mean(-1), axis=1)
+    return float(usual) if np.quantile(along, 0.75) > usual / 2 else 0.0
 
 
 def _rough(tracks: Tracks) -> np.ndarray:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ STILL_SHARE = 0.8  # of the matches that have to; the rest may be people
 STILL_SPAN = 4  # keyframes over which the camera has to stay in place
 LEAST_MATCHES = 25
 LEAST_MODEL = 12  # keyframes; smaller reconstructions are more often wrong than right
-BEGINNINGS = 5  # tried for a reconstruction; where the camera turns nearly all fail, and each takes its time
+ERROR = 1 / 320  # of the longer side: as far as matches may lie from the geometry of their two pictures
 TURNED_ONLY = 0.9  # share of the steps in place from which on there is nothing to reconstruct
 
 Matches = dict[tuple[int, int], np.ndarray]  # of two keyframes: (M, 2, 2) from the middle, in widths
@@ -69,8 +70,8 @@ def track(folder: Path) -> Tracks:
     turns, still = find_turns(matches, len(names), focal)
     model, poses = np.full(len(names), -1), np.full((len(names), 4, 4), np.nan)
     if still.mean() < TURNED_ONLY:
-        _set_focal(folder, focal)
-        model, poses, focal = _reconstruct(folder, names, focal)
+        _verify(folder, focal)
+        model, poses, focal = _reconstruct(folder, names, focal, shown=focal != guess)
         turns, still = find_turns(matches, len(names), focal)
     return Tracks(model, poses, turns, still, np.array(focal))
 
@@ -89,10 +90,12 @@ def _extract(folder: Path, names: Sequence[str]) -> None:
             folder / "database.db",
             folder / "images",
             names[done : done + AT_ONCE],
-            pycolmap.CameraMode.SINGLE if done == 0 else pycolmap.CameraMode.PER_FOLDER,
+            pycolmap.CameraMode.SINGLE,
             reader,
             options,
         )
+        with pycolmap.Database.open(folder / "database.db") as database:
+            reader.existing_camera_id = database.read_all_cameras()[0].camera_id  # one camera took them all
 
 
 def _match(folder: Path, names: Sequence[str]) -> None:
@@ -130,33 +133,35 @@ def _read_matches(folder: Path, names: Sequence[str]) -> tuple[Matches, float]:
     return found, camera.mean_focal_length() / camera.width
 
 
-def _set_focal(folder: Path, focal: float) -> None:
+def _verify(folder: Path, focal: float) -> None:
+    """Finds the geometry of all pairs again, with a focal length of `focal` widths. With a wrong one, a walk over even
+    ground is taken for a rise from it: what a plane's two views allow too."""
     import pycolmap
 
     with pycolmap.Database.open(folder / "database.db") as database:
-        camera = database.read_all_cameras()[0]
+        (camera,) = database.read_all_cameras()
         camera.focal_length = focal * camera.width
         database.update_camera(camera)
+        database.clear_two_view_geometries()  # those that are there would be kept
+    options = pycolmap.TwoViewGeometryOptions()
+    options.ransac.max_error = ERROR * max(camera.width, camera.height)
+    pycolmap.geometric_verification(folder / "database.db", two_view_geometry_options=options)
 
 
-def _reconstruct(folder: Path, names: Sequence[str], guess: float) -> tuple[np.ndarray, np.ndarray, float]:
-    """Model and pose of every keyframe, the largest model first, and the focal length."""
+def _reconstruct(folder: Path, names: Sequence[str], focal: float, shown: bool) -> tuple[np.ndarray, np.ndarray, float]:
+    """Model and pose of every keyframe, the largest model first, and the focal length, which stays if turns showed it.
+
+    All places at once (COLMAP's global mapper): one picture after the other loses its way where the camera turns.
+    """
     import pycolmap
 
-    model, poses, registered = np.full(len(names), -1), np.full((len(names), 4, 4), np.nan), 0
-
-    def count() -> None:
-        nonlocal registered
-        registered += 1
-        _say("poses", min(registered, len(names)), len(names))
-
-    options = pycolmap.IncrementalPipelineOptions(
-        min_model_size=LEAST_MODEL, init_num_trials=BEGINNINGS, extract_colors=False
-    )
+    _say("poses", 0, len(names))
+    options = pycolmap.GlobalPipelineOptions(min_model_size=LEAST_MODEL)
+    adjustment = options.mapper.bundle_adjustment
+    adjustment.refine_focal_length = adjustment.refine_extra_params = not shown
     (folder / "models").mkdir()
-    found = pycolmap.incremental_mapping(
-        folder / "database.db", folder / "images", folder / "models", options, next_image_callback=count
-    )
+    found = pycolmap.global_mapping(folder / "database.db", folder / "images", folder / "models", options)
+    model, poses = np.full(len(names), -1), np.full((len(names), 4, 4), np.nan)
     largest = sorted(found.values(), key=lambda reconstruction: -reconstruction.num_reg_images())
     for number, reconstruction in enumerate(largest):
         for image in reconstruction.images.values():
@@ -165,7 +170,7 @@ def _reconstruct(folder: Path, names: Sequence[str], guess: float) -> tuple[np.n
                 model[index], poses[index] = number, np.eye(4)
                 poses[index, :3] = image.cam_from_world().inverse().matrix()
     if not largest:
-        return model, poses, guess
+        return model, poses, focal
     camera = next(iter(largest[0].cameras.values()))
     return model, poses, camera.mean_focal_length() / camera.width
 
@@ -174,10 +179,17 @@ def find_turns(matches: Matches, count: int, focal: float) -> tuple[np.ndarray, 
     """Turns and still steps of `Tracks` by the matches of `count` keyframes."""
     turns, still = np.full((count - 1, 3, 3), np.nan), np.zeros(count - 1, bool)
     span = min(STILL_SPAN, count - 1)
-    for first, last in matches:
-        if last - first == 1:
-            turns[first] = fit_turn(matches[first, last], focal)[0]
-        if last - first == span and fit_turn(matches[first, last], focal)[1] < STILL:
+    quiet: dict[tuple[int, int], bool] = {}
+    for (first, last), both in matches.items():
+        if last - first <= span:
+            turn, off = fit_turn(both, focal)
+            quiet[first, last] = off < STILL
+            if last - first == 1:
+                turns[first] = turn
+    for first in range(count - span):
+        last = first + span
+        between = [pair for pair in combinations(range(first, last + 1), 2) if pair in quiet]
+        if (first, last) in quiet and all(quiet[pair] for pair in between):  # not there and back either
             still[first:last] = True
     return turns, still & np.isfinite(turns).all((1, 2))
 
