@@ -76,6 +76,7 @@ class InfiniteWorldTransformer(nn.Module):
         self.latent_encoder = MemoryCompressor(config.out_channels, config.memory_hidden_dim, config.memory_num_heads)
         self.blocks = nn.ModuleList(Block(dim, config.ffn_dim, config.num_heads) for _ in range(config.num_layers))
         self.head = Head(dim, config.out_channels * config.patch**2)
+        self.narrow_kernel: Kernel | None = None  # for attention in 8 bits (`kernels.use_fastest`)
 
     def forward(
         self, noisy: Tensor, timestep: Tensor, history: Tensor, move: Tensor, view: Tensor, text: Tensor, mask: Tensor

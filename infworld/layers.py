@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -43,6 +44,26 @@ class TokenLayout:
 
 
 LOCAL = TokenLayout()
+
+
+@dataclass(frozen=True)
+class WithKernel(TokenLayout):
+    """Another layout, but attention is computed by this kernel, whatever the blocks' own is."""
+
+    layout: TokenLayout
+    kernel: Kernel
+
+    def scatter(self, tokens: Tensor, *lengths: int) -> Tensor:
+        return self.layout.scatter(tokens, *lengths)
+
+    def gather(self, tokens: Tensor, length: int) -> Tensor:
+        return self.layout.gather(tokens, length)
+
+    def attention(self, *lengths: int) -> Attending:
+        elsewhere = self.layout.attention(*lengths)
+        if elsewhere is None:
+            return lambda _, q, k, v: self.kernel(q, k, v)
+        return lambda _, q, k, v: elsewhere(self.kernel, q, k, v)
 
 
 class RMSNorm(nn.Module):

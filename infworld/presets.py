@@ -17,7 +17,8 @@ from infworld.config import SamplerConfig
 class Preset:
     """steps: as a fraction of the model's own sampler steps. min_steps: a lower bound, unless the model has fewer.
     end_at_zero: where the steps end, see `sampler.schedule`. order: of the solver, see `sampler.sample`.
-    guidance_interval: the negative prompt is evaluated every so many steps, see `sampler.guided`."""
+    guidance_interval: the negative prompt is evaluated every so many steps, see `sampler.guided`. narrow_attention:
+    steps attend in 8 bits, where the card has a kernel for it (`kernels.use_fastest`)."""
 
     name: str
     steps: float = 1.0
@@ -25,6 +26,7 @@ class Preset:
     end_at_zero: bool = False
     order: int = 1
     guidance_interval: int = 1
+    narrow_attention: bool = False
 
     def sampler_steps(self, sampler: SamplerConfig) -> int:
         """Sampler steps per chunk for a model: 30, 15 and 8 for the released one."""
@@ -42,7 +44,7 @@ PRESETS = {
     for preset in (
         EXACT,
         Preset("balanced", steps=1 / 2, min_steps=5, end_at_zero=True, order=2),
-        Preset("fast", steps=1 / 4, min_steps=4, end_at_zero=True, order=2, guidance_interval=2),
+        Preset("fast", steps=1 / 4, min_steps=4, end_at_zero=True, order=2, guidance_interval=2, narrow_attention=True),
     )
 }
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from infworld.config import FRAMES_PER_LATENT, ModelConfig
 from infworld.dit import InfiniteWorldTransformer, MemoryStream, TextContext
-from infworld.layers import LOCAL, fastest_attention
+from infworld.layers import LOCAL, WithKernel, fastest_attention
 from infworld.memory import MapWindows
 from infworld.memory_plan import FASTEST, TOO_LITTLE, MemoryEstimate, MemoryPlan, NotEnoughMemory, next_smaller_plan
 from infworld.pictures import prepare_image, to_uint8
@@ -361,7 +361,8 @@ class World:
         """
         model, device, settings = self.transformer, self.device, session.settings
         texts = self.texts(session)
-        guided_always = len(texts) == 2 and find_preset(settings.preset).guidance_interval == 1
+        preset = find_preset(settings.preset)
+        guided_always = len(texts) == 2 and preset.guidance_interval == 1
         branches = self.team.branches(guided_always) if self.team else None
         layout = (branches and branches.layout) or LOCAL
         texts = texts[branches.own] if branches else texts
@@ -372,6 +373,8 @@ class World:
             memory = torch.cat([compressed.latents, recent], dim=2)
             contexts = [model.embed_text(text.hidden, text.mask) for text in texts]
             streams = [model.encode_memory(memory, context, self.plan.streams, layout) for context in contexts]
+        if preset.narrow_attention and model.narrow_kernel:
+            layout = WithKernel(layout, model.narrow_kernel)
 
         @torch.inference_mode()
         @fastest_attention(device)
