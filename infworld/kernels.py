@@ -44,8 +44,8 @@ def flash_attention_3_in_8_bits() -> Kernel:
     from fa3_fwd_interface import flash_attn_func
 
     def attend(*qkv: Tensor) -> Tensor:
-        numbers, scales = zip(*map(to_8_bits, qkv), strict=True)
-        return flash_attn_func(*numbers, **dict(zip(("q_descale", "k_descale", "v_descale"), scales, strict=True)))
+        (q, q_scale), (k, k_scale), (v, v_scale) = map(to_8_bits, qkv)
+        return flash_attn_func(q, k, v, q_descale=q_scale, k_descale=k_scale, v_descale=v_scale)
 
     return _tokens_first(attend)
 

@@ -21,7 +21,7 @@ from infworld.lora import LoraChoice, merge
 from infworld.memory_plan import FASTEST, GB, MemoryEstimate, MemoryPlan, choose
 from infworld.models import prepare
 from infworld.text import free_memory, open_text_encoder
-from infworld.vae import build_vae
+from infworld.vae import VideoVAE, build_vae
 from infworld.world import World
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def load(
     config = hub.find(name) or name
     device = pick_device(device) if team is None else team.device
     dtype = pick_dtype(device, getattr(torch, config.amp_dtype))
-    path, vae_path = check_file(config.path(config.checkpoint_path)), check_file(config.path(config.vae_cfg.vae_pth))
+    path = check_file(config.path(config.checkpoint_path))
+    check_file(config.path(config.vae_cfg.vae_pth))  # what is missing is said before anything large is read
     text_encoder = None  # except on the device that encodes for all
     if team is None or team.is_rank0:  # before the transformer: the plan counts what it takes
         text_encoder = open_text_encoder(config, device, dtype, text_placement)
@@ -69,15 +70,15 @@ def load(
     # Where all is packed for a GPU to come, none is here for a trial.
     if device.type == "cuda" and text_placement != "gpu":
         kernels.use_fastest(transformer, config)
-    vae = load_strict(
-        lambda: build_vae(config),
-        read_tensors(vae_path),
-        where=vae_path,
-        device=device,
-        dtype=pick_vae_dtype(dtype),
-    )
+    vae = load_vae(config, device, pick_vae_dtype(dtype))
     log.info("%s from %s on %s (%s) in %.1f s", config.name, path, device, dtype, time.monotonic() - began)
     return World(config, transformer, vae, text_encoder, team, plan)
+
+
+def load_vae(config: ModelConfig, device: torch.device, dtype: torch.dtype, path: Path | None = None) -> VideoVAE:
+    """The VAE of a config alone; path: of another file than the config's. Raises the errors of `load`."""
+    path = path or config.path(config.vae_cfg.vae_pth)
+    return load_strict(lambda: build_vae(config), read_tensors(path), where=path, device=device, dtype=dtype)
 
 
 def read_transformer(config: ModelConfig) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from PIL import Image
 from infworld.cli.prepare_videos import main
 from infworld.config import PROJECT_ROOT, load_config
 from infworld.files import claimed
+from infworld.loading import load_vae
 from infworld.training.frames import to_video
 from infworld.training.labels import poses_to_matrices
 from infworld.training.pictures import SIZES, make_atlas
@@ -30,7 +31,7 @@ from infworld.training.stages import framing_stages, render_stages
 from infworld.video import write_mp4
 from infworld.videos import round_trip
 from infworld.videos.dataset import open_data
-from infworld.videos.prepare import cropped, load_vae, split
+from infworld.videos.prepare import cropped, split
 from infworld.videos.reading import open_film
 from tests.test_videos_poses import AHEAD, BACK, LEFT, RIGHT, flat_walk, matrices_of, write_tum
 
@@ -83,7 +84,7 @@ def test_a_film_becomes_a_clip_with_its_actions_and_latents(folder, small_model,
     film = open_film(folder / "films" / "walk.mp4")
     pictures = np.stack([picture for _, picture in zip(range(161), cropped(film, (32, 48), 0.0), strict=False)])
     assert np.array_equal(clip.read("picture").numpy(), pictures[0])
-    video, vae = to_video(torch.from_numpy(pictures[None])), load_vae(config, torch.device("cpu"))
+    video, vae = to_video(torch.from_numpy(pictures[None])), load_vae(config, torch.device("cpu"), torch.float32)
     with torch.inference_mode():
         whole, fresh = vae.encode(video)[0], vae.encode(video[:, :, 80:])[0]
     assert torch.allclose(clip.read("history").float().movedim(1, 0)[None], whole, atol=2e-3, rtol=1e-3)

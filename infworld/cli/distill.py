@@ -15,19 +15,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from infworld.checkpoint import load_strict, read_tensors
 from infworld.cli.console import StopSignals, exit_code
 from infworld.cli.film import LORA_OPTION
 from infworld.cli.finetune import check_installed, embed_captions, first_on_rank_0, load_transformer
 from infworld.cli.training_run import go_through
 from infworld.devices import pick_vae_dtype
+from infworld.loading import load_vae
 from infworld.models import prepare, with_loras
 from infworld.training.clips import ClipSampler
 from infworld.training.distill import Distillation, Settings, few_step_sampler
 from infworld.training.finetune import STAGES
 from infworld.training.run import Log, compute_dtype, set_up_devices
 from infworld.training.run_folder import RunFolder
-from infworld.vae import build_vae
 from infworld.videos.dataset import open_data
 
 OPTIONS = {  # of Settings, with what they mean
@@ -82,8 +81,7 @@ def run(args: argparse.Namespace, stop: StopSignals) -> None:
     folder = RunFolder(args.out, config, {"val_scheduler_cfg": few_step_sampler(scheduler, settings.few)})
     texts = first_on_rank_0(lambda: embed_captions(config, clips, device))
     sampler = ClipSampler(clips, texts, scheduler.shift, STAGES[1], settings.seed)
-    path, dtype = config.path(config.vae_cfg.vae_pth), pick_vae_dtype(compute_dtype(device))
-    vae = load_strict(lambda: build_vae(config), read_tensors(path), where=path, device=device, dtype=dtype)
+    vae = load_vae(config, device, pick_vae_dtype(compute_dtype(device)))
     training = Distillation(load_transformer(config, device), vae.requires_grad_(False), sampler, config, settings)
     if state := folder.state():
         training.load_state(state)

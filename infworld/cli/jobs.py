@@ -69,7 +69,7 @@ def generate_all(args: argparse.Namespace, stop: StopSignals) -> int:
             raise ValueError(f"the files of {name} are not here: get them first with `infworld download`")
         began = time.monotonic()
         limit_memory(pick_device(device), args.memory_gb)
-        world = infworld.load(with_loras(prepare(name), loras), device, team=None)
+        world = infworld.load(with_loras(prepare(name), loras), device)
         loading = time.monotonic() - began
     began = time.monotonic()
     for made, job in enumerate(share):

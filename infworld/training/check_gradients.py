@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from infworld.checkpoint import load_strict, read_tensors
 from infworld.config import load_config
+from infworld.loading import load_vae
 from infworld.training.data import WalkPool
 from infworld.training.optim import EMA
 from infworld.training.parts import recompute
 from infworld.training.run import autocast, compute_dtype, set_up_devices
 from infworld.training.train_world import MIXED, NOISES, Trainee, flow_loss, make_optimizers, pick_cut, resume
-from infworld.vae import build_vae
 
 WRONG = 0.5  # of a gradient's size; rounding in bfloat16 stays below a tenth
 SMALLEST = 1e-3  # of the size of all gradients together: what is smaller is compared with that
@@ -50,9 +49,7 @@ def check(args: argparse.Namespace) -> int:
     _, _, device = set_up_devices()
     torch.manual_seed(0)
     config = load_config(args.config)
-    vae = load_strict(
-        lambda: build_vae(config), read_tensors(args.vae), where=args.vae, device=device, dtype=compute_dtype(device)
-    )
+    vae = load_vae(config, device, compute_dtype(device), args.vae)
     plain = Trainee(config).to(device)
     if args.resume:
         resume(args.resume, plain, make_optimizers(plain, 0.0), EMA(plain, 0.0))

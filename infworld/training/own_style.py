@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infworld.checkpoint import load_strict, read_tensors
 from infworld.config import ModelConfig
 from infworld.devices import pick_dtype, pick_vae_dtype
-from infworld.loading import load
+from infworld.loading import load, load_vae
 from infworld.measures import psnr
 from infworld.models import prepare
 from infworld.presets import find_preset
@@ -34,7 +33,7 @@ from infworld.training.measures import sharpness
 from infworld.training.render import render
 from infworld.training.walks import MIXED, revisits, sample_actions
 from infworld.training.worlds import EVAL_SEEDS, make_worlds, spawn, walk
-from infworld.vae import VideoVAE, build_vae
+from infworld.vae import VideoVAE
 from infworld.videos.dataset import FOLDER, ClipInfo, vae_fingerprint, write_clip
 
 EXCHANGED = [1, 2, 0]  # what is shown as red, green and blue
@@ -155,9 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = range(EVAL_SEEDS.start, EVAL_SEEDS.start + args.places)
     if args.command == "films":
         config = prepare(args.model)
-        path = config.path(config.vae_cfg.vae_pth)
-        dtype = pick_vae_dtype(pick_dtype(torch.device("cpu"), getattr(torch, config.amp_dtype)))
-        vae = load_strict(lambda: build_vae(config), read_tensors(path), where=path, dtype=dtype)
+        device = torch.device("cpu")
+        vae = load_vae(config, device, pick_vae_dtype(pick_dtype(device, getattr(torch, config.amp_dtype))))
         write_films(args.out, config, vae, known, args.walks, args.chunks)
         return
     for places, seeds in {"same places": known, "other places": range(known.stop, known.stop + args.places)}.items():

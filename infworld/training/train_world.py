@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from infworld.checkpoint import load_strict, read_tensors, save_tensors
+from infworld.checkpoint import read_tensors, save_tensors
 from infworld.config import ModelConfig, SamplerConfig, load_config
 from infworld.dit import InfiniteWorldTransformer
 from infworld.live import REFRESH
+from infworld.loading import load_vae
 from infworld.memory import MAX_SINGLE_PASS, WINDOW, MemoryCompressor, window_starts
 from infworld.sampler import MAX_TIMESTEP, sample, schedule
 from infworld.text import ByteTextEncoder
@@ -47,7 +48,6 @@ from infworld.training.pictures import load_pictures
 from infworld.training.run import Log, autocast, compute_dtype, from_rank_0, leave_together, peak_gib, set_up_devices
 from infworld.training.walks import MIXED, VIEW_ONLY
 from infworld.training.worlds import EVAL_SEEDS
-from infworld.vae import build_vae
 
 MIXTURES = {
     "view": VIEW_ONLY,
@@ -107,9 +107,7 @@ def train(args: argparse.Namespace) -> None:
     config = load_config(args.config)
 
     # The models.
-    vae = load_strict(
-        lambda: build_vae(config), read_tensors(args.vae), where=args.vae, device=device, dtype=compute_dtype(device)
-    )
+    vae = load_vae(config, device, compute_dtype(device), args.vae)
     model = Trainee(config).to(device)
     optimizers, clip = make_optimizers(model, args.lr), GradientClipper()
     ema = EMA(model, args.ema)
@@ -342,13 +340,10 @@ def report(
     """Logs the loss and the averaged weights' memory errors, and saves those weights for use."""
     with averaged(model, ema):
         errors = memory_report(model, unseen)
-        halves = {name: tensor.half() for name, tensor in model.state_dict().items()}
+        save_weights(out, model)
     finite = [loss for loss in torch.stack(losses).tolist() if math.isfinite(loss)] if losses else []
     loss = sum(finite) / len(finite) if finite else None
     log.add("report", step=step, samples=samples, loss=loss, lost_steps=lost_steps, **errors)
-    for part in ("transformer", "text"):
-        tensors = {k.removeprefix(f"{part}."): v for k, v in halves.items() if k.startswith(f"{part}.")}
-        save_tensors(out / ("world.safetensors" if part == "transformer" else "text.safetensors"), tensors)
 
 
 @contextmanager
@@ -404,6 +399,13 @@ def load_teacher(path: Path, config: ModelConfig, device: torch.device) -> Train
     teacher = Trainee(config)
     load_weights(path, teacher)
     return teacher.to(device).requires_grad_(False)
+
+
+def save_weights(folder: Path, model: Trainee) -> None:
+    """Writes world.safetensors and text.safetensors, in half precision."""
+    for part, name in ((model.transformer, "world"), (model.text, "text")):
+        halves = {key: tensor.half() for key, tensor in part.state_dict().items()}
+        save_tensors(folder / f"{name}.safetensors", halves)
 
 
 def load_weights(path: Path, model: Trainee) -> None:

@@ -19,17 +19,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from infworld.checkpoint import load_strict, read_tensors, save_tensors
 from infworld.config import ModelConfig, load_config
+from infworld.loading import load_vae
 from infworld.models import prepare
 from infworld.training.frames import to_video
 from infworld.training.pictures import Pictures, load_pictures
 from infworld.training.run import compute_dtype
 from infworld.training.scenes import KINDS, draw_scenes
-from infworld.training.train_world import Trainee, load_weights
+from infworld.training.train_world import Trainee, load_weights, save_weights
 from infworld.training.walks import MIXED, sample_actions
 from infworld.training.worlds import EVAL_SEEDS
-from infworld.vae import VideoVAE, build_vae
+from infworld.vae import VideoVAE
 
 RIDGE = 0.1  # added to the variance of each coordinate
 NEW_DIRECTIONS = 0.02  # standard deviation of what lets through in tokens what the old ones do not show
@@ -51,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = Trainee(new)
     transplant(model, load_source(old), to_old, to_new)
     args.out.mkdir(parents=True, exist_ok=True)
-    for part, name in ((model.transformer, "world"), (model.text, "text")):
-        halves = {key: tensor.half().contiguous() for key, tensor in part.state_dict().items()}
-        save_tensors(args.out / f"{name}.safetensors", halves)
+    save_weights(args.out, model)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -145,7 +143,8 @@ def draw_tokens(
     grids = [tuple(side // config.token_pixels for side in config.buckets[0]) for config in (old, new)]
     if grids[0] != grids[1]:
         raise ValueError(f"a picture has {grids[1]} tokens, and {grids[0]} in the source")
-    vaes, generator, found = (load_vae(old, device), load_vae(new, device)), torch.Generator().manual_seed(0), []
+    vaes = [load_vae(config, device, compute_dtype(device)) for config in (old, new)]
+    generator, found = torch.Generator().manual_seed(0), []
     for number, kind in enumerate(dict.fromkeys(KINDS) if pictures else ("toy",)):
         move, view = torch.stack(sample_actions(MIXED, walks, FRAMES + 1, generator), 1)[:, :, :-1].unbind(1)
         first = EVAL_SEEDS.stop + number * APART
@@ -164,12 +163,6 @@ def tokens_of(vae: VideoVAE, frames: Tensor, config: ModelConfig) -> Tensor:
     latents, _ = vae.encode(video.to(vae.conv1.weight.dtype))
     patch = config.model_cfg.patch
     return rearrange(latents.float(), "b c t (h p) (w q) -> (b t h w) (c p q)", p=patch, q=patch)
-
-
-def load_vae(config: ModelConfig, device: torch.device) -> VideoVAE:
-    path = config.path(config.vae_cfg.vae_pth)
-    tensors = read_tensors(path)
-    return load_strict(lambda: build_vae(config), tensors, where=path, device=device, dtype=compute_dtype(device))
 
 
 def fit(x: Tensor, y: Tensor, ridge: float = RIDGE) -> LinearMap:

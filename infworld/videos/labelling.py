@@ -74,8 +74,8 @@ def _extend(tracks: Tracks) -> tuple[np.ndarray, np.ndarray]:
     From a keyframe with a pose on, both ways, turns go on as long as the camera stays in place; where no keyframe has
     one, turns alone make a model.
     """
-    poses = _at_one_scale(tracks)
-    model = np.where(_rough(replace(tracks, poses=poses)) | _apart(tracks), -1, tracks.model)
+    tracks = replace(tracks, poses=_at_one_scale(tracks))
+    model, poses = np.where(_rough(tracks) | _apart(tracks), -1, tracks.model), tracks.poses
     count = len(model)
 
     def turned(from_: int, to: int) -> None:

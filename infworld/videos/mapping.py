@@ -70,9 +70,11 @@ def track(folder: Path) -> Tracks:
     turns, still = find_turns(matches, len(names), focal)
     model, poses = np.full(len(names), -1), np.full((len(names), 4, 4), np.nan)
     if still.mean() < TURNED_ONLY:
+        shown = focal != guess
         _verify(folder, focal)
-        model, poses, focal = _reconstruct(folder, names, focal, shown=focal != guess)
-        turns, still = find_turns(matches, len(names), focal)
+        model, poses, focal = _reconstruct(folder, names, focal, shown)
+        if not shown:  # it has been refined
+            turns, still = find_turns(matches, len(names), focal)
     return Tracks(model, poses, turns, still, np.array(focal))
 
 
@@ -94,8 +96,9 @@ def _extract(folder: Path, names: Sequence[str]) -> None:
             reader,
             options,
         )
-        with pycolmap.Database.open(folder / "database.db") as database:
-            reader.existing_camera_id = database.read_all_cameras()[0].camera_id  # one camera took them all
+        if done == 0:
+            with pycolmap.Database.open(folder / "database.db") as database:
+                reader.existing_camera_id = database.read_all_cameras()[0].camera_id  # one camera took them all
 
 
 def _match(folder: Path, names: Sequence[str]) -> None:

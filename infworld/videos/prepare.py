@@ -28,13 +28,13 @@ from torch import Tensor
 
 from infworld import hub
 from infworld.actions import UNCERTAIN
-from infworld.checkpoint import load_strict, read_tensors
 from infworld.config import PACKAGE, ModelConfig
 from infworld.devices import pick_dtype, pick_vae_dtype
 from infworld.files import claimed
+from infworld.loading import load_vae
 from infworld.pictures import nearest_bucket
 from infworld.training.frames import to_video
-from infworld.vae import VideoVAE, build_vae
+from infworld.vae import VideoVAE
 from infworld.video import FPS
 from infworld.videos.dataset import FOLDER, ClipInfo, vae_fingerprint, write_clip
 from infworld.videos.labelling import Poses, at_one_pace, find_returns, from_tracks, label
@@ -127,7 +127,8 @@ class Preparation:
         (self.out / FOLDER).mkdir(parents=True, exist_ok=True)
         (self.out / "thumbnails").mkdir(exist_ok=True)
         config = hub.find(self.config) or self.config
-        self.vae = load_vae(config, self.device)
+        dtype = pick_dtype(self.device, getattr(torch, config.amp_dtype))
+        self.vae = load_vae(config, self.device, pick_vae_dtype(dtype))
         self.fingerprint = vae_fingerprint(config)
         settings = {"model": config.name, "vae": self.fingerprint, "axes": self.axes}
         self.records = Records(self.out, {**settings, "poses": str(self.poses.resolve()) if self.poses else ""})
@@ -327,13 +328,6 @@ def track(folder: Path, progress: Progress) -> Tracks:
         last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
         raise TrackingError(f"COLMAP ended with code {code}: {last.strip()[-300:]}")
     return Tracks.load(folder / "tracks.npz")
-
-
-def load_vae(config: ModelConfig, device: torch.device) -> VideoVAE:
-    """The VAE of a config alone. Raises FileNotFoundError where it is not on this machine."""
-    path = config.path(config.vae_cfg.vae_pth)
-    dtype = pick_vae_dtype(pick_dtype(device, getattr(torch, config.amp_dtype)))
-    return load_strict(lambda: build_vae(config), read_tensors(path), where=path, device=device, dtype=dtype)
 
 
 def covering(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:

@@ -8,15 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infworld.checkpoint import load_strict, read_tensors
 from infworld.cli.benchmark.harness import Benchmark, film_histories, guidance_of, naive_kernels, relative_error
 from infworld.cli.benchmark.model import noise, noise_session, plain_velocity, random_world
 from infworld.cli.benchmark.record import name_of, total
 from infworld.config import PROJECT_ROOT, ModelConfig, TextConfig, TransformerConfig, load_config
+from infworld.loading import load_vae
 from infworld.pictures import prepare_image
 from infworld.sampler import sample, schedule
 from infworld.session import Session
-from infworld.vae import build_vae
 from infworld.world import World
 
 WAYS = ("exact", "naive")
@@ -63,19 +62,15 @@ def chunk_error(bench: Benchmark, world: World, session: Session) -> float:
 def vae_quality(bench: Benchmark) -> None:
     """What the VAE's rounding costs the picture: with the shipped, trained weights and a pan over an example."""
     tiny = load_config("tiny")
-    path = tiny.path(tiny.vae_cfg.vae_pth)
-    load = lambda dtype: load_strict(  # noqa: E731
-        lambda: build_vae(tiny), read_tensors(path), where=path, device=bench.device, dtype=dtype
-    )
     video = pan(PROJECT_ROOT / "examples" / "2-autumn-walk-and-return.png", tiny).to(bench.device)
     note = f"trained VAE of the tiny model, {video.shape[2]} frames of {video.shape[3]}x{video.shape[4]}"
-    exact = load(torch.float32)
+    exact = load_vae(tiny, bench.device, torch.float32)
     latents = exact.encode(video)[0]
     true = exact.decode(latents)
     bench.record.put("vae quality: float32 against the film", psnr(true, video), "dB", note)
     dtype = next(bench.world.vae.parameters()).dtype
     if dtype != torch.float32:
-        rounded, name = load(dtype), name_of(dtype)
+        rounded, name = load_vae(tiny, bench.device, dtype), name_of(dtype)
         rounded_latents = rounded.encode(video)[0]
         ours = rounded.decode(rounded_latents)
         bench.record.put(f"vae quality: {name} against the film", psnr(ours, video), "dB", note)
