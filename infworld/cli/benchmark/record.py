@@ -133,19 +133,21 @@ def table(results: dict) -> str:
     lines = [f"# {results['settings']['model']} on {results['machine']['device']}", ""]
     lines += [f"{', '.join(about)}; {results['seconds']:.0f} s in all.", ""]
     lines += [f"    {results['command']}", "", f"Settings: {settings}.", ""]
-    lines += ["| goal | found | must be | reached |", "|---|---|---|---|"]
-    for what, value, goal, reached in goals(results):
-        lines.append(f"| {what} | {number(value)} | {number(goal)} | {'yes' if reached else '**no**'} |")
-    lines += ["", "| figure | value | spread | what |", "|---|---|---|---|"]
+    if found := goals(results):
+        lines += ["| goal | found | must be | reached |", "|---|---|---|---|"]
+        for what, value, goal, reached in found:
+            lines.append(f"| {what} | {number(value)} | {number(goal)} | {'yes' if reached else '**no**'} |")
+        lines.append("")
+    lines += ["| figure | value | spread | what |", "|---|---|---|---|"]
     for name, figure in results["figures"].items():
         spread = "" if figure["spread"] is None else f"{100 * figure['spread']:.1f} %"
         lines.append(f"| {name} | {number(figure['value'])} {figure['unit']} | {spread} | {figure['note']} |")
     lines += [f"\nLeft out: {name} ({why})." for name, why in results["left out"].items()]
-    for name, found in results["profiles"].items():
-        lines += ["", f"Kernels of: {name}, {found['seconds']:.3g} s.", "", "| share | seconds | calls | kernel |"]
+    for name, profile in results["profiles"].items():
+        lines += ["", f"Kernels of: {name}, {profile['seconds']:.3g} s.", "", "| share | seconds | calls | kernel |"]
         lines += ["|---|---|---|---|"]
-        for kernel, seconds, calls in found["kernels"]:
-            share = 100 * seconds / found["seconds"]
+        for kernel, seconds, calls in profile["kernels"]:
+            share = 100 * seconds / profile["seconds"]
             lines.append(f"| {share:.1f} % | {seconds:.4f} | {calls} | `{kernel[:KERNEL_NAME]}` |")
     return "\n".join(lines) + "\n"
 
