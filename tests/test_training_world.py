@@ -162,7 +162,7 @@ def test_chunks_of_all_lengths_are_drawn_and_their_memories_are_of_few_lengths()
     config, rng = load_config("infworld/configs/tiny2.yaml"), random.Random(0)
     cuts = Counter(pick_cut(config, rng) for _ in range(6000))
     lengths = Counter({new: sum(n for cut, n in cuts.items() if (cut.new if cut else 20) == new) for new in (4, 8, 20)})
-    assert all(count / 6000 == pytest.approx(1 / 3, abs=0.03) for count in lengths.values())
+    assert {new: count / 6000 for new, count in lengths.items()} == pytest.approx({4: 0.25, 8: 0.25, 20: 0.5}, abs=0.03)
     short = [cut for cut in cuts if cut]
     assert {(cut.new, cut.place) for cut in short} == {
         (4, 0),

@@ -56,7 +56,7 @@ MIXTURES = {
 }
 LABELS = ("actions", "mixed", "poses", "naive")
 NO_PROMPT = 0.3  # share of samples without their caption
-FIRST_CHUNK = 0.125  # share of steps whose history is the picture alone
+FIRST_CHUNK = 0.3  # share of steps whose history is the picture alone: everyone's first film is such a chunk
 HIERARCHICAL = 0.3  # share of steps with more than 80 latents of history, where walks are long enough
 COMPRESSOR_LR = 0.1  # times the learning rate
 WARMUP = 100  # steps
@@ -65,6 +65,7 @@ PAINT_FROM = (2, 6)  # sampler steps, of 8, before which a painted chunk may sta
 POSE_LABELS = 0.25  # share of walks whose actions are read off noisy poses, where labels are mixed
 RENEWED_AT_ONCE = 16  # walks
 UNSEEN_WALKS = 32
+OWN_LENGTH = 0.5  # share of the chunks that have the model's own length, where it is to know short ones too
 JUST_REFRESHED = 0.5  # share of the short chunks that could be, which begin off the grid with no recent latents
 UNSEEN_CHUNKS = (2, 8)  # of history, where the memory is measured
 
@@ -487,16 +488,16 @@ def pick_chunk(chunks: int, config: ModelConfig, rng: random.Random) -> int:
 
 
 def pick_cut(config: ModelConfig, rng: random.Random) -> Cut | None:
-    """A short chunk of a length that the model is to know, or None for its own; all lengths are equally likely.
+    """A short chunk of a length that the model is to know, all equally likely, or None for its own.
 
     As live play cuts them whose memory is refreshed on the grid of the model's own chunks, and now and then such as
     begin elsewhere with a memory just refreshed: of histories of at most 80 latents the compressor meets twice as many
     lengths as without short chunks, no more.
     """
     shorts = short_lengths(config)
-    new = rng.choice([*shorts, config.chunk_latents - 1])
-    if new not in shorts:
+    if not shorts or rng.random() < OWN_LENGTH:
         return None
+    new = rng.choice(shorts)
     place = rng.randrange(0, min(REFRESH, config.chunk_latents - 2) + 1, new)
     just_refreshed = place == shorts[-1] and rng.random() < JUST_REFRESHED
     return Cut(place, new, 0 if just_refreshed else place)
