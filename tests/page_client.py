@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ class PageClient:
         self.components = {component["id"]: component for component in self.config["components"]}
         self.by_name = {component["props"].get("elem_id"): component for component in self.config["components"]}
         self.messages: dict[str, list[dict]] = {}
-        self._lock = threading.Lock()
+        self._heard = threading.Condition()
         self._pending: set[str] = set()  # events that are not over, to this client's knowledge
         self._reading = False
 
@@ -55,7 +57,7 @@ class PageClient:
         answer = self.http.post(self.address + "queue/join", json=body)
         answer.raise_for_status()
         number = answer.json()["event_id"]
-        with self._lock:
+        with self._heard:
             if not any(message["msg"] == "process_completed" for message in self.messages.setdefault(number, [])):
                 self._pending.add(number)
             if not self._reading:
@@ -65,17 +67,21 @@ class PageClient:
 
     def wait(self, event: str, seconds: float = 60) -> dict:
         """The event's last message, which says that it is over."""
-        return self.wait_for(event, '"process_completed"', seconds)
+        return self._wait(event, lambda message: message["msg"] == "process_completed", seconds)
 
     def wait_for(self, event: str, words: str, seconds: float = 60) -> dict:
         """The event's first message with these words."""
-        deadline = time.monotonic() + seconds
-        while True:
-            for message in self.messages[event]:
-                if words in json.dumps(message):
-                    return message
-            assert time.monotonic() < deadline, (words, self.messages[event][-3:])
-            time.sleep(0.01)
+        return self._wait(event, lambda message: words in json.dumps(message), seconds)
+
+    def _wait(self, event: str, is_it: Callable[[dict], bool], seconds: float) -> dict:
+        """The event's first message that is it. Every message is looked at once, as it comes."""
+        deadline, messages = time.monotonic() + seconds, self.messages[event]
+        for number in itertools.count():
+            with self._heard:
+                while number == len(messages):
+                    assert self._heard.wait(deadline - time.monotonic()), messages[-3:]
+            if is_it(messages[number]):
+                return messages[number]
 
     def said(self, event: str) -> str:
         """All that the event has said so far."""
@@ -89,7 +95,7 @@ class PageClient:
         """Until nothing is pending: then the server ends the stream, maybe while the next event is on its way to it."""
         while True:
             self._read_stream()
-            with self._lock:
+            with self._heard:
                 if not self._pending:
                     self._reading = False
                     return
@@ -101,7 +107,8 @@ class PageClient:
                 if line.startswith("data: "):
                     message = json.loads(line[6:])
                     if number := message.get("event_id"):
-                        with self._lock:
+                        with self._heard:
                             self.messages.setdefault(number, []).append(message)
+                            self._heard.notify_all()
                             if message["msg"] == "process_completed":
                                 self._pending.discard(number)
