@@ -17,6 +17,17 @@ CHROMIUM_FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --d
     --disable-component-update --disable-sync""".split()  # noqa: SIM905
 
 
+def collect_errors(page, errors: list[str]) -> None:
+    """Adds what goes wrong in the page; what Gradio's client breaks off as the page is left is no error."""
+
+    def hear(message) -> None:
+        if message.type == "error" and not message.text.startswith("AbortError: signal is aborted"):
+            errors.append(message.text)
+
+    page.on("console", hear)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

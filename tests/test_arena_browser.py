@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import numpy as np
 import pytest
-from servers import CHROMIUM_FLAGS, PATIENCE, free_port
+from servers import CHROMIUM_FLAGS, PATIENCE, collect_errors, free_port
 
 from infworld.app.arena_page import launch, open_hall
 from infworld.arena.votes import QUESTIONS
@@ -67,8 +67,7 @@ def voter(browser, served):
         context.set_default_timeout(PATIENCE)
         page = context.new_page()
         page.errors = []
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))
+        collect_errors(page, page.errors)
         page.addresses = []
         page.on("request", lambda request: page.addresses.append(request.url))
         page.goto(served[0])

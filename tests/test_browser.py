@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from servers import PATIENCE
+from servers import PATIENCE, collect_errors
 
 from infworld.actions import ActionScript
 from infworld.app.gallery import find_examples
@@ -32,8 +32,7 @@ def open_page(browser, address):
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: message.type == "error" and errors.append(message.text))
-        page.on("pageerror", lambda error: errors.append(str(error)))
+        collect_errors(page, errors)
         page.add_init_script(script)
         page.goto(address)
         page.click("#film-tab-button")

@@ -7,7 +7,7 @@ import shutil
 import time
 
 import pytest
-from servers import PATIENCE
+from servers import PATIENCE, collect_errors
 
 from infworld.session import Session
 from infworld.video import read_mp4
@@ -53,8 +53,7 @@ def open_page(browser, address):
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: message.type == "error" and errors.append(message.text))
-        page.on("pageerror", lambda error: errors.append(str(error)))
+        collect_errors(page, errors)
         page.goto(address)
         expect(page.locator("#play .begin")).to_be_visible(timeout=PATIENCE)
         return page
