@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -187,6 +188,18 @@ def test_an_error_of_the_sweeper_is_logged_and_the_next_sweep_goes_on(tmp_path, 
         make_old(tmp_path / "uploads", 61)
         sweeper.sweep()
     assert "sweeping failed" in caplog.text and not (tmp_path / "uploads" / "a.png").exists()
+
+
+def test_a_sweep_without_file_descriptors_is_said_in_a_line(tmp_path, caplog, monkeypatch):
+    """It goes on as long as they are lacking."""
+    store = FilmStore(tmp_path / "films", 60, 30)
+
+    def sweep(in_use):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(store.root))
+
+    monkeypatch.setattr(store, "sweep", sweep)
+    Sweeper(store, tmp_path / "uploads", 60).sweep()
+    assert "sweeping failed: [Errno 24] Too many open files" in caplog.text and "Traceback" not in caplog.text
 
 
 def test_uploads_that_keep_arriving_do_not_end_the_sweeping(serve, picture, tmp_path, monkeypatch):

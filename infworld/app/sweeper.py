@@ -45,6 +45,8 @@ class Sweeper:
         for action in (self._sweep_films, self._sweep_uploads):
             try:
                 action()
+            except OSError as error:  # the disk, or no file descriptors are left
+                log.error("sweeping failed: %s", error)
             except Exception:  # whatever it is, the next time it may go
                 log.exception("sweeping failed")
 
