@@ -444,8 +444,10 @@ def test_a_film_has_no_folder_before_it_begins(runner, studio, picture):
 def test_the_sweeper_sweeps_by_itself(tmp_path):
     store = FilmStore(tmp_path / "films", lifetime=0.5, fps=30)
     film = begun(store)
-    Sweeper(store, tmp_path / "uploads", 60).start()
+    sweeper = Sweeper(store, tmp_path / "uploads", 60)
+    sweeper.start()
     until(lambda: not film.folder.exists(), 10)
+    sweeper.stop()
 
 
 def test_films_have_names_that_cannot_be_guessed(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from page_client import PageClient
+from servers import free_port
 
 from infworld.app import server
 from infworld.app.environment import uploads_folder
@@ -200,6 +201,19 @@ def test_a_sweep_without_file_descriptors_is_said_in_a_line(tmp_path, caplog, mo
     monkeypatch.setattr(store, "sweep", sweep)
     Sweeper(store, tmp_path / "uploads", 60).sweep()
     assert "sweeping failed: [Errno 24] Too many open files" in caplog.text and "Traceback" not in caplog.text
+
+
+def test_a_page_that_is_closed_leaves_no_thread(world, tmp_path):
+    before = set(threading.enumerate())
+    where = {"server_name": "127.0.0.1", "server_port": free_port()}
+    page = server.serve(world, tmp_path / "films", prevent_thread_lock=True, quiet=True, **where)
+
+    def working() -> list[str]:
+        return sorted(thread.name for thread in set(threading.enumerate()) - before)
+
+    assert {"runner 0", "sweeper"} <= set(working())
+    page.close(verbose=False)
+    until(lambda: not {"runner 0", "sweeper"} & set(working()), 20)
 
 
 def test_uploads_that_keep_arriving_do_not_end_the_sweeping(serve, picture, tmp_path, monkeypatch):

@@ -63,7 +63,8 @@ def serve(
 ) -> gr.Blocks:
     """Builds and launches the page for one or more models, on one or more devices (a pool each, of the same models);
     films go below `films`, by default a folder of this user's own. allow_hosts: names that the server answers to
-    besides this machine's own. hall: the arena to add as another page. Returns the running page."""
+    besides this machine's own. hall: the arena to add as another page. Returns the running page; its
+    `close` waits for the step that is being computed."""
     if isinstance(models, World):
         models = SingleModelPool(models)
     pools = [models] if isinstance(models, ModelPool) else models
@@ -86,7 +87,8 @@ def serve(
         if blocks.is_running:
             forget_closed_pages(blocks.state_holder, CLOSED_LIFETIME)
 
-    Sweeper(store, Path(get_upload_folder()), UPLOADS_LIFETIME, runner.films, swept).start()
+    sweeper = Sweeper(store, Path(get_upload_folder()), UPLOADS_LIFETIME, runner.films, swept)
+    sweeper.start()
     guard = Middleware(
         Guard,
         hosts=hosts_of(launching.get("server_name"), allow_hosts),
@@ -94,6 +96,14 @@ def serve(
         stored=stored,
         connections=raise_open_files() // 2,
     )
+
+    def close(verbose: bool = True) -> None:
+        """Closes the page, and ends the threads that work for it."""
+        gr.Blocks.close(blocks, verbose)
+        sweeper.stop()
+        runner.close()
+
+    blocks.close = close  # type: ignore[method-assign]
     blocks.launch(
         theme=theme(),
         css=read_static("page.css"),
@@ -108,7 +118,7 @@ def serve(
         **launching,
     )
     if not launching.get("prevent_thread_lock"):
-        runner.close()
+        blocks.close(verbose=False)
     return blocks
 
 

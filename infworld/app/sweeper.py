@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
@@ -39,6 +38,7 @@ class Sweeper:
         self.uploads_lifetime = uploads_lifetime
         self._in_use = in_use
         self._swept = swept
+        self._stopped = threading.Event()
 
     def sweep(self) -> None:
         """Once. What cannot be removed is logged, and does not keep the rest."""
@@ -51,15 +51,19 @@ class Sweeper:
                 log.exception("sweeping failed")
 
     def start(self) -> None:
-        """Sweeps from now on in the background, until the program ends."""
+        """Sweeps from now on in the background, until `stop`."""
         pause = min(MOST_PAUSE, max(0.5, min(self.store.lifetime, self.uploads_lifetime) / 10))
 
         def work() -> None:
-            while True:
+            self.sweep()
+            while not self._stopped.wait(pause):
                 self.sweep()
-                time.sleep(pause)
 
         threading.Thread(target=work, name="sweeper", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ends the sweeping in the background after the sweep it may be in; returns at once."""
+        self._stopped.set()
 
     def _sweep_films(self) -> None:
         if removed := self.store.sweep(self._in_use()):
