@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_server import LFS_SIZE, TOKEN, HubServer, connect
+from huggingface_hub.utils import _http
 
 from infworld import transfer
 from infworld.cli import upload as upload_to_hf
@@ -53,8 +56,9 @@ def project(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """The Hub, and a token that may write there; no time is waited."""
+    """The Hub, and a token that may write there; no time is waited, neither here nor by huggingface_hub's client."""
     monkeypatch.setattr(transfer, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
     with HubServer() as server:
         connect(server, monkeypatch, tmp_path)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
