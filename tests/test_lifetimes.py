@@ -18,7 +18,7 @@ from servers import free_port
 from infworld.app import server
 from infworld.app.environment import uploads_folder
 from infworld.app.films import FilmStore
-from infworld.app.folders import make_private, own_folder
+from infworld.app.folders import folder_size, make_private, own_folder
 from infworld.app.sweeper import Sweeper, forget_closed_pages
 
 posix = pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners and modes are POSIX")
@@ -214,6 +214,29 @@ def test_a_page_that_is_closed_leaves_no_thread(world, tmp_path):
     assert {"runner 0", "sweeper"} <= set(working())
     page.close(verbose=False)
     until(lambda: not {"runner 0", "sweeper"} & set(working()), 20)
+
+
+def test_without_file_descriptors_uploads_do_not_count_as_none(tmp_path, monkeypatch):
+    """Else the limits of uploads would be those of an empty disk until the next sweep."""
+    (tmp_path / "uploads").mkdir()
+    (tmp_path / "uploads" / "a.png").write_bytes(b"123")
+    counted: list[int] = []
+    sweeper = Sweeper(
+        FilmStore(tmp_path / "films", 60, 30), tmp_path / "uploads", 60, swept=lambda _, n: counted.append(n)
+    )
+    sweeper.sweep()
+    assert counted == [3]
+    list_folder = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("uploads"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    sweeper.sweep()
+    assert counted == [3]
+    assert folder_size(tmp_path / "gone") == 0
 
 
 def test_uploads_that_keep_arriving_do_not_end_the_sweeping(serve, picture, tmp_path, monkeypatch):

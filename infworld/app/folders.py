@@ -91,9 +91,17 @@ def old_files(folder: Path, seconds: float) -> Iterator[Path]:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+    """Bytes of all files below a folder.
+
+    Raises OSError for a folder that cannot be read: what is in it would count as nothing.
+    """
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # else it was removed meanwhile
+            raise error
+
     total = 0
-    for place, _, names in os.walk(folder):
+    for place, _, names in os.walk(folder, onerror=fail):
         for name in names:
             with suppress(FileNotFoundError):
                 total += os.lstat(os.path.join(place, name)).st_size
