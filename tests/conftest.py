@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
-import ssl
 from pathlib import Path
 
 # Before torch is imported, here and in the programs that tests start: tests run side by side, a thread each.
@@ -82,15 +80,6 @@ def own_cache(tmp_path_factory):
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
         for name in ("INFWORLD_MODEL", "TORCH_HOME"):
             patch.delenv(name, raising=False)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def authorities_are_read_once():
-    """Every call of `httpx.get` and its like, and Gradio's client makes many, reads the whole list of authorities anew
-    for its context of TLS, which takes 20 ms; no server of these tests is asked by TLS."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ssl, "create_default_context", functools.cache(ssl.create_default_context))
         yield
 
 
