@@ -104,6 +104,16 @@ def test_during_a_slow_step_everything_else_is_answered(client, address, picture
     assert "Stopped" in json.dumps(client.wait(event))
 
 
+def test_a_page_whose_loading_is_answered_late_keeps_its_film(client, picture):
+    event = generate(client, picture)
+    client.wait_for(event, "step 1 of 2")
+    client.wait(client.load())
+    client.wait(client.start("stop"))
+    assert "Stopped" in json.dumps(client.wait(event)), "the film that was begun meanwhile can be stopped"
+    client.wait(client.load())
+    assert client.wait(client.start("more", extra=1))["success"], "and continued"
+
+
 def test_stop_then_generate_makes_one_film_at_a_time(client, picture, slow, films):
     event = generate(client, picture)
     client.wait_for(event, "step 1 of 2")

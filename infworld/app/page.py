@@ -524,7 +524,7 @@ class Page:
             film = film if run.is_over else None
             run = None
         if not film or not (run or film.has_begun):
-            yield {self.film: None}  # Gradio takes nothing at all for a reason to empty every part
+            yield gr.skip()
         else:
             yield await asyncio.to_thread(self._found, film, run)
             if run:
