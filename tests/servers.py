@@ -17,14 +17,32 @@ CHROMIUM_FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --d
     --disable-component-update --disable-sync""".split()  # noqa: SIM905
 
 
-def collect_errors(page, errors: list[str]) -> None:
-    """Adds what goes wrong in the page; what Gradio's client breaks off as the page is left is no error."""
+# What Gradio's client says of requests that are broken off.
+BROKEN_OFF = ("AbortError: signal is aborted", "Unexpected error Connection errored out")
+LEAVING = "this page is being left"
 
-    def hear(message) -> None:
-        if message.type == "error" and not message.text.startswith("AbortError: signal is aborted"):
+
+def collect_errors(page, errors: list[str], kinds: tuple[str, ...] = ("error",)) -> None:
+    """Adds what goes wrong in the page: the console's messages of these kinds and uncaught exceptions.
+
+    That a page which is left or loaded again breaks off its requests is no error. To be called before the first `goto`.
+    """
+    leaving = False
+
+    def heard(message) -> None:
+        nonlocal leaving
+        if message.text == LEAVING:
+            leaving = True
+        elif message.type in kinds and not (leaving and message.text.startswith(BROKEN_OFF)):
             errors.append(message.text)
 
-    page.on("console", hear)
+    def loaded(_) -> None:
+        nonlocal leaving
+        leaving = False
+
+    page.add_init_script(f"addEventListener('beforeunload', () => console.debug('{LEAVING}'))")
+    page.on("domcontentloaded", loaded)
+    page.on("console", heard)
     page.on("pageerror", lambda error: errors.append(str(error)))
 
 

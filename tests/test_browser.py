@@ -283,7 +283,6 @@ def test_the_hint_is_for_the_first_visit(open_page, address):
     page = open_page()
     expect(page.locator("#header .welcome")).to_be_visible()
     page.click("text=Got it")
-    page.wait_for_timeout(3000)  # the page's own events are over: who leaves meanwhile breaks them off, which is logged
     page.goto(address)
     expect(page.locator("#generate")).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#header .welcome")).to_be_hidden()

@@ -7,7 +7,7 @@ import tempfile
 
 import numpy as np
 import pytest
-from servers import free_port
+from servers import BROKEN_OFF, collect_errors, free_port
 
 gr = pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -57,8 +57,7 @@ def complaints():
 def tab(browser, complaints):
     """One tab for all tests: opening one takes longer than most of them."""
     tab = browser.new_page(viewport={"width": 1100, "height": 1000}, accept_downloads=True)
-    tab.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
-    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    collect_errors(tab, complaints, kinds=("error", "warning"))
     return tab
 
 
@@ -114,6 +113,24 @@ def write(page, text):
 def centre(locator):
     box = locator.bounding_box()
     return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
+def test_only_as_a_page_is_left_its_broken_off_requests_are_no_errors(browser, address):
+    page = browser.new_page()
+    errors = []
+    collect_errors(page, errors)
+    for text in BROKEN_OFF:
+        page.goto(address)
+        page.evaluate("text => window.onbeforeunload = () => console.error(text)", text)
+        page.reload()
+        assert errors == []
+        page.evaluate("text => console.error(text)", text)
+        assert errors.pop() == text
+        page.evaluate("() => window.onbeforeunload = () => console.error('another')")
+        page.reload()
+        assert {*errors} == {"another"}
+        errors.clear()
+    page.close()
 
 
 # ---------------------------------------------------------------- timeline

@@ -265,7 +265,7 @@ def test_uploads_that_keep_arriving_do_not_end_the_sweeping(serve, picture, tmp_
 def test_an_upload_in_use_is_kept(serve, picture, tmp_path):
     client = PageClient(serve(tmp_path / "films"))
     image = client.upload(picture)
-    make_old(Path(image["path"]).parent, 10**6)
+    make_old(Path(image["path"]).parent, server.UPLOADS_LIFETIME / 2)  # no sweep takes it yet
     client.wait(client.start("picture", "change", picture=image))
     assert time.time() - Path(image["path"]).stat().st_mtime < 60
 

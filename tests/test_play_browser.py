@@ -59,8 +59,7 @@ def open_page(browser, address):
         return page
 
     yield open_page
-    gone = ("AbortError", "Connection errored out")  # a page that goes breaks off what it sends
-    found = [error for error in errors if not any(word in error for word in gone)]
+    found = list(errors)  # closing a page breaks off its requests, which is no error of the page
     for context in contexts:
         context.close()
     assert found == []
