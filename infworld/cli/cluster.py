@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -53,33 +54,39 @@ def generate_on_cluster(args: argparse.Namespace, stop: StopSignals) -> int:
     """
     try:
         import ray
-        from ray.util import ActorPool
     except ModuleNotFoundError as error:
         raise ValueError("--cluster needs Ray: pip install 'infworld[cluster]'") from error
     args.model, args.lora = _everywhere(args.model or default_model(args.device)), lora_files(args.lora)
     jobs, problems = check_jobs(*read_jobs(Path(args.jobs).expanduser(), args))
     jobs = [Job(job.where, _with_whole_paths(job.args)) for job in jobs]
     left = left_to_make(jobs)
-    _connect(ray, args.cluster)
-    try:
-        pool = ActorPool(_workers(ray, args, len(left)))
-        for job in left:
-            pool.submit(lambda worker, job: worker.make.remote(job), job)
-        with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="film", dynamic_ncols=True) as bar:
-            while pool.has_next():
-                stop.check()
-                try:
-                    problem = pool.get_next_unordered(timeout=PATIENCE)
-                except TimeoutError:
-                    continue
-                except ray.exceptions.RayError as error:
-                    problem = f"a film was lost with its worker: {error}"
-                problems += [problem] if problem else []
-                bar.update()
-    finally:
-        ray.shutdown()
+    with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="film", dynamic_ncols=True) as bar:
+        for problem in _make(ray, args, left, stop) if left else ():
+            problems += [problem] if problem else []
+            bar.update()
     print(*(f"error: {problem}\n" for problem in problems), sep="", end="", file=sys.stderr)
     return FAILED if problems else 0
+
+
+def _make(ray, args: argparse.Namespace, jobs: list[Job], stop: StopSignals) -> Iterator[str]:
+    """Makes the films of jobs; yields, as each is finished, what went wrong with it, or ""."""
+    from ray.util import ActorPool
+
+    _connect(ray, args.cluster)
+    try:
+        pool = ActorPool(_workers(ray, args, len(jobs)))
+        for job in jobs:
+            pool.submit(lambda worker, job: worker.make.remote(job), job)
+        while pool.has_next():
+            stop.check()
+            try:
+                yield pool.get_next_unordered(timeout=PATIENCE)
+            except TimeoutError:
+                continue
+            except ray.exceptions.RayError as error:
+                yield f"a film was lost with its worker: {error}"
+    finally:
+        ray.shutdown()
 
 
 def _connect(ray, address: str) -> None:
