@@ -12,6 +12,7 @@ import pytest
 from servers import PATIENCE, free_port, page_server, proxy
 
 from infworld.app.environment import UPLOADS
+from infworld.app.page import Page, plainly
 from infworld.app.studio import Studio
 from infworld.session import Session
 
@@ -45,6 +46,7 @@ def slow(world, monkeypatch):
 
 def visit(page, address, picture, actions="right 80, left 80", frames=161):
     page.goto(address)
+    page.wait_for_function("window.hasFoundFilm && !document.body.inert", timeout=PATIENCE)
     page.click("#film-tab-button", timeout=PATIENCE)
     expect(page.locator("#generate")).to_be_visible(timeout=PATIENCE)
     page.set_input_files("#picture input[type=file]", str(picture))
@@ -173,14 +175,62 @@ def test_a_restart_of_the_server_loses_neither_film_nor_picture(page, small_mode
 
 def test_each_tab_finds_its_own_film(page, address, picture):
     tabs = [page, page.context.new_page()]
-    plans = ["right 80", "left 80"]
-    for tab, plan in zip(tabs, plans, strict=True):
-        visit(tab, address, picture, plan, 81)
+    plans = [("right 80", 81), ("left 80", 161)]
+    for tab, (plan, frames) in zip(tabs, plans, strict=True):
+        tab.bring_to_front()  # the browser draws no other, and nobody types there
+        visit(tab, address, picture, plan, frames)
         tab.click("#generate")
-        status(tab, "Done")
-    for tab, plan in zip(tabs, plans, strict=True):
+        status(tab, f"{frames} frames")
+    for tab, (plan, frames) in zip(tabs, plans, strict=True):
+        tab.bring_to_front()
         tab.reload()
-        expect_film(tab, 81, plan)
+        expect_film(tab, frames, plan)
+
+
+def test_a_page_waits_for_the_film_that_it_looks_for(page, address, picture, monkeypatch):
+    visit(page, address, picture, frames=81)
+    page.click("#generate")
+    status(page, "Done")
+    asked, answered = threading.Event(), threading.Event()
+    found = Page._found
+
+    def late(*arguments):
+        asked.set()
+        assert answered.wait(PATIENCE / 1000)
+        return found(*arguments)
+
+    monkeypatch.setattr(Page, "_found", late)
+    page.reload()
+    assert asked.wait(PATIENCE / 1000)
+    expect(page.locator("#film-tab-button")).to_be_visible(timeout=PATIENCE)
+    with pytest.raises(sync_api.TimeoutError):
+        page.click("#generate", timeout=1000)
+    answered.set()
+    expect_film(page, 81)
+    page.locator("#actions textarea").fill("left 80")
+    page.locator("#actions textarea").press("Tab")
+    page.click("#generate")
+    status(page, "161 frames")
+    page.reload()
+    expect_film(page, 161, "left 80")
+
+
+def test_a_page_works_although_its_film_cannot_be_found(page, address, picture, monkeypatch):
+    visit(page, address, picture, frames=81)
+    page.click("#generate")
+    status(page, "Done")
+
+    @plainly()
+    def fail(*_):
+        raise ValueError("the film is broken")
+
+    monkeypatch.setattr(Page, "_found", fail)
+    page.reload()
+    expect(page.get_by_text("the film is broken").first).to_be_visible(timeout=PATIENCE)
+    monkeypatch.undo()
+    visit(page, address, picture, frames=161)
+    page.click("#generate")
+    status(page, "161 frames")
 
 
 def test_another_browser_finds_nothing_and_a_forged_name_neither(browser, address, picture, films):

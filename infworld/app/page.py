@@ -61,9 +61,11 @@ KEEP = f"(name) => window.hasFoundFilm && sessionStorage.setItem('{REMEMBERED}',
 FIND = f"""(latest) => {{
   const name = sessionStorage.getItem('{REMEMBERED}') ?? latest;
   if (name) sessionStorage.setItem('{REMEMBERED}', name);
+  document.body.inert = Boolean(name && !window.hasFoundFilm);  // what is planned now the found film's plan would replace
   window.hasFoundFilm = true;  // before, the latest film of all tabs is no change
   return name;
 }}"""
+FOUND = "() => { document.body.inert = false; }"
 # A page also tells of the tab that it begins with, which is no choice.
 KEEP_TAB = "() => window.hasFoundTab && sessionStorage.setItem('infinite-world-tab', '{}')"
 FIND_TAB = """() => {{
@@ -117,6 +119,7 @@ class Page:
             # The film's name, with which a page that was cut off or loaded again finds it. It is no secret from the
             # browser's owner, so that the key need not be one; it has to outlive the server.
             self.remembered = gr.BrowserState(None, storage_key=REMEMBERED, secret="infinite-world")
+            self.has_come_back = gr.State(False)
             self._header()
             self.gallery = Gallery(self.examples, opens="#picture input[type=file]", elem_id="examples")
             with gr.Row(elem_id="stage"):
@@ -282,12 +285,13 @@ class Page:
             )
         self.play.leave(self.leave, self.film, None, **at_once)
         self.play.steer(self.steer, self.film, None, queue=False, **at_once)
-        found = [*resumed, self.image, self.frames]
+        found = [*resumed, self.image, self.frames, self.has_come_back]
         # A tab that is loaded again has its own film, another one that of the browser's latest.
         self.remembered.change(None, self.remembered, None, js=KEEP, api_visibility="private")
-        blocks.load(self.come_back, self.remembered, found, js=FIND, **at_once).then(
-            self.check_memory, self.film, self.memory, **at_once
-        )
+        coming_back = blocks.load(self.come_back, self.remembered, found, js=FIND, **at_once)
+        coming_back.then(self.check_memory, self.film, self.memory, **at_once)
+        coming_back.failure(None, js=FOUND, api_visibility="private")
+        self.has_come_back.change(None, js=FOUND, api_visibility="private")
         self.stop.click(self.stop_filming, self.film, [self.status, self.stop], **at_once)
 
     def _remember_tab(self, blocks: gr.Blocks, tabs: dict[str, gr.Tab]) -> None:
@@ -510,7 +514,8 @@ class Page:
                     yield {self.status: STOPPING if run.is_cancelled else status.of(update)}
 
     async def come_back(self, name: Any) -> AsyncGenerator[Update]:
-        """The film that this browser has made last, with its plan, and its progress if it is in the making."""
+        """The film that this browser has made last, with its plan, and its progress if it is in the making; the page
+        waits for the first update."""
         film = self.studio.store.find(name)
         run = film and self.runner.run_of(film)
         if run and run.job.played:
@@ -524,9 +529,9 @@ class Page:
             film = film if run.is_over else None
             run = None
         if not film or not (run or film.has_begun):
-            yield gr.skip()
+            yield {self.has_come_back: True}
         else:
-            yield await asyncio.to_thread(self._found, film, run)
+            yield await asyncio.to_thread(self._found, film, run) | {self.has_come_back: True}
             if run:
                 async with aclosing(self._watch(run, None)) as updates:
                     async for update in updates:
