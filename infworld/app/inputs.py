@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,16 @@ CLOSING = 0.05  # seconds until a client knows that its stream of messages has e
 
 
 class CheckedBlocks(gr.Blocks):
-    """Blocks that say what is wrong with an input, which Gradio hides, and lose no event."""
+    """Blocks that say what is wrong with an input, which Gradio hides, lose no event, and end what works for them
+    (`workers`) when they are closed."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.workers = ExitStack()
+
+    def close(self, verbose: bool = True) -> None:
+        super().close(verbose)
+        self.workers.close()
 
     def queue(self, *args: Any, **kwargs: Any) -> gr.Blocks:
         super().queue(*args, **kwargs)

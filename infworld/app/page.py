@@ -61,7 +61,7 @@ KEEP = f"(name) => window.hasFoundFilm && sessionStorage.setItem('{REMEMBERED}',
 FIND = f"""(latest) => {{
   const name = sessionStorage.getItem('{REMEMBERED}') ?? latest;
   if (name) sessionStorage.setItem('{REMEMBERED}', name);
-  document.body.inert = Boolean(name && !window.hasFoundFilm);  // what is planned now the found film's plan would replace
+  document.body.inert = Boolean(name && !window.hasFoundFilm);  // the found film replaces what is planned
   window.hasFoundFilm = true;  // before, the latest film of all tabs is no change
   return name;
 }}"""
@@ -112,7 +112,7 @@ class Page:
         self.examples = find_examples(EXAMPLES)
         self._runs = itertools.count(1)  # of walks that are played
 
-    def blocks(self) -> gr.Blocks:
+    def blocks(self) -> CheckedBlocks:
         """The whole page, ready to launch."""
         with CheckedBlocks(title="Infinite-World", fill_width=True) as blocks:
             self.film = gr.State(None)  # a Film

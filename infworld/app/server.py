@@ -72,6 +72,7 @@ def serve(
     store = FilmStore(films or own_folder("films"), LIFETIME, models.config(models.first).validation_data.fps)
     runner = Runner(*pools)
     blocks = Page(Studio(models, store), runner).blocks()
+    blocks.workers.callback(runner.close)
     if hall is not None:
         from infworld.app.arena_page import add_arena  # needs the extra "arena"
 
@@ -89,6 +90,7 @@ def serve(
 
     sweeper = Sweeper(store, Path(get_upload_folder()), UPLOADS_LIFETIME, runner.films, swept)
     sweeper.start()
+    blocks.workers.callback(sweeper.stop)
     guard = Middleware(
         Guard,
         hosts=hosts_of(launching.get("server_name"), allow_hosts),
@@ -96,14 +98,6 @@ def serve(
         stored=stored,
         connections=raise_open_files() // 2,
     )
-
-    def close(verbose: bool = True) -> None:
-        """Closes the page, and ends the threads that work for it."""
-        gr.Blocks.close(blocks, verbose)
-        sweeper.stop()
-        runner.close()
-
-    blocks.close = close  # type: ignore[method-assign]
     blocks.launch(
         theme=theme(),
         css=read_static("page.css"),
