@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from infworld.files import temporary_path
+from infworld.files import read_unreplaced, temporary_path
 
 # Left in the released transformer's file by its training; the model computes its positions (spec section 1).
 RELEASED_EXTRAS = ("pos_embed", "pos_embed_temporal")
@@ -55,7 +55,11 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     A torch file may keep its tensors at top level or under `state_dict`; what is no tensor is left out.
     Raises FileNotFoundError for a missing file, ValueError for one that cannot be read; nothing in a file is run.
     """
-    path = check_file(path)
+    path = Path(path).expanduser()
+    return read_unreplaced(path, lambda: _read_tensors(check_file(path)))
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _read(path, lambda: load_file(path))
     zipped = _begins_with(path, _ZIP)
@@ -73,15 +77,18 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The text entries that `save_tensors` wrote beside the tensors of a `.safetensors` file. Errors as above."""
-    path = check_file(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: only a .safetensors file has metadata")
+    path = Path(path).expanduser()
 
     def metadata() -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
 
-    return _read(path, metadata)
+    def read() -> dict[str, str]:
+        if check_file(path).suffix != ".safetensors":
+            raise ValueError(f"{path}: only a .safetensors file has metadata")
+        return _read(path, metadata)
+
+    return read_unreplaced(path, read)
 
 
 def load_strict(

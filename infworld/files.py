@@ -8,14 +8,17 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 try:
     import fcntl
 except ImportError:  # Windows: two runs with one output are not noticed, and the later one's file stays
     fcntl = None  # type: ignore[assignment]
+
+T = TypeVar("T")
 
 _SHORT = 40  # characters of a name that the names made from it keep, so that they fit where the name itself fits
 _LONGEST = 255  # bytes of a name, on nearly all file systems
@@ -26,6 +29,30 @@ def read_json_text(path: Path) -> str:
     UnicodeDecodeError for none of these."""
     data = path.read_bytes()
     return data.decode(json.detect_encoding(data)).removeprefix("\ufeff")
+
+
+def read_unreplaced(path: Path, read: Callable[[], T]) -> T:
+    """What `read` returns or raises of the file at a path: once more if another one took its place meanwhile, as when
+    a film goes on. safetensors opens a file twice, and would take the places in the old one for those in the new."""
+    while True:
+        before = _identity(path)
+        try:
+            value = read()
+        except Exception:
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return value
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """Tells a file from one that takes its place later; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def check_output(path: str | os.PathLike, suffix: str = ".mp4") -> Path:

@@ -20,6 +20,7 @@ from torch import Tensor
 from infworld.actions import ActionScript, Segment
 from infworld.checkpoint import save_tensors
 from infworld.config import FRAMES_PER_LATENT, ModelConfig, VAEConfig
+from infworld.files import read_unreplaced
 from infworld.presets import EXACT
 from infworld.settings import FilmSettings, check_seed
 from infworld.vae import FRAMES, FeatureCache, build_vae
@@ -97,7 +98,7 @@ class Session:
         if not path.is_file():
             raise FileNotFoundError(f"no session file at {path}")
         try:
-            file = safe_open(path, framework="pt")
+            file = read_unreplaced(path, lambda: safe_open(path, framework="pt"))
         except (OSError, SafetensorError) as error:
             kind = "empty" if path.stat().st_size == 0 else "truncated or not a session file of this program"
             raise ValueError(f"{path.name} is {kind}") from error

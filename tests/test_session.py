@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,31 @@ def test_a_saved_session_gives_the_identical_next_chunk(world, session, film, tm
 def test_a_film_of_one_frame_can_be_saved(world, begun, film, tmp_path):
     begun.save(tmp_path / "film.safetensors")
     assert_same_chunk(world.next_chunk(Session.load(tmp_path / "film.safetensors")), film[0])
+
+
+def test_a_session_that_is_read_while_it_is_saved_is_one_or_the_other(film, tmp_path):
+    """The file of a film in the making, which another program reads."""
+    path = tmp_path / "film.safetensors"
+    sessions = {chunk.session.num_frames: chunk.session for chunk in film}
+    film[0].session.save(path)
+    enough = threading.Event()
+
+    def go_on() -> None:
+        while not enough.is_set():
+            for session in sessions.values():
+                session.save(path)
+
+    saving = threading.Thread(target=go_on)
+    saving.start()
+    try:
+        for _ in range(500):
+            loaded = Session.load(path)
+            assert same_state(state(loaded), state(sessions[loaded.num_frames]))
+            assert read_tensors(path).keys() >= {"history", "picture"}
+            assert read_metadata(path).keys() == {"format", "session"}
+    finally:
+        enough.set()
+        saving.join()
 
 
 def continue_elsewhere(model: str, pickled: bytes, threads: int) -> bytes:

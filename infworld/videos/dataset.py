@@ -25,6 +25,7 @@ from torch import Tensor
 from infworld.actions import MOVES, UNCERTAIN
 from infworld.checkpoint import check_file, read_tensors, save_tensors
 from infworld.config import ModelConfig
+from infworld.files import read_unreplaced
 
 FORMAT = "infworld-clip-1"
 FOLDER = "clips"
@@ -168,7 +169,7 @@ class Clip:
 
     def _open(self):
         try:
-            return safe_open(self.path, framework="pt")
+            return read_unreplaced(self.path, lambda: safe_open(self.path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.path} cannot be read: {error}; delete it and prepare the videos again") from error
 
