@@ -55,11 +55,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     A torch file may keep its tensors at top level or under `state_dict`; what is no tensor is left out.
     Raises FileNotFoundError for a missing file, ValueError for one that cannot be read; nothing in a file is run.
     """
-    path = Path(path).expanduser()
-    return read_unreplaced(path, lambda: _read_tensors(check_file(path)))
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+    path = check_file(path)
     if path.suffix == ".safetensors":
         return _read(path, lambda: load_file(path))
     zipped = _begins_with(path, _ZIP)
@@ -77,18 +73,23 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The text entries that `save_tensors` wrote beside the tensors of a `.safetensors` file. Errors as above."""
-    path = Path(path).expanduser()
+    path = check_file(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: only a .safetensors file has metadata")
 
     def metadata() -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
 
-    def read() -> dict[str, str]:
-        if check_file(path).suffix != ".safetensors":
-            raise ValueError(f"{path}: only a .safetensors file has metadata")
-        return _read(path, metadata)
+    return _read(path, metadata)
 
-    return read_unreplaced(path, read)
+
+def open_safetensors(path: Path) -> safe_open:
+    """A `.safetensors` file whose tensors are read one by one, also if another file takes its place meanwhile.
+
+    Raises OSError or SafetensorError if it cannot be read.
+    """
+    return read_unreplaced(path, lambda: safe_open(path, framework="pt"))
 
 
 def load_strict(
@@ -206,6 +207,11 @@ def check_file(path: str | Path) -> Path:
     end of a torch file. Raises FileNotFoundError, or ValueError with the sizes found and expected.
     """
     path = Path(path).expanduser()
+    read_unreplaced(path, lambda: _check_file(path))
+    return path
+
+
+def _check_file(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the weight file in it ({', '.join(SUFFIXES)})")
     if path.suffix not in SUFFIXES:
@@ -230,7 +236,6 @@ def check_file(path: str | Path) -> Path:
     elif _begins_with(path, _ZIP) and not _has_zip_end(path):  # an old torch file, or none, is found out by reading it
         expected = max(size + _ZIP_END, _read(path, lambda: _torch_size(path)))
         raise ValueError(f"{path} is truncated: it has {size:,} bytes of {expected:,} or more; {_AGAIN}")
-    return path
 
 
 def _safetensors_size(path: Path) -> int:
@@ -302,7 +307,7 @@ def _begins_with(path: Path, magic: bytes) -> bool:
 def _read(path: Path, read: Callable[[], object]):
     """Calls `read` and says what is wrong with the file if it fails."""
     try:
-        return read()
+        return read_unreplaced(path, read)
     except Exception as error:  # a damaged pickle can fail in any way at all
         kind = "safetensors" if path.suffix == ".safetensors" else "torch"
         reason = (str(error).splitlines() or [type(error).__name__])[0]

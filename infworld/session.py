@@ -14,13 +14,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from infworld.actions import ActionScript, Segment
-from infworld.checkpoint import save_tensors
+from infworld.checkpoint import open_safetensors, save_tensors
 from infworld.config import FRAMES_PER_LATENT, ModelConfig, VAEConfig
-from infworld.files import read_unreplaced
 from infworld.presets import EXACT
 from infworld.settings import FilmSettings, check_seed
 from infworld.vae import FRAMES, FeatureCache, build_vae
@@ -98,7 +97,7 @@ class Session:
         if not path.is_file():
             raise FileNotFoundError(f"no session file at {path}")
         try:
-            file = read_unreplaced(path, lambda: safe_open(path, framework="pt"))
+            file = open_safetensors(path)
         except (OSError, SafetensorError) as error:
             kind = "empty" if path.stat().st_size == 0 else "truncated or not a session file of this program"
             raise ValueError(f"{path.name} is {kind}") from error

@@ -19,13 +19,12 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from infworld.actions import MOVES, UNCERTAIN
-from infworld.checkpoint import check_file, read_tensors, save_tensors
+from infworld.checkpoint import check_file, open_safetensors, read_tensors, save_tensors
 from infworld.config import ModelConfig
-from infworld.files import read_unreplaced
 
 FORMAT = "infworld-clip-1"
 FOLDER = "clips"
@@ -169,7 +168,7 @@ class Clip:
 
     def _open(self):
         try:
-            return read_unreplaced(self.path, lambda: safe_open(self.path, framework="pt"))
+            return open_safetensors(self.path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.path} cannot be read: {error}; delete it and prepare the videos again") from error
 
