@@ -164,7 +164,7 @@ def check(config: ModelConfig) -> None:
     text = config.text_encoder_cfg
     builders = {
         "transformer": lambda: InfiniteWorldTransformer(config.model_cfg),
-        "vae": lambda: build_vae(config),
+        "vae": lambda: build_vae(config.vae_cfg),
         "text": lambda: ByteTextEncoder(text),
     }
     for key, name in _named(config).items():

@@ -78,7 +78,7 @@ def load(
 def load_vae(config: ModelConfig, device: torch.device, dtype: torch.dtype, path: Path | None = None) -> VideoVAE:
     """The VAE of a config alone; path: of another file than the config's. Raises the errors of `load`."""
     path = path or config.path(config.vae_cfg.vae_pth)
-    return load_strict(lambda: build_vae(config), read_tensors(path), where=path, device=device, dtype=dtype)
+    return load_strict(lambda: build_vae(config.vae_cfg), read_tensors(path), where=path, device=device, dtype=dtype)
 
 
 def read_transformer(config: ModelConfig) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ def loras_of(config: ModelConfig) -> list[LoraChoice]:
 def make_plan(config: ModelConfig, device: torch.device, dtype: torch.dtype, team: Team | None = None) -> MemoryPlan:
     """What of a model, before it is loaded, will stay on a GPU, by the memory that is free for this process."""
     with torch.device("meta"):
-        transformer, vae = InfiniteWorldTransformer(config.model_cfg).to(dtype), build_vae(config)
+        transformer, vae = InfiniteWorldTransformer(config.model_cfg).to(dtype), build_vae(config.vae_cfg)
     needs = MemoryEstimate.of(config, transformer, vae.to(pick_vae_dtype(dtype)))
     free = free_memory(device)
     plan = choose(needs, free, psutil.virtual_memory().available, team is not None)

@@ -143,20 +143,17 @@ def check_session(session: Session, config: ModelConfig) -> None:
     try:
         shapes = {name: tuple(tensor.shape) for name, tensor in session._tensors().items()}
         _check_shapes(shapes, session.num_frames)
-        _, height, width, _ = shapes["picture"]
-        if (height, width) not in config.buckets:
-            raise ValueError(f"its picture has {height} x {width} pixels, which is no size of this model")
-        space = config.vae_cfg.space
-        latents = config.vae_cfg.z_dim, height // space, width // space
-        _expect("history", shapes["history"], (1, latents[0], shapes["history"][2], *latents[1:]))
-        for i in range(len(session.chunk_latents)):
-            found = shapes[f"chunk_latents.{i}"]
-            _expect(f"chunk {i}", found, (1, latents[0], min(found[2], config.chunk_latents), *latents[1:]))
-        lengths = min(session.num_frames, 1 + ENOUGH_FRAMES), 1  # the picture's own state continues any film
-        states = [state for length in lengths for state in _encoder_states(config.vae_cfg, height, width, length)]
-        _check_encoder_state(_under("encoder_state.", shapes), states)
+        size = shapes["picture"][1:3]
+        if size in config.buckets:
+            _check_sizes(shapes, config, session.num_frames)
     except ValueError as error:
         raise ValueError(f"the session is damaged: {error}") from error
+    if size not in config.buckets:
+        found, known = f"{size[0]}x{size[1]}", " or ".join(f"{height}x{width}" for height, width in config.buckets)
+        raise ValueError(
+            f"this session's pictures have {found} pixels, but {config.name!r} makes pictures of {known}: an earlier "
+            "version of that model made them"
+        )
 
 
 def generator_state_of(seed: int) -> Tensor:
@@ -228,6 +225,20 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], num_frames: int) -> None:
         raise ValueError(f"{len(chunks)} chunks do not make {num_frames} frames")
 
 
+def _check_sizes(shapes: dict[str, tuple[int, ...]], config: ModelConfig, num_frames: int) -> None:
+    """Checks the shapes of a session, consistent ones, against a model's."""
+    height, width = shapes["picture"][1:3]
+    channels, space = config.vae_cfg.z_dim, config.vae_cfg.space
+    for name, shape in shapes.items():
+        if name == "history" or name.startswith("chunk_latents."):
+            latents = shape[2] if name == "history" else min(shape[2], config.chunk_latents)
+            what = name.replace("chunk_latents.", "chunk ")
+            _expect(what, shape, (1, channels, latents, height // space, width // space))
+    lengths = min(num_frames, 1 + ENOUGH_FRAMES), 1  # the picture's own state continues any film
+    states = [state for length in lengths for state in _encoder_states(config.vae_cfg, height, width, length)]
+    _check_encoder_state(_under("encoder_state.", shapes), states)
+
+
 def _check_numbers(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         # Sums in float64 cannot overflow, and hold every NaN and infinity.
@@ -244,7 +255,7 @@ def _encoder_states(vae_cfg: VAEConfig, height: int, width: int, length: int) ->
     """The shapes of all states that the encoder may be continued from after `length` frames: without and with (older
     versions) the features of the layers that see every frame."""
     with torch.device("meta"):
-        vae = build_vae(ModelConfig(vae_cfg=vae_cfg))
+        vae = build_vae(vae_cfg)
         encoder = vae.encoder
         fold = vae_cfg.fold
         frames = torch.empty(1, length, height // fold, width // fold, 3 * fold**2)

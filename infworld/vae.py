@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from infworld.config import FRAMES_PER_LATENT, RELEASED_LATENTS_MEAN, RELEASED_LATENTS_STD, ModelConfig
+from infworld.config import FRAMES_PER_LATENT, RELEASED_LATENTS_MEAN, RELEASED_LATENTS_STD, VAEConfig
 from infworld.fused import fused
 
 FRAMES = "frames"  # name of a clip's last frames in an encoder's state
@@ -190,9 +190,9 @@ class VideoVAE(nn.Module):
             )
 
 
-def build_vae(config: ModelConfig) -> VideoVAE:
+def build_vae(config: VAEConfig) -> VideoVAE:
     """The VAE of a config, untrained."""
-    sizes = {k: v for k, v in asdict(config.vae_cfg).items() if k != "vae_pth"}
+    sizes = {k: v for k, v in asdict(config).items() if k != "vae_pth"}
     return VideoVAE(**sizes)
 
 

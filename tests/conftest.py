@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported, here and in the programs that tests start: tests run side by side, a thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -92,23 +93,23 @@ def random_model(tmp_path_factory) -> Path:
     return make(folder, from_dict(ModelConfig, SMALL_UMT5_MODEL, "SMALL_UMT5_MODEL"))
 
 
-def make_small_model(folder: Path) -> Path:
-    """Writes the config and random weights of SMALL_MODEL; returns the path that `infworld.load` takes."""
+def make_small_model(folder: Path, model: dict[str, Any] = SMALL_MODEL) -> Path:
+    """Writes a config and random weights for it; returns the path that `infworld.load` takes."""
     from infworld.dit import InfiniteWorldTransformer
     from infworld.text import ByteTextEncoder
     from infworld.vae import build_vae
 
-    config = from_dict(ModelConfig, SMALL_MODEL, "SMALL_MODEL")
+    config = from_dict(ModelConfig, model, "model")
     torch.manual_seed(0)
     parts = {
         config.checkpoint_path: InfiniteWorldTransformer(config.model_cfg),
-        config.vae_cfg.vae_pth: build_vae(config),
+        config.vae_cfg.vae_pth: build_vae(config.vae_cfg),
         config.text_encoder_cfg.checkpoint_path: ByteTextEncoder(config.text_encoder_cfg),
     }
     for name, module in parts.items():
         save_tensors(folder / name, module.state_dict())
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(SMALL_MODEL), encoding="utf-8")
+    path.write_text(yaml.safe_dump(model), encoding="utf-8")
     return path
 
 

@@ -28,7 +28,7 @@ def make(small, settings: Settings = FAST) -> Distillation:  # noqa: F811
     clips, device = open_data(data, config), torch.device("cpu")
     sampler = ClipSampler(clips, embed_captions(config, clips, device), scheduler.shift, 4, settings.seed)
     path = config.path(config.vae_cfg.vae_pth)
-    vae = load_strict(lambda: build_vae(config), read_tensors(path), where=path)
+    vae = load_strict(lambda: build_vae(config.vae_cfg), read_tensors(path), where=path)
     return Distillation(load_transformer(config, device), vae.requires_grad_(False), sampler, config, settings)
 
 

@@ -37,7 +37,7 @@ def small(tmp_path_factory):
     torch.manual_seed(0)
     transformer = InfiniteWorldTransformer(config.model_cfg)
     save_tensors(folder / "world.safetensors", transformer.state_dict(), dtype=torch.float16)
-    save_tensors(folder / "vae.safetensors", build_vae(config).state_dict())
+    save_tensors(folder / "vae.safetensors", build_vae(config.vae_cfg).state_dict())
     save_tensors(folder / "text.safetensors", ByteTextEncoder(config.text_encoder_cfg).state_dict())
     (folder / "small.yaml").write_text(yaml.safe_dump(SETTINGS))
     config = load_config(folder / "small.yaml")

@@ -131,7 +131,7 @@ def test_a_step_of_the_transformer_is_the_same(small_model, on_cpu, dtype, caplo
 @torch.inference_mode()
 def test_encoding_and_decoding_are_the_same(small_model, on_cpu, caplog):
     torch.manual_seed(0)
-    model = build_vae(load_config(small_model))
+    model = build_vae(load_config(small_model).vae_cfg)
     video = draw(1, 3, 5, 16, 24).tanh()
     with fused.plain_torch():
         latents, _ = model.encode(video)

@@ -60,7 +60,7 @@ def released(tmp_path_factory) -> dict[str, bytes]:
     torch.manual_seed(0)
     weights = {
         TRANSFORMER: {"state_dict": InfiniteWorldTransformer(config.model_cfg).state_dict()},
-        VAE: build_vae(config).state_dict(),
+        VAE: build_vae(config.vae_cfg).state_dict(),
         TEXT: load_file(GOLDEN / "t5_weights.safetensors"),
     }
     for name, content in weights.items():

@@ -117,7 +117,7 @@ def released() -> tuple[InfiniteWorldTransformer, VideoVAE]:
     """The released model on the meta device, in bfloat16."""
     config = load_config("infinite-world")
     with torch.device("meta"):
-        return InfiniteWorldTransformer(config.model_cfg).bfloat16(), build_vae(config).bfloat16()
+        return InfiniteWorldTransformer(config.model_cfg).bfloat16(), build_vae(config.vae_cfg).bfloat16()
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def make_pool(config: ModelConfig = CONFIG) -> WalkPool:
 
     torch.manual_seed(0)
     pool = WalkPool(
-        build_vae(config),
+        build_vae(config.vae_cfg),
         ByteTextEncoder(config.text_encoder_cfg),
         config,
         size=WALKS,
@@ -199,7 +199,7 @@ def test_with_pictures_kinds_take_turns_and_only_toys_have_captions(monkeypatch)
     image = Image.fromarray(rng.integers(0, 255, (32, 64, 3), dtype=np.uint8))
     pictures = Pictures(*(make_atlas([image], (16, 32)) for _ in range(3)))
     pool = WalkPool(
-        build_vae(CONFIG),
+        build_vae(CONFIG.vae_cfg),
         ByteTextEncoder(CONFIG.text_encoder_cfg),
         CONFIG,
         size=3,
@@ -513,7 +513,7 @@ def run(tmp_path_factory):
     """The folder of a finished run, the VAE's weights beside the others."""
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    save_tensors(folder / "vae.safetensors", build_vae(CONFIG).state_dict())
+    save_tensors(folder / "vae.safetensors", build_vae(CONFIG.vae_cfg).state_dict())
     train(folder, folder / "vae.safetensors")
     return folder
 

@@ -131,7 +131,7 @@ class Golden:
         return from_dict(VAEConfig, self.section("vae"), "config.json: vae")
 
     def vae(self) -> VideoVAE:
-        return self._load(lambda: build_vae(ModelConfig(vae_cfg=self.vae_config)), "vae_weights")
+        return self._load(lambda: build_vae(self.vae_config), "vae_weights")
 
     def umt5(self) -> nn.Module:
         if self.section("t5").get("shared_pos"):

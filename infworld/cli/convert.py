@@ -98,7 +98,7 @@ def convert(config: ModelConfig, out: Path | None = None, overwrite: bool = Fals
 def plan(config: ModelConfig, out: Path | None) -> list[Conversion]:
     """What becomes of each file; all of them are opened and compared with the model, none is read yet."""
     with torch.device("meta"):
-        transformer, vae = InfiniteWorldTransformer(config.model_cfg), build_vae(config)
+        transformer, vae = InfiniteWorldTransformer(config.model_cfg), build_vae(config.vae_cfg)
     parts = [
         (shapes_of(transformer), torch.bfloat16),
         (shapes_of(vae), torch.float32),

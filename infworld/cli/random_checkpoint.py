@@ -84,7 +84,7 @@ def make(out: Path, config: ModelConfig, seed: int = 0, overwrite: bool = False)
 def weight_files(config: ModelConfig) -> dict[str, tuple[Shapes, torch.dtype]]:
     """By file: what is in it, and in which dtype."""
     with torch.device("meta"):
-        transformer, vae = InfiniteWorldTransformer(config.model_cfg), build_vae(config)
+        transformer, vae = InfiniteWorldTransformer(config.model_cfg), build_vae(config.vae_cfg)
     return {
         TRANSFORMER: (shapes_of(transformer), torch.float32),
         VAE: (shapes_of(vae), torch.float32),

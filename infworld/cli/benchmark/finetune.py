@@ -108,7 +108,7 @@ def distillation(
     guidance = config.val_scheduler_cfg.text_cfg_scale
     settings = distill.Settings(guidance=guidance, rank=rank, consistency=1, matching=1, batch=ranks)
     with torch.device(device):
-        vae = build_vae(config).to(pick_vae_dtype(compute_dtype(device))).eval().requires_grad_(False)
+        vae = build_vae(config.vae_cfg).to(pick_vae_dtype(compute_dtype(device))).eval().requires_grad_(False)
     return distill.Distillation(random_transformer(config, device), vae, sampler, config, settings)
 
 

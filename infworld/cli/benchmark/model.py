@@ -26,7 +26,7 @@ def random_world(
     torch.manual_seed(0)
     with torch.device(device):
         transformer = InfiniteWorldTransformer(config.model_cfg).to(dtype).eval().requires_grad_(False)
-        naive_vae, vae = (build_vae(config).eval().requires_grad_(False) for _ in range(2))
+        naive_vae, vae = (build_vae(config.vae_cfg).eval().requires_grad_(False) for _ in range(2))
     vae.load_state_dict(naive_vae.state_dict())
     return World(config, transformer, vae.to(vae_dtype), NoiseText(config)), naive_vae
 
