@@ -159,7 +159,7 @@ def test_short_chunks_that_come_back_are_drawn_more_often(short_pool, monkeypatc
 
 def test_chunks_of_all_lengths_are_drawn_and_their_memories_are_of_few_lengths():
     """As live play has them, and for the compressor two lengths for each chunk that fits in one pass."""
-    config, rng = load_config("infworld/configs/tiny2.yaml"), random.Random(0)
+    config, rng = load_config("tiny"), random.Random(0)
     cuts = Counter(pick_cut(config, rng) for _ in range(6000))
     lengths = Counter({new: sum(n for cut, n in cuts.items() if (cut.new if cut else 20) == new) for new in (4, 8, 20)})
     assert {new: count / 6000 for new, count in lengths.items()} == pytest.approx({4: 0.25, 8: 0.25, 20: 0.5}, abs=0.03)

@@ -139,10 +139,10 @@ def raise_open_files() -> int:
 def upload_limit(config: ModelConfig) -> int:
     """Bytes: the largest session file of the longest film, and some room.
 
-    A session holds what the VAE's encoder carries on (about 15 numbers a pixel and channel) and all latents, twice.
+    A session holds what the VAE's encoder carries on (15 to 20 numbers a channel and folded pixel) and all latents, twice.
     """
     pixels = math.prod(config.largest_bucket)
-    carried = 20 * pixels * config.vae_cfg.dim
+    carried = 20 * pixels // config.vae_cfg.fold**2 * config.vae_cfg.dim
     latents = 2 * config.validation_data.max_chunks * config.chunk_latents * config.vae_cfg.z_dim
     latents *= pixels // config.vae_cfg.space**2
     return UPLOAD_ROOM + 4 * (carried + latents)

@@ -26,7 +26,6 @@ COMMANDS = {
     "distill": ("infworld.cli.distill", "teach a model to film with a few steps a chunk, without guidance"),
     "train vae": ("infworld.training.train_vae", "train a VAE on procedural worlds"),
     "train world": ("infworld.training.train_world", "train a world model on procedural worlds"),
-    "train transplant": ("infworld.training.transplant", "begin a model with the blocks of another"),
     "train labels": ("infworld.training.labels", "turn camera poses into actions"),
     "train check-gradients": ("infworld.training.check_gradients", "compare a run's gradients with float32 ones"),
     "train examples": ("infworld.training.make_examples", "draw the example pictures"),
