@@ -17,6 +17,7 @@ from PIL import Image
 Image.init()
 FORMATS = tuple(name for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN)
 FORMAT_NAMES = "PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of the pictures in a folder of cases or examples
 
 _ORIENTATION = 0x0112
 _EXIF = b"Exif\0\0"

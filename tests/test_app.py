@@ -612,7 +612,12 @@ def test_examples_are_pictures_with_actions(tmp_path, picture):
     (tmp_path / "one.json").write_text(ActionScript.parse("forward 3").to_json())
     (tmp_path / "two.json").write_text(ActionScript.parse("right 5").to_json())
     (tmp_path / "two.txt").write_text("a lake\n")
-    one, two = find_examples(tmp_path)
+    (tmp_path / "10-a-photograph.jpg").write_bytes(picture.read_bytes())
+    (tmp_path / "10-a-photograph.json").write_text(ActionScript.parse("left 5").to_json())
+    (tmp_path / "9-a-lake.png").write_bytes(picture.read_bytes())
+    (tmp_path / "9-a-lake.json").write_text(ActionScript.parse("left 5").to_json())
+    one, two, *numbered = find_examples(tmp_path)
+    assert [example.title for example in numbered] == ["A lake", "A photograph"]
     assert (one.picture.name, one.actions.text(), one.prompt) == ("one.png", "forward 3", "")
     assert (two.actions.text(), two.prompt) == ("right 5", "a lake")
 

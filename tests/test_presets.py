@@ -168,7 +168,7 @@ def test_a_model_may_have_a_preset_of_its_own(world, picture):
         ("balanced", 7),
         ("exact", 16),
     ]
-    assert load_config("tiny").val_scheduler_cfg.preset == "balanced"
+    assert load_config("tiny").val_scheduler_cfg.preset == "fast"
     assert load_config("infinite-world").val_scheduler_cfg.preset == "exact"
 
 

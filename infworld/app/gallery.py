@@ -13,6 +13,7 @@ import gradio as gr
 from PIL import Image
 
 from infworld.actions import ActionScript
+from infworld.picture_files import SUFFIXES
 
 THUMBNAIL = (200, 150)  # pixels
 
@@ -37,7 +38,7 @@ element.addEventListener("click", (event) => {
 
 @dataclass(frozen=True)
 class Example:
-    """A scene to begin with, from the files `NAME.png`, `NAME.json` and, for a prompt, `NAME.txt`."""
+    """A scene to begin with, from the files `NAME.png` (or .jpg, .webp), `NAME.json` and, for a prompt, `NAME.txt`."""
 
     picture: Path
     actions: ActionScript
@@ -50,14 +51,19 @@ class Example:
 
 
 def find_examples(folder: Path) -> list[Example]:
-    """The examples in a folder, in order of their names."""
+    """The examples in a folder, in order of the numbers before their names, then of their names."""
     examples = []
-    for picture in sorted(folder.glob("*.png")):
+    for picture in sorted((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), key=_order):
         actions, prompt = picture.with_suffix(".json"), picture.with_suffix(".txt")
         if actions.is_file():
             words = prompt.read_text(encoding="utf-8").strip() if prompt.is_file() else ""
             examples.append(Example(picture, ActionScript.read(actions), words))
     return examples
+
+
+def _order(picture: Path) -> tuple[int, str]:
+    number = picture.stem.partition("-")[0]
+    return int(number) if number.isdecimal() else 0, picture.stem
 
 
 class Gallery(gr.HTML):

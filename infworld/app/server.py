@@ -139,7 +139,8 @@ def raise_open_files() -> int:
 def upload_limit(config: ModelConfig) -> int:
     """Bytes: the largest session file of the longest film, and some room.
 
-    A session holds what the VAE's encoder carries on (15 to 20 numbers a channel and folded pixel) and all latents, twice.
+    A session holds all latents, twice, and what the VAE's encoder carries on: 15 to 20 numbers a channel and (folded)
+    pixel.
     """
     pixels = math.prod(config.largest_bucket)
     carried = 20 * pixels // config.vae_cfg.fold**2 * config.vae_cfg.dim

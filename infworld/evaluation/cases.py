@@ -17,9 +17,9 @@ from typing import Any
 
 from infworld.actions import VIEW_WORDS, ActionScript
 from infworld.files import read_json_text
+from infworld.picture_files import SUFFIXES
 
 SHIPPED = Path(__file__).resolve().parent.parent / "cases"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 WBENCH_SECONDS = 4.0  # of every turn
 WBENCH_KEYS = {
     **{"W": "forward", "S": "back", "A": "strafe left", "D": "strafe right", "stop": "wait"},
@@ -65,7 +65,7 @@ def read_suite(folder: str | Path, fps: float) -> Suite:
         cases = (_wbench(folder, _json(path, dict), fps) for path in found)
         suite = Suite(tuple(case for case in cases if case), "videos/case_{}_combined.mp4")
     else:
-        suite = Suite(tuple(_beside(path) for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURES))
+        suite = Suite(tuple(_beside(path) for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES))
     _check(suite, folder)
     return suite
 

@@ -1,7 +1,8 @@
-"""Writes the example scenes: start pictures of worlds that training never drew, with actions that test the memory.
+"""Writes the example scenes that are toy worlds: start pictures that training never drew, with actions that test the
+memory. Where the other examples are from: examples/SOURCES.md.
 
 infworld train examples --out examples
-infworld train examples --films docs/films.webp     # what the tiny model makes of the first four
+infworld train examples --films docs/films.webp     # what the tiny model makes of four of all
 """
 
 import argparse
@@ -12,6 +13,7 @@ from PIL import Image
 
 import infworld
 from infworld.actions import ActionScript
+from infworld.evaluation.cases import read_suite
 from infworld.training.render import render
 from infworld.training.worlds import EVAL_SEEDS, captions, make_worlds, spawn
 
@@ -32,7 +34,7 @@ SCENES = (
     ),
 )
 
-SHOWN = 4  # films in a square
+SHOWN = ("8-abbey-look-and-return", "12-evening-towers-both-ways", "1-island-look-and-return", "3-dusk-full-circle")
 SHOWN_FRAMES, SHOWN_SIZE, SHOWN_FPS = 81, (384, 288), 15
 
 
@@ -54,12 +56,12 @@ def main() -> None:
 
 
 def write_films(path: Path, scenes: Path) -> None:
-    """The films of the first scenes side by side, each from its beginning to its end, in the same time."""
+    """The films of some scenes in a square, each from its beginning to its end, in the same time."""
     world, films = infworld.load("tiny"), []
-    for name, _, text in SCENES[:SHOWN]:
-        length = 1 + len(ActionScript.parse(text).pairs())
-        prompt = (scenes / f"{name}.txt").read_text(encoding="utf-8").strip()
-        chunks = list(world.rollout(scenes / f"{name}.png", scenes / f"{name}.json", prompt, length))
+    cases = {case.name: case for case in read_suite(scenes, SHOWN_FPS).cases}
+    for case in (cases[name] for name in SHOWN):
+        length = 1 + len(case.actions)
+        chunks = list(world.rollout(case.picture, case.actions, case.prompt, length))
         frames = np.concatenate([chunk.frames for chunk in chunks])
         shown = np.linspace(0, length - 1, SHOWN_FRAMES).round().astype(int)
         films.append([Image.fromarray(frame).resize(SHOWN_SIZE, Image.Resampling.BICUBIC) for frame in frames[shown]])
