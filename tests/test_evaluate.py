@@ -236,7 +236,7 @@ def test_the_table_says_what_is_reached():
         assert line.endswith(f"| 23; +10 | 26; +12 | {word} |")
     drift = {f"{name} {chunk + 1}": Figure(1.15, 1, 2, 16) for name in RATIOS for chunk in range(report.DRIFT_CHUNKS)}
     lines = report.table({"drift": drift}).splitlines()
-    assert [line.split(" | ")[-1] for line in lines[2:5]] == ["yes |", "yes |", "no |"]  # 1.15 is no better than 1 / 1.15
+    assert [line.split(" | ")[-1] for line in lines[2:5]] == ["yes |", "yes |", "no |"]  # no better than 1 / 1.15
 
 
 def arguments(folder, *more):

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import gradio as gr
-
 from infworld.actions import (
     MAX_FRAMES,
     MOVE_WORDS,
@@ -21,7 +19,7 @@ from infworld.actions import (
     Segment,
     words,
 )
-from infworld.app.modules import module_script, read_static
+from infworld.app.modules import ModuleHTML
 from infworld.app.templates import walk_templates
 from infworld.camera import DEFAULT, motion
 from infworld.config import CameraConfig
@@ -68,7 +66,7 @@ def _segment(numbers: Any) -> Segment:
     return Segment(*numbers)
 
 
-class ActionEditor(gr.HTML):
+class ActionEditor(ModuleHTML):
     """Edits an action script as a timeline, by recorded keys and as text, and draws its path on a map.
 
     Value: `{"segments": [[move, view, frames], ...]}` (`value_of`, `script_of`). Events: `input` when the person
@@ -80,6 +78,8 @@ class ActionEditor(gr.HTML):
     action does on the map. `follow` is a CSS selector of a video element whose playing moves the current moment;
     without one, a page's script may call `infworldSetFrame(elem_id, frame)`.
     """
+
+    TRIGGERS = ("input",)
 
     def __init__(
         self,
@@ -96,14 +96,7 @@ class ActionEditor(gr.HTML):
     ):
         self.num_frames, self.horizon_frames, self.chunk_frames = num_frames, horizon_frames, chunk_frames
         self.fps, self.camera, self.frame, self.follow = fps, camera, frame, follow
-        super().__init__(
-            value=value,
-            html_template=read_static("editor.html"),
-            css_template=read_static("editor.css"),
-            js_on_load=module_script("editor.js", self._initial(), events=("input",)),
-            apply_default_css=False,
-            **{"label": "Actions", **kwargs},
-        )
+        super().__init__("editor", self._initial(), value=value, **{"label": "Actions", **kwargs})
 
     def _initial(self) -> dict[str, Any]:
         """What the script in the browser starts with. An update replaces all props, so the constants are not props."""

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+
 STATIC = Path(__file__).resolve().parent / "static"
 
 _IMPORT = re.compile(r' from "\./([^"]+)";$', re.MULTILINE)
@@ -32,11 +34,34 @@ def read_static(name: str) -> str:
     return (STATIC / name).read_text(encoding="utf-8")
 
 
-def module_script(entry: str, initial: Any = None, *, events: Iterable[str] = ()) -> str:
-    """The `js_on_load` that calls `start({element, props, trigger, watch}, initial)` of a module of `static/`.
+class ModuleHTML(gr.HTML):
+    """Shows `static/NAME.html` with NAME.css, and calls `start({element, props, trigger, watch}, initial)` of the
+    module NAME.js, which may trigger the events of `TRIGGERS`.
 
-    initial: anything for JSON. events: what the component triggers; Gradio looks for the names in the text.
+    initial: anything for JSON.
     """
+
+    TRIGGERS: tuple[str, ...] = ()
+
+    def __init__(self, name: str, initial: Any = None, **kwargs: Any):
+        super().__init__(
+            html_template=read_static(f"{name}.html"),
+            css_template=read_static(f"{name}.css"),
+            js_on_load=_script(f"{name}.js", initial, self.TRIGGERS),
+            apply_default_css=False,
+            **kwargs,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """The listener of an event. For any other name, of which it asks at every update, Gradio would search the whole
+        script."""
+        if name not in type(self).TRIGGERS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return super().__getattr__(name)
+
+
+def _script(entry: str, initial: Any, events: Iterable[str]) -> str:
+    """The `js_on_load` that calls a module's `start`. Gradio looks for the events' names in the text."""
     constants = {"initial": initial, "modules": _tree(entry), "events": list(events)}
     return "".join(f"const {name} = {json.dumps(value)};\n" for name, value in constants.items()) + _LOADER
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-import gradio as gr
-
 from infworld.app.editor import VOCABULARY
-from infworld.app.modules import module_script, read_static
+from infworld.app.modules import ModuleHTML
 from infworld.app.runner import COLUMNS, Strip
 from infworld.camera import motion
 from infworld.config import CameraConfig
@@ -51,12 +49,14 @@ def _sent(strip: Strip) -> dict[str, Any]:
     }
 
 
-class PlayScreen(gr.HTML):
+class PlayScreen(ModuleHTML):
     """Value: what `playing` or `resting` makes, or None.
 
     Events: `begin` and `go_on` (a walk from the picture; of the film that is there), `steer` with a message for
     `Steering.of_message` as its data, `leave`.
     """
+
+    TRIGGERS = ("begin", "go_on", "steer", "leave")
 
     def __init__(self, *, fps: int, camera: CameraConfig, chunk_frames: int, **kwargs: Any):
         initial = {
@@ -66,14 +66,7 @@ class PlayScreen(gr.HTML):
             "chunk_frames": chunk_frames,
             "columns": COLUMNS,
         }
-        super().__init__(
-            value=None,
-            html_template=read_static("play.html"),
-            css_template=read_static("play.css"),
-            js_on_load=module_script("play.js", initial, events=("begin", "go_on", "steer", "leave")),
-            apply_default_css=False,
-            **kwargs,
-        )
+        super().__init__("play", initial, value=None, **kwargs)
 
     def api_info(self) -> dict[str, Any]:
         return {"type": "object"}

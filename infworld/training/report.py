@@ -35,7 +35,7 @@ ROWS = (
     Row("vae", "VAE round trip", bar=33, aim=35),
     Row("start", "first 16 frames of chunk 1 against the truth", bar=22, aim=25),
     Row("turn", "turn right 80 and back, true first visit, last 20 frames", bar=23, aim=26, gain_bar=10, gain_aim=12),
-    Row("circle", "full circle of 4 chunks, last 20 frames against the truth", bar=21, aim=24, gain_bar=8.5, gain_aim=10),
+    Row("circle", "full circle of 4 chunks, last 20 frames against truth", bar=21, aim=24, gain_bar=8.5, gain_aim=10),
     Row("forward", "forward 80 and back, true first visit, last 20 frames", bar=21, aim=24, gain_bar=9, gain_aim=11),
     Row("mirror_forward", "own rollout forward 80 and back, last 20", bar=21, aim=25, gain_bar=5, gain_aim=8),
     Row("mirror_turn", "own rollout right 80 and back, last 20", bar=21, aim=25, gain_bar=5, gain_aim=8),
