@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from infworld.devices import pick_device
 
+FREEING = 0.5  # seconds; without any, a group in two busy processes hung within 40 ends, with 0.2 not in 200
+
 
 def set_up_devices() -> tuple[int, int, torch.device]:
     """This process's rank, the number of ranks, its device; joins the process group under torchrun.
@@ -35,11 +37,13 @@ def set_up_devices() -> tuple[int, int, torch.device]:
 def leave_together(ranks: int) -> None:
     """Ends the process group once all ranks are here.
 
-    One that left right after a `from_rank_0` could wait for ever: gloo's thread needs Python's lock to free the values
-    that were sent, and who destroys the group holds it while waiting for that thread.
+    A gloo thread needs Python's lock to free what it has sent, the barrier's work too, and whoever destroys the group
+    (here, or where a DistributedDataParallel ends) holds the lock while waiting for that thread. So the thread gets
+    time to free it first; torch offers no way to wait for that.
     """
     if ranks > 1:
         dist.barrier()
+        time.sleep(FREEING)
         dist.destroy_process_group()
 
 
