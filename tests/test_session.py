@@ -215,6 +215,9 @@ def test_a_session_of_an_earlier_model_of_that_name_is_refused(world, session):
     config = dataclasses.replace(world.config, buckets=((64, 96),))
     with pytest.raises(ValueError, match="pictures have 32x48 pixels, but 'small' makes pictures of 64x96: an earlier"):
         check_session(session, config)
+    larger = dataclasses.replace(session, picture=session.picture.repeat(2, axis=1).repeat(2, axis=2))
+    with pytest.raises(ValueError, match="pictures have 64x96 pixels, but 'small' makes pictures of 32x48"):
+        check_session(larger, world.config)
 
 
 @pytest.mark.parametrize("name", ["film.txt", "film", "taken/film.safetensors"])

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import base64
 import html
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from infworld.app.modules import read_static
 from infworld.arena.hall import Hall
 from infworld.arena.ranking import BASE, Standing, standings
 from infworld.arena.votes import QUESTIONS, Votes
 
-_HERE = Path(__file__).parent
-_HTML, _CSS, _JS = ((_HERE / "static" / f"arena.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+_HTML, _CSS, _JS = (read_static(f"arena.{kind}") for kind in ("html", "css", "js"))
 
 DONE = "You have seen every pair. Thank you."
 EXPIRED = "The last pair had expired; here is another."

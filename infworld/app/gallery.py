@@ -53,7 +53,7 @@ class Example:
 def find_examples(folder: Path) -> list[Example]:
     """The examples in a folder, in order of the numbers before their names, then of their names."""
     examples = []
-    for picture in sorted((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), key=_order):
+    for picture in sorted((path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES), key=_order):
         actions, prompt = picture.with_suffix(".json"), picture.with_suffix(".txt")
         if actions.is_file():
             words = prompt.read_text(encoding="utf-8").strip() if prompt.is_file() else ""

@@ -15,9 +15,9 @@ import gradio as gr
 from PIL import Image
 
 from infworld.app.films import Film
+from infworld.app.modules import read_static
 
-_HERE = Path(__file__).parent
-_HTML, _CSS, _JS = ((_HERE / "static" / f"player.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+_HTML, _CSS, _JS = (read_static(f"player.{kind}") for kind in ("html", "css", "js"))
 
 
 def still_of(picture: Image.Image) -> str:
