@@ -16,7 +16,7 @@ from infworld.training import collect
 from infworld.training.pictures import SIZES, levels, load_pictures, look_up, make_atlas
 from infworld.training.render import render
 from infworld.training.scenes import KINDS, FramePool, measured_walks
-from infworld.training.stages import framing_stages, make_skins, make_stages, render_stages, stroll
+from infworld.training.stages import cut_stages, framing_stages, make_skins, make_stages, render_stages, stroll
 from infworld.training.worlds import FIELD_OF_VIEW, make_worlds, spawn
 
 
@@ -140,6 +140,25 @@ def test_it_goes_on_mirrored_beyond_its_edge(pictures):
     edge = math.atan(stages.half[0, 0].item())
     seen = render_stages(stages, pictures.photos, poses((0, 0, -edge, 0)), 72, 96)[0, 0]
     assert error(seen, seen.flip(1)) < 1.5
+
+
+@pytest.mark.parametrize("width, height", [(160, 96), (128, 96), (72, 96)])
+def test_a_cut_lies_within_its_photograph(width, height):
+    """Of a picture whose colours tell the column and row, every first view goes on without turning back at an edge."""
+    across, down = torch.linspace(40, 215, width).expand(height, -1), torch.linspace(40, 215, height)[:, None]
+    ramps = torch.stack([across, down.expand(-1, width), torch.full_like(across, 128)], -1)
+    photos = make_atlas([Image.fromarray(ramps.byte().numpy())], SIZES["photos"])
+    generator = torch.Generator().manual_seed(0)
+    stages, yaw = cut_stages(photos, torch.zeros(24, dtype=torch.int64), generator)
+    begin = F.pad(yaw[:, None], (2, 1))[:, None]
+    seen = render_stages(stages, photos, begin, 48, 64)[:, 0].float()
+    columns, rows = seen[..., 0].mean(1).diff(dim=1), seen[..., 1].diff(dim=1)
+    assert (columns * stages.mirrored[:, None] > -0.5).all()
+    assert (rows > -2).all()  # roundings only: folded, they would fall by as much as they rise
+    assert {-1.0, 1.0} == set(stages.mirrored.tolist())
+    assert (yaw > 0.02).any() and (yaw < -0.02).any() or width / height < 4 / 3
+    reach = seen[..., 1].amax((1, 2)) - seen[..., 1].amin((1, 2))
+    assert reach.max() > 1.2 * reach.min()  # some see more of it than others
 
 
 def test_walking_moves_the_ground_more_than_the_backdrop(pictures):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,15 +89,16 @@ class WalkPool:
         labeller: Labeller | None = None,
         faded: float = 0.0,
         pictures: Pictures | None = None,
+        kinds: Sequence[str] = KINDS,
     ):
         """labeller: says of a walk's poses (T, 4) and of what was done (2, T - 1) what is learned as move and view; by
         default what was done. compile: the renderer. faded: the share of walks whose history fades (`fade`).
-        pictures: on `device`; with them the walks of each renewal are of another of `scenes.KINDS`.
+        pictures: on `device`; with them the walks of each renewal are of another of `kinds`, in turn; else of toy worlds.
         """
         self.vae, self.text, self.config, self.mixture = vae, text, config, mixture
         self.size, self.chunks, self.device, self.compile = size, chunks, device, compile
         self.labeller, self.faded = labeller, faded
-        self.pictures, self.kinds, self.renewals = pictures, KINDS if pictures else ("toy",), 0
+        self.pictures, self.kinds, self.renewals = pictures, kinds if pictures else ("toy",), 0
         self.next_seed = first_seed
         self.generator = torch.Generator().manual_seed(first_seed)
         self.filled = self.oldest = 0

@@ -20,6 +20,7 @@ from infworld.training.run import finish
 from infworld.training.stages import (
     Skins,
     Stages,
+    cut_stages,
     framing_stages,
     make_skins,
     make_stages,
@@ -87,7 +88,7 @@ def draw_scenes(
         stages = make_stages(pictures.photos, photo, generator)
         start[:, 2] = 0.3 * torch.randn(count, generator=generator)
     else:
-        stages = framing_stages(pictures.photos, photo)
+        stages, start[:, 2] = cut_stages(pictures.photos, photo, generator)
     return Scenes(stroll(stages, start, move, view, paces), [""] * count, stages, pictures)
 
 

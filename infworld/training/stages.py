@@ -70,6 +70,21 @@ def framing_stages(photos: Atlas, photo: Tensor) -> Stages:
     return Stages(photo=photo, half=half, level=0 * one, radius=10 * one, mirrored=one, zoom=one)
 
 
+def cut_stages(photos: Atlas, photo: Tensor, generator: torch.Generator) -> tuple[Stages, Tensor]:
+    """Stages as of `framing_stages` with more variety, so that no photograph is learned by heart, and the yaw (W,) to
+    begin with: at first the camera sees a part of the picture, at most a third smaller than it, half of them mirrored.
+    """
+    count, sight = len(photo), FIELD_OF_VIEW / 2
+    larger = uniform(count, 1.0, 1.5, generator)
+    stages = framing_stages(photos, photo)
+    stages.half = stages.half * larger[:, None]
+    stages.mirrored = torch.randint(2, (count,), generator=generator) * 2.0 - 1
+    # Turned further, the camera would see beyond the picture's side, or above and below it in a corner.
+    side = torch.atan(stages.half[:, 0]) - sight
+    corner = torch.acos(0.75 * math.sin(sight) / stages.half[:, 1]) - sight
+    return stages, side.minimum(corner).clamp(min=0) * uniform(count, -1, 1, generator)
+
+
 def draw_zoom(count: int, generator: torch.Generator) -> Tensor:
     """Fields of view of 60 to 90 degrees, as `Stages.zoom` has them; half of all are as the camera of the app."""
     zoom = uniform(count, NARROW, WIDE, generator) / math.tan(FIELD_OF_VIEW / 2)

@@ -46,6 +46,7 @@ from infworld.training.labels import jitter, label_actions, naive_labels, poses_
 from infworld.training.optim import EMA, GradientClipper, Muon
 from infworld.training.pictures import load_pictures
 from infworld.training.run import Log, autocast, compute_dtype, from_rank_0, leave_together, peak_gib, set_up_devices
+from infworld.training.scenes import KINDS
 from infworld.training.walks import MIXED, VIEW_ONLY
 from infworld.training.worlds import EVAL_SEEDS
 
@@ -79,6 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", required=True, type=float, help="length of this run, data included")
     add("--resume", type=Path, help="state.pt of an earlier run, or its world.safetensors (text.safetensors beside it)")
     add("--pack", type=Path, help="pictures of training.collect, for textured worlds and photographs beside toy worlds")
+    add("--kinds", nargs="+", choices=set(KINDS), default=KINDS, help="of worlds with --pack, walked through in turn")
     add("--mixture", choices=MIXTURES, default="mixed")
     add("--chunks", type=int, default=4, help="length of the walks; histories reach chunks - 1")
     add("--batch", type=int, default=128, help="noisy chunks per GPU and step")
@@ -133,6 +135,7 @@ def train(args: argparse.Namespace) -> None:
         labeller=make_labeller(args.labels, seed),
         faded=args.fade,
         pictures=load_pictures(args.pack).to(device) if args.pack else None,
+        kinds=args.kinds,
     )
     for _ in pool.kinds:  # of each kind, before the first step
         pool.renew(min(pool.size, RENEWED_AT_ONCE))
