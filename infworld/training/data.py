@@ -93,7 +93,7 @@ class WalkPool:
     ):
         """labeller: says of a walk's poses (T, 4) and of what was done (2, T - 1) what is learned as move and view; by
         default what was done. compile: the renderer. faded: the share of walks whose history fades (`fade`).
-        pictures: on `device`; with them the walks of each renewal are of another of `kinds`, in turn; else of toy worlds.
+        pictures: on `device`; with them the walks of each renewal are of another of `kinds`; else of toy worlds.
         """
         self.vae, self.text, self.config, self.mixture = vae, text, config, mixture
         self.size, self.chunks, self.device, self.compile = size, chunks, device, compile
