@@ -17,7 +17,7 @@ TOGETHER = 3  # frames that are judged together, so that flicker is seen
 
 
 class Critic(nn.Module):
-    """Scores for patches of frames: above 0 for what looks true.
+    """Scores for patches of frames: the higher, the truer they look.
 
     It halves pictures by averaging, not by stride, so that it has no raster of its own to draw the decoder to.
     """
@@ -37,15 +37,20 @@ class Critic(nn.Module):
 
 
 def critic_loss(true: Tensor, false: Tensor) -> Tensor:
-    """What the critic makes smaller: scores of the truth up to 1, of decoded frames down to -1."""
-    return F.relu(1 - true).mean() + F.relu(1 + false).mean()
+    """What the critic makes smaller: the truth is to score more than what was decoded of it, place by place.
 
-
-def judged_gradient(losses: Tensor, score: Tensor, decoded: Tensor, share: float) -> Tensor:
-    """Gradient of the losses at `decoded`, and in addition that of looking truer, of `share` times its size.
-
-    losses, score: scalars made of `decoded`; the score is to rise. The graph below `decoded` is left alone.
+    Only the difference counts (relativistic pairing, Jolicoeur-Martineau 2019), as what a picture shows moves both
+    scores by more than how well it was decoded: with a fixed margin for each, the critic learned next to nothing.
+    The decoder makes smaller what the same loss is with both exchanged.
     """
-    (toward_truth,) = torch.autograd.grad(losses, decoded, retain_graph=True)
-    (toward_score,) = torch.autograd.grad(-score, decoded)
-    return toward_truth + toward_score * (share * toward_truth.norm() / toward_score.norm().clamp(min=1e-12))
+    return F.softplus(false - true).mean()
+
+
+def judged_gradient(losses: Tensor, judgement: Tensor, decoded: Tensor, share: float) -> Tensor:
+    """Gradient of the losses at `decoded`, and in addition that of the judgement, of `share` times its size.
+
+    losses, judgement: scalars made of `decoded`, both to fall. The graph below `decoded` is left alone.
+    """
+    (of_losses,) = torch.autograd.grad(losses, decoded, retain_graph=True)
+    (of_judgement,) = torch.autograd.grad(judgement, decoded)
+    return of_losses + of_judgement * (share * of_losses.norm() / of_judgement.norm().clamp(min=1e-12))

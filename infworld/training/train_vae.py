@@ -49,7 +49,7 @@ FILL = 0.15  # share of the run after which training starts, however few walks a
 GRADIENT, SQUARE, KL = 1.0, 10.0, 2e-4  # weights of the losses beside the absolute error
 ROUGH = 8  # pixels a side
 RAMP = 0.05  # share of the run in which the critic's say grows to the full one
-CRITIC_LR = 2e-4
+CRITIC_LR = 3e-4
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -128,11 +128,14 @@ def train(args: argparse.Namespace) -> None:
         losses = vae_losses(decoded.float(), video, mean.float(), logvar.float(), args.texture)
         if say:
             with autocast(device):
-                score = critic(decoded).mean()
-            gradient = judged_gradient(losses["loss"] - KL * losses["kl"], score, decoded, say)
+                false = critic(decoded).float()
+                with torch.no_grad():
+                    true = critic(video).float()
+            judgement = critic_loss(false, true)
+            gradient = judged_gradient(losses["loss"] - KL * losses["kl"], judgement, decoded, say)
             of_latents = [] if args.decoder_only else [KL * losses["kl"]]
             torch.autograd.backward([decoded, *of_latents], [gradient, *[None] * len(of_latents)])
-            losses |= {"score": score, "critic": teach(decoded.detach(), video)}
+            losses |= {"judgement": judgement, "critic": teach(decoded.detach(), video)}
         else:
             losses["loss"].backward()
         return {name: loss.detach() for name, loss in losses.items()}
