@@ -9,6 +9,8 @@ import torch.multiprocessing as mp
 from test_finetune import FAST, make, small  # noqa: F401 (a fixture)
 from torch.distributed.tensor import DTensor
 
+from infworld.training.run import leave_together
+
 STEPS = 3
 RUNS = {"ddp": 0, "fsdp": 0, "fsdp of a LoRA": 2}  # the rank of each one's LoRA
 
@@ -29,8 +31,7 @@ def train(rank: int, port: int, small) -> None:  # noqa: F811
         found = {"losses": losses, "state": training.state(), "gap": training.measure()["gap"]}
         if rank == 0:
             torch.save(found, small[0].source.parent / f"{name}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_together(2)
 
 
 @pytest.fixture(scope="module")

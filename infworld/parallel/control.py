@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -22,6 +23,7 @@ from infworld.vae import VideoVAE
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)  # of one exchange of tensors; a lost rank is noticed on the Link long before
+FREEING = 0.5  # seconds; without any, a group in two busy processes hung within 40 ends, with 0.2 not in 200
 
 
 class Team:
@@ -218,6 +220,17 @@ def join_team(device: torch.device) -> Iterator[Team | None]:
         link.leave(f"{type(error).__name__}: {error}")
         raise
     link.leave()
+    end_process_group()
+
+
+def end_process_group() -> None:
+    """Ends the default process group after its last exchange.
+
+    A gloo thread needs Python's lock to free what it has sent, and whoever destroys the group (here, or where a
+    DistributedDataParallel ends) holds the lock while waiting for that thread. So the thread gets time to free it
+    first; torch offers no way to wait for that.
+    """
+    time.sleep(FREEING)
     dist.destroy_process_group()
 
 

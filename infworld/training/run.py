@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 from infworld.devices import pick_device
-
-FREEING = 0.5  # seconds; without any, a group in two busy processes hung within 40 ends, with 0.2 not in 200
+from infworld.parallel.control import end_process_group
 
 
 def set_up_devices() -> tuple[int, int, torch.device]:
@@ -35,16 +34,10 @@ def set_up_devices() -> tuple[int, int, torch.device]:
 
 
 def leave_together(ranks: int) -> None:
-    """Ends the process group once all ranks are here.
-
-    A gloo thread needs Python's lock to free what it has sent, the barrier's work too, and whoever destroys the group
-    (here, or where a DistributedDataParallel ends) holds the lock while waiting for that thread. So the thread gets
-    time to free it first; torch offers no way to wait for that.
-    """
+    """Ends the process group once all ranks are here."""
     if ranks > 1:
         dist.barrier()
-        time.sleep(FREEING)
-        dist.destroy_process_group()
+        end_process_group()
 
 
 def from_rank_0(ranks: int, *values: float) -> tuple[float, ...]:
