@@ -449,7 +449,8 @@ def test_no_server_is_said(server, config, monkeypatch):
     server.shutdown()
     server.server_close()
     with pytest.raises(
-        HubError, match=r"cannot reach http://127\.0\.0\.1.*check the connection, proxy and HF_ENDPOINT"
+        HubError,
+        match=r"is not on this machine\. cannot reach http://127\.0\.0\.1.*check the connection, proxy and HF_ENDPOINT",
     ):
         hub.fetch(config)
 
@@ -512,7 +513,8 @@ def test_the_script_says_errors_in_one_line(server, config, monkeypatch, capsys)
     assert download.main(["--model", str(config.source), "--revision", "nosuch"]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
-    assert said[0].startswith(f"error: {hub.REPO} has no revision nosuch")
+    missing = f"error: {config.checkpoint_path} is not on this machine. "
+    assert said[0].startswith(f"{missing}{hub.REPO} has no revision nosuch")
 
     def stop(*arguments, **options):
         raise KeyboardInterrupt
