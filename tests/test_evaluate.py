@@ -323,7 +323,7 @@ def test_only_what_the_photograph_showed_is_measured(model, text_encoder, monkey
     bench, parts = photo_bench(model, text_encoder), []
     monkeypatch.setattr(evaluate, "_photo_outcome", lambda *args: parts.append(args))
     evaluate.measure_photo_turn(bench)
-    _, truth, _, part = parts[0]
+    _, _, truth, _, part = parts[0]
     height, width = part.shape[2:4]
     assert truth[:, 1, :, -4:, 0].float().mean() > 150
     assert part[..., 0].float().mean() < 12 and part[..., 1].float().mean() > 60

@@ -57,7 +57,7 @@ from infworld.training.films import (
     true_walk,
 )
 from infworld.training.frames import to_frames, to_video
-from infworld.training.measures import Figure, colours, contrast, ratio, saturation, sharpness, summarize
+from infworld.training.measures import Figure, colours, contrast, raster, ratio, saturation, sharpness, summarize
 from infworld.training.pictures import load_pictures
 from infworld.training.report import DRIFT_CHUNKS, ROWS, Results, Strip, strips, table, write_sheet
 from infworld.training.stages import stroll
@@ -348,7 +348,7 @@ def measure_photo_turn(bench: PhotoBench) -> Outcome:
     high = math.cos(FIELD_OF_VIEW / 2) / math.cos(inside)  # share of the height that its right edge fills there
     rows = slice(math.ceil(height * (1 - high) / 2), int(height * (1 + high) / 2))
     seen = (slice(None), slice(turned, turned + 1), rows, columns)
-    return _photo_outcome(frames, truth, frames[seen], truth[seen])
+    return _photo_outcome(bench, frames, truth, frames[seen], truth[seen])
 
 
 def measure_photo_return(bench: PhotoBench) -> Outcome:
@@ -363,7 +363,7 @@ def measure_photo_forward(bench: PhotoBench) -> Outcome:
 
 def _photo_return(bench: PhotoBench, text: str) -> Outcome:
     frames, truth = _photo_walk(bench, text)
-    return _photo_outcome(frames, truth, frames[:, -1:], truth[:, :1])
+    return _photo_outcome(bench, frames, truth, frames[:, -1:], truth[:, :1])
 
 
 def _photo_walk(bench: PhotoBench, text: str) -> tuple[Tensor, Tensor]:
@@ -373,8 +373,12 @@ def _photo_walk(bench: PhotoBench, text: str) -> tuple[Tensor, Tensor]:
     return to_frames(next_chunk(bench, true_film(bench, truth[:, :1]), script)), truth
 
 
-def _photo_outcome(frames: Tensor, truth: Tensor, part: Tensor, reference: Tensor) -> Outcome:
-    measures = {"value": psnr(part, reference).mean(1), "sharpness": ratio(sharpness, part, reference)}
+def _photo_outcome(bench: PhotoBench, frames: Tensor, truth: Tensor, part: Tensor, reference: Tensor) -> Outcome:
+    measures = {
+        "value": psnr(part, reference).mean(1),
+        "sharpness": ratio(sharpness, part, reference),
+        "raster": 100 * raster(part, bench.model.config.vae_cfg.fold),
+    }
     steps = range(0, frames.shape[1], (frames.shape[1] - 1) // 8)
     return Outcome(measures, strips({"true": truth, "model": frames}, steps))
 

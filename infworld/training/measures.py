@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 RESAMPLES = 2000  # of the bootstrap
@@ -20,6 +22,38 @@ def sharpness(frames: Tensor) -> Tensor:
     """Mean absolute difference of neighbouring pixels' luma, averaged over frames: (B, T, H, W, 3) -> (B,)."""
     light = luma(frames)
     return (light.diff(dim=3).abs().mean((1, 2, 3)) + light.diff(dim=2).abs().mean((1, 2, 3))) / 2
+
+
+def raster(frames: Tensor, period: int) -> Tensor:
+    """The share of the finest detail that repeats every `period` pixels, averaged over frames: (B, T, H, W, 3) -> (B,).
+
+    1 / 64 for detail without a raster. A decoder that makes squares of so many pixels may draw one in place of texture
+    that it does not know, and `sharpness` takes it for detail.
+    """
+    light = luma(frames)[:, None]
+    fine = repeats((light - smooth(light)).flatten(0, 2), period)
+    alike = fine.mean((-4, -2))
+    alike = alike - alike.mean((-2, -1), keepdim=True)
+    share = alike.square().mean((1, 2, 3, 4)) / fine.square().mean((1, 2, 3, 4, 5, 6)).clamp(min=1e-12)
+    return share.unflatten(0, frames.shape[:2]).mean(1)
+
+
+def smooth(video: Tensor) -> Tensor:
+    """Video (B, C, T, H, W), each pixel the mean of the 5 x 5 around it."""
+    frames = F.pad(video.flatten(0, 2)[:, None], (2, 2, 2, 2), mode="reflect")
+    return F.avg_pool2d(frames, 5, stride=1).view_as(video)
+
+
+def repeats(pictures: Tensor, period: int) -> Tensor:
+    """Pictures (N, H, W) in windows of 8 x 8 squares of `period` pixels, fewer in a smaller picture:
+    (N, rows, columns, 8, period, 8, period). What is left over at the lower and right edge is dropped.
+    """
+    down, across = (min(8, side // period) for side in pictures.shape[1:])
+    height, width = (
+        side - side % (many * period) for side, many in zip(pictures.shape[1:], (down, across), strict=True)
+    )
+    whole = pictures[:, :height, :width]
+    return rearrange(whole, "n (r a y) (c b x) -> n r c a y b x", a=down, y=period, b=across, x=period)
 
 
 def contrast(frames: Tensor) -> Tensor:

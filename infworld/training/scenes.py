@@ -95,7 +95,7 @@ def draw_scenes(
 class FramePool:
     """Up to `size` rendered walks, (size, 81, H, W, 3) uint8 on `device`, of worlds `first_seed`, + 1, ...
 
-    pictures: for textured worlds and picture worlds (`KINDS`); without them all worlds are toys.
+    pictures: for the worlds of `kinds`, in turn; without them all are toys.
     """
 
     def __init__(
@@ -106,9 +106,10 @@ class FramePool:
         device: torch.device,
         compile: bool,
         pictures: Pictures | None = None,
+        kinds: Sequence[str] = KINDS,
     ):
         self.size, self.picture, self.device, self.compile = size, tuple(picture), device, compile
-        self.pictures, self.kinds = pictures, KINDS if pictures else ("toy",)
+        self.pictures, self.kinds = pictures, kinds if pictures else ("toy",)
         self.storage = torch.zeros(size, WALK_FRAMES, *self.picture, 3, dtype=torch.uint8, device=device)
         self.first_seed = self.next_seed = first_seed
         self.filled = self.oldest = 0
@@ -151,11 +152,15 @@ class FramePool:
 
 @torch.no_grad()
 def measured_walks(
-    walks: int, size: tuple[int, int], device: torch.device, packs: Sequence[Path] | None = None
+    walks: int,
+    size: tuple[int, int],
+    device: torch.device,
+    packs: Sequence[Path] | None = None,
+    kinds: Sequence[str] = KINDS,
 ) -> dict[str, Tensor]:
     """Walks of 81 frames that training never meets, each (walks, 81, H, W, 3) uint8: "toy" worlds, and with packs (of
-    training and of measuring) "textured" worlds of kept textures and "photos", every other of which is turned 80 frames
-    to the right, the rest walked into."""
+    training and of measuring) "textured" worlds of kept textures, if the kinds have them, and "photos", every other of
+    which is turned 80 frames to the right, the rest walked into."""
     kept = load_pictures(packs[0], unseen=True).to(device) if packs else None
     pool = FramePool(walks, size, EVAL_SEEDS[0], device, compile=False, pictures=kept)
 
@@ -175,4 +180,5 @@ def measured_walks(
     move, view = torch.where(turned, STILL, FORWARD), torch.where(turned, RIGHT, STILL)
     poses = stroll(stages, torch.zeros(walks, 4), move, view)
     seen = render_stages(stages.to(device), photos, poses.to(device), *size)
-    return {"toy": rendered("toy"), "textured": rendered("textured"), "photos": seen}
+    worlds = ("toy", "textured") if "textured" in kinds else ("toy",)
+    return {kind: rendered(kind) for kind in worlds} | {"photos": seen}

@@ -36,18 +36,19 @@ from infworld.training.critic import Critic, critic_loss, judged_gradient
 from infworld.training.data import first_seed
 from infworld.training.equivariance import changed, shift_error
 from infworld.training.frames import to_frames, to_video
-from infworld.training.measures import sharpness
+from infworld.training.measures import raster, repeats, sharpness, smooth
 from infworld.training.optim import EMA, GradientClipper, Muon, lr_at
 from infworld.training.pictures import load_pictures
 from infworld.training.run import Log, autocast, from_rank_0, leave_together, peak_gib, set_up_devices
-from infworld.training.scenes import WALK_FRAMES, FramePool, measured_walks
+from infworld.training.scenes import KINDS, WALK_FRAMES, FramePool, measured_walks
 from infworld.vae import ResidualBlock, VideoVAE
 
-CLIP_FRAMES = {0.0: 5, 0.2: 17, 0.6: WALK_FRAMES}  # share of the schedule from which on -> frames of a clip
+CLIPS_FROM = (0.0, 0.2, 0.6)  # shares of the schedule from which on clips have another length
 AT_ONCE = 16  # walks encoded or decoded together
 FILL = 0.15  # share of the run after which training starts, however few walks are there
 GRADIENT, SQUARE, KL = 1.0, 10.0, 2e-4  # weights of the losses beside the absolute error
 ROUGH = 8  # pixels a side
+BLENDED = 0.5  # weight of a raster in blends of two clips over that of one in clips
 RAMP = 0.05  # share of the run in which the critic's say grows to the full one
 CRITIC_LR = 3e-4
 
@@ -69,9 +70,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--equivariant", type=float, default=0.0, help="share of steps with shifted or halved latents")
     add("--texture", type=float, default=0.0, help="weight of the error in how much texture there is, place by place")
+    add("--raster", type=float, default=0.0, help="weight of the error that repeats with the squares of --fold pixels")
     add("--critic", type=float, default=0.0, help="size of the critic's gradient over that of the other losses")
     add("--critic-from", type=float, default=0.6, help="share of the run after which the critic judges")
-    add("--frames", type=int, default=162, help="frames per step and GPU, in clips of 5, then 17, then 81")
+    add("--frames", type=int, default=162, help="frames per step and GPU")
+    add("--clips", type=int, nargs=3, default=(5, 17, WALK_FRAMES), help="frames of a clip at first, later, in the end")
+    add("--kinds", nargs="+", choices=set(KINDS), default=KINDS, help="of worlds with --packs, walked through in turn")
     add("--walks", type=int, default=1024, help="kept on each GPU, 81 frames each")
     add("--renew", type=float, default=0.15, help="share of the time spent on new walks")
     add("--unseen", type=int, default=64, help="walks of the final test; reports test the first 16")
@@ -91,7 +95,9 @@ def train(args: argparse.Namespace) -> None:
     log = Log(args.out, began) if rank == 0 else None
 
     # The model. Its latents stay raw while it trains; the export folds their mean and deviation into the weights.
-    model = Autoencoder(identity_vae(args.dim, args.mult, args.fold, args.z_dim), args.equivariant).to(device)
+    model = Autoencoder(identity_vae(args.dim, args.mult, args.fold, args.z_dim), args.equivariant, args.raster > 0).to(
+        device
+    )
     done = load_weights(model.vae, args.resume) if args.resume else {"step": 0, "progress": 0.0}
     if args.decoder_only:
         if not args.resume:
@@ -109,13 +115,13 @@ def train(args: argparse.Namespace) -> None:
     # The data.
     seed = first_seed(args.seed, rank, ranks)
     pictures = load_pictures(args.packs[0]).to(device) if args.packs else None
-    pool = FramePool(args.walks, args.size, seed, device, args.compile_render, pictures)
+    pool = FramePool(args.walks, args.size, seed, device, args.compile_render, pictures, args.kinds)
     pool.renew()  # compiles, if it is to
     filled_by = time.monotonic() + FILL * 60 * args.minutes
     while pool.filled < args.walks and time.monotonic() < filled_by:
         pool.renew()
     if log:
-        unseen = measured_walks(args.unseen, args.size, device, args.packs)
+        unseen = measured_walks(args.unseen, args.size, device, args.packs, args.kinds)
         log.add("data", walks=pool.filled, ranks=ranks, device=str(device))
 
     def learn(frames: int, say: float) -> dict[str, Tensor]:
@@ -124,17 +130,22 @@ def train(args: argparse.Namespace) -> None:
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         with autocast(device):
-            decoded, video, mean, logvar = trained(video)
-        losses = vae_losses(decoded.float(), video, mean.float(), logvar.float(), args.texture)
+            decoded, video, mean, logvar, blended = trained(video)
+        losses = vae_losses(decoded.float(), video, mean.float(), logvar.float(), args.texture, args.raster, args.fold)
+        beside = KL * losses["kl"]  # of what is not `decoded`
+        if args.raster:
+            losses["blended"] = raster_error(blended.float(), smooth(blended.float()), args.fold)
+            beside = beside + BLENDED * args.raster * losses["blended"]
+            losses["loss"] = losses["loss"] + BLENDED * args.raster * losses["blended"]
         if say:
             with autocast(device):
                 false = critic(decoded).float()
                 with torch.no_grad():
                     true = critic(video).float()
             judgement = critic_loss(false, true)
-            gradient = judged_gradient(losses["loss"] - KL * losses["kl"], judgement, decoded, say)
-            of_latents = [] if args.decoder_only else [KL * losses["kl"]]
-            torch.autograd.backward([decoded, *of_latents], [gradient, *[None] * len(of_latents)])
+            gradient = judged_gradient(losses["loss"] - beside, judgement, decoded, say)
+            others = [beside] if beside.requires_grad else []
+            torch.autograd.backward([decoded, *others], [gradient, *[None] * len(others)])
             losses |= {"judgement": judgement, "critic": teach(decoded.detach(), video)}
         else:
             losses["loss"].backward()
@@ -151,7 +162,7 @@ def train(args: argparse.Namespace) -> None:
         return loss
 
     # A rehearsal of every length of clip: what has to be compiled or tuned, or runs out of memory, does so now.
-    for frames in CLIP_FRAMES.values():
+    for frames in sorted(set(args.clips)):
         learn(frames, args.critic)
         if log:
             log.add("rehearsal", frames=frames, gib=peak_gib(device))
@@ -168,7 +179,7 @@ def train(args: argparse.Namespace) -> None:
         if passed >= 1:
             break
         progress = done["progress"] + (1 - done["progress"]) * passed
-        frames = next(frames for since, frames in reversed(CLIP_FRAMES.items()) if progress >= since)
+        frames = [clip for since, clip in zip(CLIPS_FROM, args.clips, strict=True) if progress >= since][-1]
         lr = args.lr * lr_at(progress, step - done["step"])
         say = args.critic * min(1.0, max(0.0, (progress - args.critic_from) / RAMP))
         if say and not judged:
@@ -210,11 +221,12 @@ class Autoencoder(nn.Module):
     """The VAE behind one forward pass, with its latents' noise; starts with small residual branches.
 
     equivariant: in what share of the passes latents and video are shifted or halved before they are compared.
+    blends: decode latents halfway between two clips too. They are no picture's, as a world model's are not quite.
     """
 
-    def __init__(self, vae: VideoVAE, equivariant: float = 0.0):
+    def __init__(self, vae: VideoVAE, equivariant: float = 0.0, blends: bool = False):
         super().__init__()
-        self.vae, self.equivariant = vae, equivariant
+        self.vae, self.equivariant, self.blends = vae, equivariant, blends
         for block in self.vae.modules():
             if isinstance(block, ResidualBlock):
                 block.residual["6"].weight.data *= 0.1
@@ -223,14 +235,18 @@ class Autoencoder(nn.Module):
         for part in (self.vae.encoder, self.vae.conv1):
             part.requires_grad_(False)
 
-    def forward(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What is decoded, the video that it should be, and the latents' mean and log variance."""
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What is decoded, the video that it should be, the latents' mean and log variance, and a blend, if asked."""
         mean, logvar = self.vae.encode_distribution(video)
         logvar = logvar.clamp(-20, 10)
         z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
         if torch.rand(()) < self.equivariant:
             z, video = changed(z, video, self.vae.space)
-        return self.vae.decode_raw(z), video, mean, logvar
+        clips = len(z)
+        if self.blends:
+            z = torch.cat([z, (z[:1] + z[-1:]) / 2])
+        decoded = self.vae.decode_raw(z)
+        return decoded[:clips], video, mean, logvar, decoded[clips:]
 
 
 def identity_vae(dim: int, mult: Sequence[int] = (1, 2, 4, 4), fold: int = 1, z_dim: int = 16) -> VideoVAE:
@@ -238,11 +254,19 @@ def identity_vae(dim: int, mult: Sequence[int] = (1, 2, 4, 4), fold: int = 1, z_
     return VideoVAE(dim, z_dim, mult, latents_mean=(0.0,) * z_dim, latents_std=(1.0,) * z_dim, fold=fold)
 
 
-def vae_losses(decoded: Tensor, video: Tensor, mean: Tensor, logvar: Tensor, texture: float = 0.0) -> dict[str, Tensor]:
+def vae_losses(
+    decoded: Tensor,
+    video: Tensor,
+    mean: Tensor,
+    logvar: Tensor,
+    texture: float = 0.0,
+    raster: float = 0.0,
+    period: int = 1,
+) -> dict[str, Tensor]:
     """The total under "loss", and its parts: absolute and squared error, error of the differences between neighbours in
     time, height and width, and divergence of the latents' distribution from the standard normal one.
 
-    texture: weight of a further part, the error of `roughness`.
+    texture: weight of a further part, the error of `roughness`. raster: of another, `raster_error` of that period.
     """
     error = decoded - video
     parts = {
@@ -255,6 +279,9 @@ def vae_losses(decoded: Tensor, video: Tensor, mean: Tensor, logvar: Tensor, tex
     if texture:
         parts["texture"] = (roughness(decoded) - roughness(video)).abs().mean()
         total = total + texture * parts["texture"]
+    if raster:
+        parts["raster"] = raster_error(decoded, video, period)
+        total = total + raster * parts["raster"]
     return {"loss": total, **parts}
 
 
@@ -267,6 +294,15 @@ def roughness(video: Tensor) -> Tensor:
     frames = rearrange(video, "b c t h w -> (b t) c h w")
     steps = [F.pad(frames.diff(dim=-1), (0, 1)), F.pad(frames.diff(dim=-2), (0, 0, 0, 1))]
     return F.avg_pool2d(torch.stack([step.abs().mean(1) for step in steps], 1), ROUGH)
+
+
+def raster_error(decoded: Tensor, video: Tensor, period: int) -> Tensor:
+    """How much of the error of a video (B, 3, T, H, W) repeats every `period` pixels, in windows of 8 x 8 periods.
+
+    `roughness` and a critic are content with a raster where there was texture; this one is not.
+    """
+    alike = repeats((decoded - video).flatten(0, 2), period).mean((-4, -2))
+    return (alike - alike.mean((-2, -1), keepdim=True)).abs().mean()
 
 
 def compile_norms() -> None:
@@ -295,8 +331,8 @@ def export(vae: VideoVAE, ema: EMA, pool: FramePool, unseen: dict[str, Tensor], 
     averaged = copy.deepcopy(vae)
     ema.copy_to(averaged)
     unfolded = {name: psnr(reconstruct(averaged, walks)[0], walks).mean() for name, walks in unseen.items()}
-    seen = [encode(averaged, walks) for walks in pool.frames[:: max(1, pool.filled // 64)].split(AT_ONCE)]
     if vae.conv1.weight.requires_grad:  # else the latents stay what they were
+        seen = [encode(averaged, walks) for walks in pool.frames[:: max(1, pool.filled // 64)].split(AT_ONCE)]
         fold(averaged, *channel_statistics(torch.cat(seen)))
     save_tensors(out / "vae.safetensors", {name: tensor.half() for name, tensor in averaged.state_dict().items()})
 
@@ -312,6 +348,7 @@ def export(vae: VideoVAE, ema: EMA, pool: FramePool, unseen: dict[str, Tensor], 
             f"psnr_unfolded_{name}": unfolded[name].item(),
             f"psnr_worst_walk_{name}": result.mean(1).min().item(),
             f"sharpness_{name}": (sharpness(frames).mean() / sharpness(walks).mean()).item(),
+            f"raster_{name}": torch.cat([raster(part, averaged.fold) for part in frames.split(AT_ONCE)]).mean().item(),
             f"latent_mean_{name}": mean.abs().max().item(),
             f"latent_std_{name}": (std - 1).abs().max().item(),
         }
