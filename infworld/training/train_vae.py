@@ -132,11 +132,11 @@ def train(args: argparse.Namespace) -> None:
         with autocast(device):
             decoded, video, mean, logvar, blended = trained(video)
         losses = vae_losses(decoded.float(), video, mean.float(), logvar.float(), args.texture, args.raster, args.fold)
-        beside = KL * losses["kl"]  # of what is not `decoded`
+        beside = KL * losses["kl"]  # the part of the loss that does not depend on `decoded`
         if args.raster:
             losses["blended"] = raster_error(blended.float(), smooth(blended.float()), args.fold)
-            beside = beside + BLENDED * args.raster * losses["blended"]
-            losses["loss"] = losses["loss"] + BLENDED * args.raster * losses["blended"]
+            drawn = BLENDED * args.raster * losses["blended"]
+            beside, losses["loss"] = beside + drawn, losses["loss"] + drawn
         if say:
             with autocast(device):
                 false = critic(decoded).float()
