@@ -138,8 +138,8 @@ def plan(config: ModelConfig, *, revision: str | None = None, to: str | Path | N
         try:
             listed = hub.files(key, name, target)
         except HubError as error:
-            need = damages.get(key) or ("" if place else f"{name} is not on this machine")
-            raise HubError(f"{need}. {error}" if need else str(error)) from error
+            why = damages.get(key, "" if place else f"{name} is not on this machine")
+            raise HubError(f"{why}. {error}" if why else str(error)) from error
         if (
             place
             and key not in damages

@@ -31,10 +31,9 @@ def raster(frames: Tensor, period: int) -> Tensor:
     that it does not know, and `sharpness` takes it for detail.
     """
     light = luma(frames)[:, None]
-    fine = repeats((light - smooth(light)).flatten(0, 2), period)
-    alike = fine.mean((-4, -2))
-    alike = alike - alike.mean((-2, -1), keepdim=True)
-    share = alike.square().mean((1, 2, 3, 4)) / fine.square().mean((1, 2, 3, 4, 5, 6)).clamp(min=1e-12)
+    fine = windows((light - smooth(light)).flatten(0, 2), period)
+    drawn = repeating(fine).square().mean((1, 2, 3, 4))
+    share = drawn / fine.square().mean((1, 2, 3, 4, 5, 6)).clamp(min=1e-12)
     return share.unflatten(0, frames.shape[:2]).mean(1)
 
 
@@ -44,7 +43,7 @@ def smooth(video: Tensor) -> Tensor:
     return F.avg_pool2d(frames, 5, stride=1).view_as(video)
 
 
-def repeats(pictures: Tensor, period: int) -> Tensor:
+def windows(pictures: Tensor, period: int) -> Tensor:
     """Pictures (N, H, W) in windows of 8 x 8 squares of `period` pixels, fewer in a smaller picture:
     (N, rows, columns, 8, period, 8, period). What is left over at the lower and right edge is dropped.
     """
@@ -54,6 +53,12 @@ def repeats(pictures: Tensor, period: int) -> Tensor:
     )
     whole = pictures[:, :height, :width]
     return rearrange(whole, "n (r a y) (c b x) -> n r c a y b x", a=down, y=period, b=across, x=period)
+
+
+def repeating(windows: Tensor) -> Tensor:
+    """What all squares of a window have in common, but for its mean: (N, rows, columns, period, period)."""
+    common = windows.mean((-4, -2))
+    return common - common.mean((-2, -1), keepdim=True)
 
 
 def contrast(frames: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ def draw_scenes(
     """Walks by actions (W, T) through worlds of those seeds, or for "pictures" before photographs drawn at random.
 
     Only toy worlds have captions, since nothing is known of what other ones show. varied: moved and turned at half to
-    twice the speed, photographs seen from any direction and distance, as fits a VAE; a world model has to know both.
+    twice the speed, photographs seen from any direction and distance, as fits a VAE; a world model has to know both, so
+    that its walks begin with a cut of a photograph.
     Poses are made on the CPU, where the many small steps of a walk start faster.
     """
     count = len(seeds)

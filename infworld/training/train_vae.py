@@ -36,7 +36,7 @@ from infworld.training.critic import Critic, critic_loss, judged_gradient
 from infworld.training.data import first_seed
 from infworld.training.equivariance import changed, shift_error
 from infworld.training.frames import to_frames, to_video
-from infworld.training.measures import raster, repeats, sharpness, smooth
+from infworld.training.measures import raster, repeating, sharpness, smooth, windows
 from infworld.training.optim import EMA, GradientClipper, Muon, lr_at
 from infworld.training.pictures import load_pictures
 from infworld.training.run import Log, autocast, from_rank_0, leave_together, peak_gib, set_up_devices
@@ -75,7 +75,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--critic-from", type=float, default=0.6, help="share of the run after which the critic judges")
     add("--frames", type=int, default=162, help="frames per step and GPU")
     add("--clips", type=int, nargs=3, default=(5, 17, WALK_FRAMES), help="frames of a clip at first, later, in the end")
-    add("--kinds", nargs="+", choices=set(KINDS), default=KINDS, help="of worlds with --packs, walked through in turn")
+    add(
+        "--kinds",
+        nargs="+",
+        choices=sorted(set(KINDS)),
+        default=KINDS,
+        help="of worlds with --packs, walked through in turn",
+    )
     add("--walks", type=int, default=1024, help="kept on each GPU, 81 frames each")
     add("--renew", type=float, default=0.15, help="share of the time spent on new walks")
     add("--unseen", type=int, default=64, help="walks of the final test; reports test the first 16")
@@ -95,9 +101,8 @@ def train(args: argparse.Namespace) -> None:
     log = Log(args.out, began) if rank == 0 else None
 
     # The model. Its latents stay raw while it trains; the export folds their mean and deviation into the weights.
-    model = Autoencoder(identity_vae(args.dim, args.mult, args.fold, args.z_dim), args.equivariant, args.raster > 0).to(
-        device
-    )
+    identity = identity_vae(args.dim, args.mult, args.fold, args.z_dim)
+    model = Autoencoder(identity, args.equivariant, blends=args.raster > 0).to(device)
     done = load_weights(model.vae, args.resume) if args.resume else {"step": 0, "progress": 0.0}
     if args.decoder_only:
         if not args.resume:
@@ -301,8 +306,7 @@ def raster_error(decoded: Tensor, video: Tensor, period: int) -> Tensor:
 
     `roughness` and a critic are content with a raster where there was texture; this one is not.
     """
-    alike = repeats((decoded - video).flatten(0, 2), period).mean((-4, -2))
-    return (alike - alike.mean((-2, -1), keepdim=True)).abs().mean()
+    return repeating(windows((decoded - video).flatten(0, 2), period)).abs().mean()
 
 
 def compile_norms() -> None:

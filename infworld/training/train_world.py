@@ -80,7 +80,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", required=True, type=float, help="length of this run, data included")
     add("--resume", type=Path, help="state.pt of an earlier run, or its world.safetensors (text.safetensors beside it)")
     add("--pack", type=Path, help="pictures of training.collect, for textured worlds and photographs beside toy worlds")
-    add("--kinds", nargs="+", choices=set(KINDS), default=KINDS, help="of worlds with --pack, walked through in turn")
+    add(
+        "--kinds",
+        nargs="+",
+        choices=sorted(set(KINDS)),
+        default=KINDS,
+        help="of worlds with --pack, walked through in turn",
+    )
     add("--mixture", choices=MIXTURES, default="mixed")
     add("--chunks", type=int, default=4, help="length of the walks; histories reach chunks - 1")
     add("--batch", type=int, default=128, help="noisy chunks per GPU and step")
