@@ -377,7 +377,7 @@ def _photo_outcome(bench: PhotoBench, frames: Tensor, truth: Tensor, part: Tenso
     measures = {
         "value": psnr(part, reference).mean(1),
         "sharpness": ratio(sharpness, part, reference),
-        "raster": 100 * raster(part, bench.model.config.vae_cfg.fold),
+        "raster": 100 * raster(part),
     }
     steps = range(0, frames.shape[1], (frames.shape[1] - 1) // 8)
     return Outcome(measures, strips({"true": truth, "model": frames}, steps))

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 RESAMPLES = 2000  # of the bootstrap
+WINDOW = 32  # pixels a side, of a spectrum
+FINEST = 6.4  # pixels
 
 
 def luma(frames: Tensor) -> Tensor:
@@ -24,41 +25,35 @@ def sharpness(frames: Tensor) -> Tensor:
     return (light.diff(dim=3).abs().mean((1, 2, 3)) + light.diff(dim=2).abs().mean((1, 2, 3))) / 2
 
 
-def raster(frames: Tensor, period: int) -> Tensor:
-    """The share of the finest detail that repeats every `period` pixels, averaged over frames: (B, T, H, W, 3) -> (B,).
+def raster(frames: Tensor) -> Tensor:
+    """The share of the finest detail that is a regular pattern, averaged over frames: (B, T, H, W, 3) -> (B,) in 0..1.
 
-    1 / 64 for detail without a raster. A decoder that makes squares of so many pixels may draw one in place of texture
-    that it does not know, and `sharpness` takes it for detail.
+    Texture has a spectrum without lines, a pattern that repeats every few pixels has little else: what counts is the
+    power that exceeds four times the median around it, among details of at most `FINEST` pixels. 0 to 0.005 for
+    photographs. A decoder that makes squares of pixels may draw such a pattern in place of texture that it does not
+    know, and `sharpness` takes it for detail.
     """
-    light = luma(frames)[:, None]
-    fine = windows((light - smooth(light)).flatten(0, 2), period)
-    drawn = repeating(fine).square().mean((1, 2, 3, 4))
-    share = drawn / fine.square().mean((1, 2, 3, 4, 5, 6)).clamp(min=1e-12)
+    power = fine_spectrum(luma(frames).flatten(0, 1))
+    around = F.pad(power[:, None], (2, 2, 2, 2), mode="reflect").unfold(2, 5, 1).unfold(3, 5, 1)
+    lines = (power - 4 * around.flatten(-2).median(-1).values[:, 0]).clamp(min=0)
+    side = power.shape[1]
+    down, across = torch.arange(-(side // 2), side // 2).abs()[:, None], torch.arange(side // 2 + 1)
+    fine = (down.maximum(across) >= side / FINEST).to(power)
+    share = (lines * fine).sum((1, 2)) / (power * fine).sum((1, 2)).clamp(min=1e-12)
     return share.unflatten(0, frames.shape[:2]).mean(1)
 
 
-def smooth(video: Tensor) -> Tensor:
-    """Video (B, C, T, H, W), each pixel the mean of the 5 x 5 around it."""
-    frames = F.pad(video.flatten(0, 2)[:, None], (2, 2, 2, 2), mode="reflect")
-    return F.avg_pool2d(frames, 5, stride=1).view_as(video)
-
-
-def windows(pictures: Tensor, period: int) -> Tensor:
-    """Pictures (N, H, W) in windows of 8 x 8 squares of `period` pixels, fewer in a smaller picture:
-    (N, rows, columns, 8, period, 8, period). What is left over at the lower and right edge is dropped.
-    """
-    down, across = (min(8, side // period) for side in pictures.shape[1:])
-    height, width = (
-        side - side % (many * period) for side, many in zip(pictures.shape[1:], (down, across), strict=True)
-    )
-    whole = pictures[:, :height, :width]
-    return rearrange(whole, "n (r a y) (c b x) -> n r c a y b x", a=down, y=period, b=across, x=period)
-
-
-def repeating(windows: Tensor) -> Tensor:
-    """What all squares of a window have in common, but for its mean: (N, rows, columns, period, period)."""
-    common = windows.mean((-4, -2))
-    return common - common.mean((-2, -1), keepdim=True)
+def fine_spectrum(light: Tensor) -> Tensor:
+    """Mean power of what pictures (N, H, W) show beyond the mean of 5 x 5 pixels, over windows that tile them:
+    (N, side, side / 2 + 1), frequency 0 in the middle row and the first column; a side of `WINDOW`, less in a smaller
+    picture."""
+    side = min(WINDOW, *light.shape[1:]) // 2 * 2
+    padded = F.pad(light[:, None], (2, 2, 2, 2), mode="reflect")
+    detail = light - F.avg_pool2d(padded, 5, stride=1)[:, 0]
+    windows = detail.unfold(1, side, side).unfold(2, side, side)
+    bell = torch.hann_window(side, device=light.device)
+    power = torch.fft.rfft2(windows * bell[:, None] * bell).abs().square().mean((1, 2))
+    return power.roll(side // 2, dims=1)
 
 
 def contrast(frames: Tensor) -> Tensor:

@@ -36,14 +36,11 @@ from infworld.training.critic import Critic, critic_loss, judged_gradient
 from infworld.training.data import first_seed
 from infworld.training.equivariance import changed, shift_error
 from infworld.training.frames import to_frames, to_video
-from infworld.training.measures import raster, repeating, sharpness, windows
+from infworld.training.measures import raster, sharpness
 from infworld.training.optim import EMA, GradientClipper, Muon, lr_at
-from infworld.training.painted import PaintedPool
 from infworld.training.pictures import load_pictures
 from infworld.training.run import Log, autocast, from_rank_0, leave_together, peak_gib, set_up_devices
 from infworld.training.scenes import KINDS, WALK_FRAMES, FramePool, measured_walks
-from infworld.training.walks import MIXED
-from infworld.training.worlds import EVAL_SEEDS
 from infworld.vae import ResidualBlock, VideoVAE
 
 CLIPS_FROM = (0.0, 0.2, 0.6)  # shares of the schedule from which on clips have another length
@@ -51,7 +48,6 @@ AT_ONCE = 16  # walks encoded or decoded together
 FILL = 0.15  # share of the run after which training starts, however few walks are there
 GRADIENT, SQUARE, KL = 1.0, 10.0, 2e-4  # weights of the losses beside the absolute error
 ROUGH = 8  # pixels a side
-PAINTED = 0.5  # share of the clips that a world model painted, if there is one
 RAMP = 0.05  # share of the run in which the critic's say grows to the full one
 CRITIC_LR = 3e-4
 
@@ -71,11 +67,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--decoder-only", action="store_true", help="keep the encoder, and with it the latents, of --resume as they are"
     )
-    add("--world", type=Path, help="weights of a world model: with --decoder-only, decode what it paints as well")
-    add("--config", default="tiny", help="model name or YAML of --world")
     add("--equivariant", type=float, default=0.0, help="share of steps with shifted or halved latents")
     add("--texture", type=float, default=0.0, help="weight of the error in how much texture there is, place by place")
-    add("--raster", type=float, default=0.0, help="weight of the error that repeats with the squares of --fold pixels")
     add("--critic", type=float, default=0.0, help="size of the critic's gradient over that of the other losses")
     add("--critic-from", type=float, default=0.6, help="share of the run after which the critic judges")
     add("--frames", type=int, default=162, help="frames per step and GPU")
@@ -113,8 +106,6 @@ def train(args: argparse.Namespace) -> None:
         if not args.resume:
             raise ValueError("--decoder-only keeps the encoder of a trained VAE: name one by --resume")
         model.freeze_encoder()
-    elif args.world:
-        raise ValueError("--world has learned the latents of a trained VAE: keep them by --decoder-only")
     ema = EMA(model.vae, args.ema)
     optimizers, clip = make_optimizers(model.vae, args.lr), GradientClipper()
     if args.compile:
@@ -129,41 +120,21 @@ def train(args: argparse.Namespace) -> None:
     pictures = load_pictures(args.packs[0]).to(device) if args.packs else None
     pool = FramePool(args.walks, args.size, seed, device, args.compile_render, pictures, args.kinds)
     pool.renew()  # compiles, if it is to
-    painted = unseen_painted = None
-    if args.world:
-        given = {"mixture": MIXED, "compile": args.compile_render}
-        weights = args.world, args.resume, args.config, device
-        painted = PaintedPool(
-            *weights, size=args.walks // 2, first_seed=seed, pictures=pictures, kinds=args.kinds, **given
-        )
-        for _ in painted.kinds:
-            painted.renew(min(painted.size, AT_ONCE))
     filled_by = time.monotonic() + FILL * 60 * args.minutes
     while pool.filled < args.walks and time.monotonic() < filled_by:
         pool.renew()
-        if painted:
-            painted.renew(min(painted.size, AT_ONCE))
     if log:
         unseen = measured_walks(args.unseen, args.size, device, args.packs, args.kinds)
-        if painted:
-            kept = load_pictures(args.packs[1]).to(device) if args.packs else None
-            few = min(AT_ONCE, args.unseen)
-            unseen_painted = PaintedPool(
-                *weights, size=few, first_seed=EVAL_SEEDS[0], pictures=kept, kinds=("pictures",), mixture=MIXED
-            )
-            unseen_painted.renew(few)
         log.add("data", walks=pool.filled, ranks=ranks, device=str(device))
 
     def learn(frames: int, say: float) -> dict[str, Tensor]:
         """Gradients of one step on clips of that many frames; returns the losses. say: the critic's."""
-        count = max(1, args.frames // frames)
-        made = max(1, round(PAINTED * count)) if painted else 0
-        video = pool.clips(max(1, count - made), frames)
+        video = pool.clips(max(1, args.frames // frames), frames)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         with autocast(device):
-            decoded, video, mean, logvar = trained(video, painted.clips(made, frames) if made else None)
-        losses = vae_losses(decoded.float(), video, mean.float(), logvar.float(), args.texture, args.raster, args.fold)
+            decoded, video, mean, logvar = trained(video)
+        losses = vae_losses(decoded.float(), video, mean.float(), logvar.float(), args.texture)
         beside = KL * losses["kl"]  # the part of the loss that does not depend on `decoded`
         if say:
             with autocast(device):
@@ -224,12 +195,10 @@ def train(args: argparse.Namespace) -> None:
         step += 1
         if lagging:  # all ranks at once, or they would wait for each other
             renewing += pool.renew()
-            if painted:
-                renewing += painted.renew(min(painted.size, AT_ONCE))
         if log and (step - done["step"] == 10 or now - last_report > args.report_every):
             rate = (step - done["step"]) * args.frames * ranks / (now - started)
             few = {name: walks[:AT_ONCE] for name, walks in unseen.items()}
-            quality = export(model.vae, ema, pool, few, args.out, unseen_painted)
+            quality = export(model.vae, ema, pool, few, args.out)
             save_progress(model.vae, args.out, step, progress)
             log.add("report", step=step, frames=frames, lr=lr, frames_per_second=rate, **means(losses), **quality)
             log.plot("minutes", [f"psnr_{name}" for name in unseen], ["loss"])
@@ -237,7 +206,7 @@ def train(args: argparse.Namespace) -> None:
 
     # What is kept.
     if log:
-        quality = export(model.vae, ema, pool, unseen, args.out, unseen_painted)
+        quality = export(model.vae, ema, pool, unseen, args.out)
         save_progress(model.vae, args.out, step, 1.0)
         vae = exported(model.vae, args.out).to(device)
         for name, walks in unseen.items():
@@ -264,18 +233,11 @@ class Autoencoder(nn.Module):
         for part in (self.vae.encoder, self.vae.conv1):
             part.requires_grad_(False)
 
-    def forward(
-        self, video: Tensor, painted: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What is decoded, the video that it should be, and the video's latents' mean and log variance.
-
-        painted: latents that are decoded as well, and the video that they should be.
-        """
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is decoded, the video that it should be, and the latents' mean and log variance."""
         mean, logvar = self.vae.encode_distribution(video)
         logvar = logvar.clamp(-20, 10)
         z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
-        if painted:
-            z, video = torch.cat([z, painted[0].to(z)]), torch.cat([video, painted[1]])
         if torch.rand(()) < self.equivariant:
             z, video = changed(z, video, self.vae.space)
         return self.vae.decode_raw(z), video, mean, logvar
@@ -286,19 +248,11 @@ def identity_vae(dim: int, mult: Sequence[int] = (1, 2, 4, 4), fold: int = 1, z_
     return VideoVAE(dim, z_dim, mult, latents_mean=(0.0,) * z_dim, latents_std=(1.0,) * z_dim, fold=fold)
 
 
-def vae_losses(
-    decoded: Tensor,
-    video: Tensor,
-    mean: Tensor,
-    logvar: Tensor,
-    texture: float = 0.0,
-    raster: float = 0.0,
-    period: int = 1,
-) -> dict[str, Tensor]:
+def vae_losses(decoded: Tensor, video: Tensor, mean: Tensor, logvar: Tensor, texture: float = 0.0) -> dict[str, Tensor]:
     """The total under "loss", and its parts: absolute and squared error, error of the differences between neighbours in
     time, height and width, and divergence of the latents' distribution from the standard normal one.
 
-    texture: weight of a further part, the error of `roughness`. raster: of another, `raster_error` of that period.
+    texture: weight of a further part, the error of `roughness`.
     """
     error = decoded - video
     parts = {
@@ -311,9 +265,6 @@ def vae_losses(
     if texture:
         parts["texture"] = (roughness(decoded) - roughness(video)).abs().mean()
         total = total + texture * parts["texture"]
-    if raster:
-        parts["raster"] = raster_error(decoded, video, period)
-        total = total + raster * parts["raster"]
     return {"loss": total, **parts}
 
 
@@ -326,14 +277,6 @@ def roughness(video: Tensor) -> Tensor:
     frames = rearrange(video, "b c t h w -> (b t) c h w")
     steps = [F.pad(frames.diff(dim=-1), (0, 1)), F.pad(frames.diff(dim=-2), (0, 0, 0, 1))]
     return F.avg_pool2d(torch.stack([step.abs().mean(1) for step in steps], 1), ROUGH)
-
-
-def raster_error(decoded: Tensor, video: Tensor, period: int) -> Tensor:
-    """How much of the error of a video (B, 3, T, H, W) repeats every `period` pixels, in windows of 8 x 8 periods.
-
-    `roughness` and a critic are content with a raster where there was texture; this one is not.
-    """
-    return repeating(windows((decoded - video).flatten(0, 2), period)).abs().mean()
 
 
 def compile_norms() -> None:
@@ -352,14 +295,7 @@ def make_optimizers(vae: VideoVAE, lr: float) -> list[torch.optim.Optimizer]:
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def export(
-    vae: VideoVAE,
-    ema: EMA,
-    pool: FramePool,
-    unseen: dict[str, Tensor],
-    out: Path,
-    painted: PaintedPool | None = None,
-) -> dict[str, float]:
+def export(vae: VideoVAE, ema: EMA, pool: FramePool, unseen: dict[str, Tensor], out: Path) -> dict[str, float]:
     """Writes the averaged weights, normalised and in float16, and pictures of what the file makes of unseen walks.
 
     Returns for each kind of walks their PSNR in dB (mean over frames), that of the worst walk, that before folding and
@@ -376,32 +312,20 @@ def export(
 
     averaged = exported(vae, out)
     quality: dict = {}
-
-    def compare(name: str, frames: Tensor, truth: Tensor) -> None:
-        save_pictures(out / f"samples-{name}.png", truth, frames)
-        result = psnr(frames, truth)
-        quality.update(
-            {
-                f"psnr_{name}": result.mean().item(),
-                f"psnr_worst_walk_{name}": result.mean(1).min().item(),
-                f"sharpness_{name}": (sharpness(frames).mean() / sharpness(truth).mean()).item(),
-                f"raster_{name}": torch.cat([raster(part, averaged.fold) for part in frames.split(AT_ONCE)])
-                .mean()
-                .item(),
-            }
-        )
-
     for name, walks in unseen.items():
         frames, latents = reconstruct(averaged, walks)
-        compare(name, frames, walks)
+        save_pictures(out / f"samples-{name}.png", walks, frames)
+        result = psnr(frames, walks)
         mean, std = channel_statistics(latents)
         quality |= {
+            f"psnr_{name}": result.mean().item(),
             f"psnr_unfolded_{name}": unfolded[name].item(),
+            f"psnr_worst_walk_{name}": result.mean(1).min().item(),
+            f"sharpness_{name}": (sharpness(frames).mean() / sharpness(walks).mean()).item(),
+            f"raster_{name}": torch.cat([raster(part) for part in frames.split(AT_ONCE)]).mean().item(),
             f"latent_mean_{name}": mean.abs().max().item(),
             f"latent_std_{name}": (std - 1).abs().max().item(),
         }
-    if painted:
-        compare("painted", to_frames(averaged.decode(painted.painted.float())), painted.frames_shown)
     return quality
 
 
