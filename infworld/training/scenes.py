@@ -35,6 +35,7 @@ WALK_FRAMES = 81
 RENEWED = 64  # walks rendered together
 # What is rendered in turn, if there are pictures.
 KINDS = ("pictures", "textured", "pictures", "textured", "toy")
+KIND_NAMES = sorted(set(KINDS))
 
 
 @dataclass

@@ -40,7 +40,7 @@ from infworld.training.measures import raster, sharpness
 from infworld.training.optim import EMA, GradientClipper, Muon, lr_at
 from infworld.training.pictures import load_pictures
 from infworld.training.run import Log, autocast, from_rank_0, leave_together, peak_gib, set_up_devices
-from infworld.training.scenes import KINDS, WALK_FRAMES, FramePool, measured_walks
+from infworld.training.scenes import KIND_NAMES, KINDS, WALK_FRAMES, FramePool, measured_walks
 from infworld.vae import ResidualBlock, VideoVAE
 
 CLIPS_FROM = (0.0, 0.2, 0.6)  # shares of the schedule from which on clips have another length
@@ -73,13 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--critic-from", type=float, default=0.6, help="share of the run after which the critic judges")
     add("--frames", type=int, default=162, help="frames per step and GPU")
     add("--clips", type=int, nargs=3, default=(5, 17, WALK_FRAMES), help="frames of a clip at first, later, in the end")
-    add(
-        "--kinds",
-        nargs="+",
-        choices=sorted(set(KINDS)),
-        default=KINDS,
-        help="of worlds with --packs, walked through in turn",
-    )
+    add("--kinds", nargs="+", choices=KIND_NAMES, default=KINDS, help="of worlds with --packs, walked through in turn")
     add("--walks", type=int, default=1024, help="kept on each GPU, 81 frames each")
     add("--renew", type=float, default=0.15, help="share of the time spent on new walks")
     add("--unseen", type=int, default=64, help="walks of the final test; reports test the first 16")

@@ -46,7 +46,7 @@ from infworld.training.labels import jitter, label_actions, naive_labels, poses_
 from infworld.training.optim import EMA, GradientClipper, Muon
 from infworld.training.pictures import load_pictures
 from infworld.training.run import Log, autocast, compute_dtype, from_rank_0, leave_together, peak_gib, set_up_devices
-from infworld.training.scenes import KINDS
+from infworld.training.scenes import KIND_NAMES, KINDS
 from infworld.training.walks import MIXED, VIEW_ONLY
 from infworld.training.worlds import EVAL_SEEDS
 
@@ -80,13 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", required=True, type=float, help="length of this run, data included")
     add("--resume", type=Path, help="state.pt of an earlier run, or its world.safetensors (text.safetensors beside it)")
     add("--pack", type=Path, help="pictures of training.collect, for textured worlds and photographs beside toy worlds")
-    add(
-        "--kinds",
-        nargs="+",
-        choices=sorted(set(KINDS)),
-        default=KINDS,
-        help="of worlds with --pack, walked through in turn",
-    )
+    add("--kinds", nargs="+", choices=KIND_NAMES, default=KINDS, help="of worlds with --pack, walked through in turn")
     add("--mixture", choices=MIXTURES, default="mixed")
     add("--chunks", type=int, default=4, help="length of the walks; histories reach chunks - 1")
     add("--batch", type=int, default=128, help="noisy chunks per GPU and step")
