@@ -338,8 +338,9 @@ class World:
         yield tracker.done("text")
         velocity = velocity_of(session, tracker.chunk_frames)
         yield tracker.done("memory")
-        order, z = find_preset(session.settings.preset).order, noise
-        for step, z in enumerate(sample_steps(velocity, noise, self.timesteps(session.settings), order=order), 1):  # noqa: B007
+        how = {"order": find_preset(session.settings.preset).order, "settled": self.config.val_scheduler_cfg.settled}
+        z = noise
+        for step, z in enumerate(sample_steps(velocity, noise, self.timesteps(session.settings), **how), 1):  # noqa: B007
             yield tracker.done("sample", step)
         return z
 

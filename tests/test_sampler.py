@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from infworld.config import SamplerConfig
-from infworld.sampler import guide, sample, sample_steps, schedule
+from infworld.sampler import MAX_TIMESTEP, guide, sample, sample_steps, schedule, settle
 
 RELEASED = SamplerConfig()
 STRAIGHT = dataclasses.replace(RELEASED, use_timestep_transform=False)
@@ -77,3 +77,44 @@ def test_guidance_goes_from_the_negative_through_the_positive():
     assert torch.equal(guide(positive, negative, 0), negative)
     assert torch.allclose(guide(positive, negative, 5), positive + 4 * (positive - negative), atol=1e-12)
     assert torch.equal(guide(positive, positive, 5), positive)
+
+
+@pytest.mark.parametrize("apart, kept", [(0.1, 0.25), (0.2, 1.0), (2.0, 1.0)])
+def test_latents_settle_where_they_are_near_the_first_guess(apart, kept):
+    """Everywhere 0.1 apart, 0.01 squared, a quarter of the bound of 0.04: a quarter of the difference is kept."""
+    guess = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(settle(guess + apart, guess, 0.04), guess + kept * apart)
+
+
+def test_where_latents_are_uncertain_they_stay_what_was_sampled():
+    """A part of the picture apart by far: there, and at its edge, nothing is pulled; far from it all is."""
+    guess = torch.zeros(1, 3, 4, 8, 8)
+    sampled = guess + 0.01
+    sampled[..., :3] = 2.0
+    settled = settle(sampled, guess, 0.05)
+    assert torch.equal(settled[..., :3], sampled[..., :3])
+    assert (settled[..., 5:].abs() < 1e-4).all()
+
+
+def test_noise_without_a_mean_is_pulled_further_than_what_leans_one_way():
+    """What averages out over neighbours is the sampling's own; a shift of the same size is another picture."""
+    guess = torch.zeros(1, 3, 8, 12, 16)
+    noise = 0.2 * torch.randn(guess.shape, generator=torch.Generator().manual_seed(0))
+    assert settle(noise, guess, 0.04).square().mean() < 0.05 * noise.square().mean()
+    shifted = guess + 0.21
+    assert torch.equal(settle(shifted, guess, 0.04), shifted)
+
+
+def test_only_the_last_step_settles_and_one_step_has_nothing_to():
+    data, noise = 0.1 * torch.randn(1, 3, 4, 5, 6), torch.randn(1, 3, 4, 5, 6)
+
+    def velocity(z, t):  # it changes its mind after the first step
+        return (z - data - 0.1 * (t < MAX_TIMESTEP)) / (t / MAX_TIMESTEP)
+
+    timesteps = schedule(SamplerConfig(), 4, end_at_zero=True)
+    free, settled = (list(sample_steps(velocity, noise, timesteps, settled=bound)) for bound in (0.0, 0.02))
+    assert all(torch.equal(*steps) for steps in zip(free[:-1], settled[:-1], strict=True))
+    torch.testing.assert_close(free[-1], data + 0.1)
+    torch.testing.assert_close(settled[-1], data + 0.05)
+    once = [sample(velocity, noise, timesteps[[0, -1]], settled=bound) for bound in (0.0, 0.02)]
+    assert torch.equal(*once)

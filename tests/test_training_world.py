@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from infworld.text import ByteTextEncoder
 from infworld.training import check_gradients, train_world
 from infworld.training.data import Cut, WalkPool, fade, first_seed
 from infworld.training.frames import to_video
+from infworld.training.guidance import guided_loss
 from infworld.training.optim import EMA, GradientClipper
 from infworld.training.pictures import Pictures, make_atlas
 from infworld.training.render import render
@@ -36,7 +38,6 @@ from infworld.training.train_world import (
     NOISES,
     Trainee,
     averaged,
-    distilling_loss,
     drop_prompts,
     flow_loss,
     initialize_compressor,
@@ -422,13 +423,11 @@ def test_a_frozen_compressor_gets_no_gradient(model, pool, frozen):
 
 
 def test_a_model_learns_from_its_teacher_all_but_the_compressor(model, pool):
-    """What it is itself it has nothing to learn of, as long as both are silent."""
-    teacher = copy.deepcopy(model).requires_grad_(False)
-    sampler = SamplerConfig(shift=3.0, num_sampling_steps=8)
-    assert distilling_loss(model, model, teacher, pool.batch(1, 2), sampler, 2) == 0
-    torch.nn.init.normal_(teacher.transformer.head.head.weight)
+    """Without guidance it has nothing to learn of what it is itself."""
     torch.nn.init.normal_(model.transformer.head.head.weight)
-    loss = distilling_loss(model, model, teacher, pool.batch(1, 2), sampler, 2)
+    teacher, student = copy.deepcopy(model).requires_grad_(False), partial(model, frozen=True)
+    assert guided_loss(student, teacher, pool.batch(1, 2), 3.0, guidance=0.0, noises=NOISES) < 1e-8
+    loss = guided_loss(student, teacher, pool.batch(1, 8), 3.0, guidance=1.0, noises=NOISES)
     loss.backward()
     learns = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert loss > 0 and learns and not any(name.startswith("transformer.latent_encoder") for name in learns)
@@ -558,8 +557,8 @@ train_world.main()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="torchrun's signals are POSIX")
-def test_two_processes_train_on_short_chunks_go_on_and_learn_few_steps(run, tmp_path):
-    """Three steps each: a run, one that takes up its state, and one that distils what it wrote."""
+def test_two_processes_train_on_short_chunks_go_on_and_learn_guidance(run, tmp_path):
+    """Three steps each: a run, one that takes up its state, and one that learns what guidance makes of it."""
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(SHORT_SETTINGS), encoding="utf-8")
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -569,7 +568,7 @@ def test_two_processes_train_on_short_chunks_go_on_and_learn_few_steps(run, tmp_
     runs = {
         "first": [],
         "second": ["--resume", tmp_path / "first" / "state.pt", "--paint", "0"],
-        "third": ["--resume", weights, "--teacher", weights, "--few-steps", "2"],
+        "third": ["--resume", weights, "--teacher", weights, "--guidance", "2"],
     }
     ready, reports = {}, {}
     for name, more in runs.items():

@@ -200,8 +200,12 @@ def _sample(bench: Bench, film: Film, script: Tensor, stream: MemoryStream, fram
     def velocity(z: Tensor, timestep: Tensor) -> Tensor:
         return bench.model.sign * model.denoise(z, timestep.to(z.device).reshape(1), stream, actions, bench.context)
 
-    timesteps = schedule(config.val_scheduler_cfg, bench.steps, end_at_zero=bench.preset.end_at_zero)
-    return sample(velocity, draw_noise(bench, film, frames), timesteps, order=bench.preset.order)
+    sampler = config.val_scheduler_cfg
+    timesteps, noise = (
+        schedule(sampler, bench.steps, end_at_zero=bench.preset.end_at_zero),
+        draw_noise(bench, film, frames),
+    )
+    return sample(velocity, noise, timesteps, order=bench.preset.order, settled=sampler.settled)
 
 
 def draw_noise(bench: Bench, film: Film, frames: int | None = None) -> Tensor:

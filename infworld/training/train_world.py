@@ -20,7 +20,6 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -40,8 +39,8 @@ from infworld.sampler import MAX_TIMESTEP, sample, schedule
 from infworld.text import ByteTextEncoder
 from infworld.training import flow
 from infworld.training.data import Batch, Cut, Labeller, WalkPool, first_seed, short_lengths
-from infworld.training.few_steps import few_steps_loss
 from infworld.training.flow import Conditions, memory_gap
+from infworld.training.guidance import guided_loss
 from infworld.training.labels import jitter, label_actions, naive_labels, poses_to_matrices
 from infworld.training.optim import EMA, GradientClipper, Muon
 from infworld.training.pictures import load_pictures
@@ -89,8 +88,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--paint", type=float, default=0.5, help="share of the run after which every other new history is painted")
     add("--fade", type=float, default=0.25, help="share of walks whose history is blurred and paled, the truth is not")
     add("--labels", choices=LABELS, default="actions", help="what was done, or what noisy poses show of it")
-    add("--teacher", type=Path, help="world.safetensors whose samples are learned in --few-steps (training.few_steps)")
-    add("--few-steps", type=int, default=2, help="steps that are to be enough, with --teacher")
+    add("--teacher", type=Path, help="world.safetensors to learn from in place of data (training.guidance)")
+    add("--guidance", type=float, default=1.0, help="by its memory, that the teacher is given")
     add("--new-actions", action="store_true", help="train the action encoder anew, to compare labels")
     add("--lr", type=float, default=1e-3)
     add("--decay", type=float, default=0.2, help="last share of the run, in which the learning rate falls to 0")
@@ -179,7 +178,8 @@ def train(args: argparse.Namespace) -> None:
         drop_prompts(batch)
         with autocast(device):
             if teacher:
-                loss = distilling_loss(trained, model, teacher, batch, config.val_scheduler_cfg, args.few_steps)
+                student = partial(trained, frozen=True)  # the compressor stays as it is
+                loss = guided_loss(student, teacher, batch, shift, args.guidance, NOISES)
             else:
                 loss = flow_loss(trained, batch, shift, frozen=progress < args.unfreeze)
         for optimizer in optimizers:
@@ -248,19 +248,6 @@ class Trainee(nn.Module):
 def flow_loss(model: nn.Module, batch: Batch, shift: float, frozen: bool) -> Tensor:
     """`flow.loss` of a batch, every sample with `NOISES` noises."""
     return flow.loss(lambda z, timestep: model(z, timestep, batch, frozen=frozen), batch.target, shift, NOISES)
-
-
-def distilling_loss(
-    model: nn.Module, own: Trainee, teacher: Trainee, batch: Batch, sampler: SamplerConfig, steps: int
-) -> Tensor:
-    """`few_steps_loss` of every sample with `NOISES` noises. own: the model without its wrapper for several processes.
-    Its compressor stays as it is."""
-
-    def velocities(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda noisy, t: module(noisy, MAX_TIMESTEP * t.flatten(), batch, frozen=True)
-
-    target = batch.target.repeat_interleave(NOISES, dim=0)
-    return few_steps_loss(velocities(model), velocities(own), velocities(teacher), target, sampler, steps)
 
 
 def drop_prompts(batch: Batch) -> None:
