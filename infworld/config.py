@@ -51,7 +51,8 @@ _BOUNDS = {
     **dict.fromkeys(("fold", "patch"), (1, 16)),
     **{"dim_mult": (1, 64), "num_res_blocks": (0, 64), "latents_mean": (-1e6, 1e6), "latents_std": (1e-6, 1e6)},
     **{"model_max_length": (1, 65_536), "vocab": (1, 10_000_000), "num_buckets": (2, 4096)},
-    **{"shift": (1e-3, 1000), "num_sampling_steps": (1, 1000), "text_cfg_scale": (-100, 100), "settled": (0, 1000)},
+    **{"shift": (1e-3, 1000), "num_sampling_steps": (1, 1000), "text_cfg_scale": (-100, 100)},
+    **{"settled": (0, 1000), "memory_guidance": (0, 100)},
     **{
         "num_frames": (-math.inf, 1001),
         **dict.fromkeys(("chunk_lengths", "live_lengths"), (4, 1000)),
@@ -170,8 +171,8 @@ class SamplerConfig(_Bounded):
     """`val_scheduler_cfg`: rectified flow with Euler steps (spec section 8). `text_cfg_scale` 1 = no guidance.
 
     preset: of `infworld.presets`, what films are made with unless another is asked for. end_at_zero: whether the steps
-    are evenly spaced down to 0, as those of a distilled model, whatever the preset. settled: of `sampler.settle`, 0 for
-    not at all.
+    are evenly spaced down to 0, as those of a distilled model, whatever the preset. settled: bound of
+    `sampler.settle`, 0 for not at all. memory_guidance: of films, by the memory (`sampler.sample_steps`); 0 for none.
     """
 
     shift: float = 7.0
@@ -182,6 +183,7 @@ class SamplerConfig(_Bounded):
     preset: str = "exact"
     end_at_zero: bool = False
     settled: float = 0.0
+    memory_guidance: float = 0.0
 
 
 @dataclass(frozen=True)

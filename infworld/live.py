@@ -2,8 +2,8 @@
 
 A World films any chunk from its session alone. A LiveWalk keeps what does not change from one short chunk to the next:
 the history is compressed anew every few chunks only, and the latents since then follow it uncompressed, each chunk's
-behind the memory that there was. A chunk after a fresh compression is the one that the World makes, unless the history
-is so long that it is compressed in windows: those that have hardly moved are kept. The memory is made ready between two
+behind the memory that there was. A chunk after a fresh compression is the one that the World makes without guidance by
+the memory, unless the history is so long that it is compressed in windows: those that have hardly moved are kept. The memory is made ready between two
 chunks, so that what is steered does not wait for it.
 """
 
@@ -74,7 +74,7 @@ class LiveWalk:
         leaves `session` as it was. Raises ValueError for a chunk that cannot be, before anything is computed.
         """
         session = self.session.with_actions(actions)
-        return self._made(self.world.iterate(session, 1, frames, ways=Ways(self._velocity, self._encode)))
+        return self._made(self.world.iterate(session, 1, frames, ways=Ways(self._velocities, self._encode)))
 
     def _made(self, results: Generator[Progress | Frames | Chunk]) -> Generator[Progress | Frames | Chunk]:
         with closing(results):
@@ -84,6 +84,10 @@ class LiveWalk:
                 yield result
         with suppress(torch.OutOfMemoryError):  # with which the next chunk can deal
             self._prepare(frames)
+
+    def _velocities(self, session: Session, frames: int) -> tuple[Velocity, None]:
+        """The velocity of the next chunk, without memory guidance: time matters more."""
+        return self._velocity(session, frames), None
 
     @torch.inference_mode()
     def _velocity(self, session: Session, frames: int) -> Velocity:

@@ -11,6 +11,7 @@ import reprlib
 from dataclasses import dataclass
 
 from infworld.config import SamplerConfig
+from infworld.sampler import GUIDED_DOWN_TO, schedule
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,17 @@ class Preset:
         own = sampler.num_sampling_steps
         return min(own, max(self.min_steps, math.ceil(self.steps * own)))
 
-    def passes(self, steps: int, guidance: float) -> int:
-        """How often the transformer runs for a chunk of `steps` steps, to which its time is proportional."""
-        return steps if guidance == 1 else steps + math.ceil(steps / self.guidance_interval)
+    def passes(self, sampler: SamplerConfig, steps: int, guidance: float) -> int:
+        """How often the transformer runs for a chunk of `steps` steps, to which its time is proportional; where the
+        memory guides, for any but a film's first."""
+
+        def both_texts(count: int) -> int:
+            return count if guidance == 1 else count + math.ceil(count / self.guidance_interval)
+
+        if not sampler.memory_guidance:
+            return both_texts(steps)
+        timesteps = schedule(sampler, steps, end_at_zero=self.end_at_zero)
+        return both_texts(steps) + both_texts(int((timesteps >= GUIDED_DOWN_TO).sum()))
 
 
 EXACT = Preset("exact")

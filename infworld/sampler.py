@@ -12,6 +12,7 @@ from torch import Tensor
 from infworld.config import SamplerConfig
 
 MAX_TIMESTEP = 1000.0
+GUIDED_DOWN_TO = 850  # the timestep: later steps draw detail, which guidance blurs
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # noisy latents and timestep (a scalar) -> noise minus data
 
@@ -32,14 +33,21 @@ def schedule(config: SamplerConfig, steps: int, *, end_at_zero: bool = False) ->
     return torch.cat([u, torch.zeros(1)]).mul(MAX_TIMESTEP).float()
 
 
-def sample(velocity: Velocity, noise: Tensor, timesteps: Tensor, *, order: int = 1, settled: float = 0.0) -> Tensor:
+def sample(velocity: Velocity, noise: Tensor, timesteps: Tensor, **how) -> Tensor:
     """Integrates from noise to data; arguments as for `sample_steps`."""
-    *_, z = sample_steps(velocity, noise, timesteps, order=order, settled=settled)
+    *_, z = sample_steps(velocity, noise, timesteps, **how)
     return z
 
 
 def sample_steps(
-    velocity: Velocity, noise: Tensor, timesteps: Tensor, *, order: int = 1, settled: float = 0.0
+    velocity: Velocity,
+    noise: Tensor,
+    timesteps: Tensor,
+    *,
+    order: int = 1,
+    settled: float = 0.0,
+    forgetful: Velocity | None = None,
+    guidance: float = 0.0,
 ) -> Iterator[Tensor]:
     """Integrates from noise to data and yields the latents after each step.
 
@@ -47,15 +55,22 @@ def sample_steps(
     them. On a GPU the latest step may still be under way when it is yielded. order: 1 is Euler, as the spec has it; 2
     is the two-step Adams-Bashforth method, which extrapolates from the previous velocity and needs no more
     evaluations than Euler. settled: the bound of `settle` for the final latents; 0 leaves them as they are.
+
+    forgetful: the velocity without the memory. Steps down to `GUIDED_DOWN_TO` are guided away from it, by `guidance`
+    times the difference, as text guides: what both would do is not remembered. Limited to an interval as in arXiv
+    2404.07724.
     """
     if order not in (1, 2):
         raise ValueError(f"the solver's order must be 1 or 2, not {order!r}")
     z, last, steps = noise, None, len(timesteps) - 1
     fed = timesteps.to(noise.device)  # all at once: copying one to a GPU at every step would wait for the step before
     for step in range(steps):
-        mean = here = velocity(z, fed[step])  # mean: the estimated mean velocity over the step
+        here = velocity(z, fed[step])
         if step == 0:
             guess = noise - here * timesteps[0] / MAX_TIMESTEP
+        if forgetful is not None and timesteps[step] >= GUIDED_DOWN_TO:
+            here = here + guidance * (here - forgetful(z, fed[step]))
+        mean = here  # the estimated mean velocity over the step
         length = timesteps[step] - timesteps[step + 1]
         if order == 2 and last is not None:
             mean = here + (here - last) * (length / (2 * (timesteps[step - 1] - timesteps[step])))

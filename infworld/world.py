@@ -40,17 +40,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VelocityOf = Callable[[Session, int], Velocity]  # of the next chunk, of so many new frames, of a session
+# Of a session's next chunk, of so many new frames: its velocity, and with memory guidance the one without memory.
+VelocitiesOf = Callable[[Session, int], tuple[Velocity, Velocity | None]]
 
 
 @dataclass(frozen=True)
 class Ways:
     """How a chunk's velocity and its new frames' latents are computed: what a live walk does with what it keeps.
 
-    velocity: as `World.velocity`. encode: as `World.encode`.
+    velocities: as `World.velocities`. encode: as `World.encode`.
     """
 
-    velocity: VelocityOf
+    velocities: VelocitiesOf
     encode: Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -195,7 +196,7 @@ class World:
         since then follow it uncompressed: a deviation from the spec that saves compressing anew for each short chunk.
         Closing the iterator ends the work after the step it is in. It may be run by any thread.
         """
-        ways = Ways(partial(self.velocity, compressed=compressed), self.encode)
+        ways = Ways(partial(self.velocities, compressed=compressed), self.encode)
         return _without_frames(self.iterate(session, 1, frames, noise, ways))
 
     @torch.inference_mode()
@@ -222,7 +223,7 @@ class World:
         ways: how to compute what depends on the past, in place of this World's own.
         """
         self.check_session(session)
-        ways = ways or Ways(self.velocity, self.encode)
+        ways = ways or Ways(self.velocities, self.encode)
         results = self._make_chunks(session, chunks, self.config.check_chunk_frames(frames), noise, ways)
         return results if self.team is None else self.team.synced_iterator(results)
 
@@ -309,7 +310,7 @@ class World:
             latents = 1 + tracker.chunk_frames // FRAMES_PER_LATENT
             shape = (*session.history.shape[:2], latents, *session.history.shape[3:])
             noise = torch.randn(shape, generator=generator)
-        latents = yield from self._sample(session, noise.to(self.device), tracker, ways.velocity)
+        latents = yield from self._sample(session, noise.to(self.device), tracker, ways.velocities)
         video = self._decode(latents)
         yield tracker.done("decode")
         index = len(session.chunk_latents)
@@ -331,16 +332,24 @@ class World:
         return Chunk(index, frames, latents, time.monotonic() - began, after)
 
     def _sample(
-        self, session: Session, noise: Tensor, tracker: ProgressTracker, velocity_of: VelocityOf
+        self, session: Session, noise: Tensor, tracker: ProgressTracker, velocities_of: VelocitiesOf
     ) -> Generator[Progress, None, Tensor]:
         """The latents of the session's next chunk. Apart, so that what it needed is freed before they are decoded."""
         self._encode_texts(*_prompts(session))  # `velocity` finds them in the cache
         yield tracker.done("text")
-        velocity = velocity_of(session, tracker.chunk_frames)
+        velocity, forgetful = velocities_of(session, tracker.chunk_frames)
         yield tracker.done("memory")
-        how = {"order": find_preset(session.settings.preset).order, "settled": self.config.val_scheduler_cfg.settled}
-        z = noise
-        for step, z in enumerate(sample_steps(velocity, noise, self.timesteps(session.settings), **how), 1):  # noqa: B007
+        sampler, z = self.config.val_scheduler_cfg, noise
+        results = sample_steps(
+            velocity,
+            noise,
+            self.timesteps(session.settings),
+            order=find_preset(session.settings.preset).order,
+            settled=sampler.settled,
+            forgetful=forgetful,
+            guidance=sampler.memory_guidance,
+        )
+        for step, z in enumerate(results, 1):  # noqa: B007
             yield tracker.done("sample", step)
         return z
 
@@ -348,6 +357,17 @@ class World:
         """Those of a chunk's steps and the final 0, (steps + 1,)."""
         sampler, preset = self.config.val_scheduler_cfg, find_preset(settings.preset)
         return schedule(sampler, settings.steps, end_at_zero=preset.end_at_zero)
+
+    def velocities(
+        self, session: Session, frames: int | None = None, compressed: CompressedHistory | None = None
+    ) -> tuple[Velocity, Velocity | None]:
+        """The next chunk's `velocity`, and with memory guidance the one that knows nothing but the last latent, or all
+        since the history was compressed. A first chunk has no other memory. Arguments as for `velocity`."""
+        if not self.config.val_scheduler_cfg.memory_guidance or session.history.shape[2] == 1:
+            return self.velocity(session, frames, compressed), None
+        compressed = compressed or self.compress(session)
+        nothing = dataclasses.replace(compressed, latents=compressed.latents[:, :, :0])
+        return self.velocity(session, frames, compressed), self.velocity(session, frames, nothing)
 
     @torch.inference_mode()
     def velocity(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -124,6 +125,16 @@ def world(small_model):
     import infworld
 
     return infworld.load(small_model, device="cpu")
+
+
+def with_sampler(world, **changes):
+    """The same World but for some of its sampler's settings."""
+    from infworld.world import World
+
+    sampler = dataclasses.replace(world.config.val_scheduler_cfg, **changes)
+    own = World(dataclasses.replace(world.config, val_scheduler_cfg=sampler), world.transformer, world.vae, None)
+    own._encode_texts = world._encode_texts
+    return own
 
 
 @pytest.fixture(scope="session")

@@ -35,9 +35,11 @@ def text_encoder(world):
 
 @pytest.fixture(scope="module")
 def model(world, text_encoder) -> World:
-    """The small model with chunks of 8 frames and pictures of 16 x 32 pixels."""
+    """The small model with chunks of 8 frames and pictures of 16 x 32 pixels, sampled with all that tiny has."""
     rollout = RolloutConfig(num_frames=CHUNK + 1)
-    config = dataclasses.replace(world.config, validation_data=rollout, buckets=((HEIGHT, WIDTH),))
+    sampler = dataclasses.replace(world.config.val_scheduler_cfg, settled=0.05, memory_guidance=1.0)
+    sizes = {"validation_data": rollout, "buckets": ((HEIGHT, WIDTH),)}
+    config = dataclasses.replace(world.config, val_scheduler_cfg=sampler, **sizes)
     return World(config, world.transformer, world.vae, text_encoder)
 
 

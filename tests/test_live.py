@@ -8,6 +8,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
+from conftest import with_sampler
 
 from infworld import live
 from infworld.actions import ActionScript
@@ -127,6 +128,16 @@ def test_the_encoder_goes_on_from_all_that_it_had(walk, world, monkeypatch):
     assert after.encoder_state.keys() == state.keys()
     for name, tensor in state.items():
         torch.testing.assert_close(after.encoder_state[name], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_live_play_is_not_guided_by_the_memory(world, picture):
+    """A film is: a live walk, where time matters more, makes the chunk of a model without that guidance."""
+    plain, guided = (with_sampler(world, settled=0.05, memory_guidance=weight) for weight in (0.0, 100.0))
+    session = plain.next_chunk(plain.start(picture, HELD, seed=3), frames=8).session.with_actions(HELD)
+    film, lively = (guided.next_chunk(session, frames=8).latents, chunk_of(LiveWalk(guided, session)).latents)
+    expected = plain.next_chunk(session, frames=8).latents
+    assert (film - expected).abs().max() > 1e-2
+    torch.testing.assert_close(lively, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_memory_too_large_to_be_kept_is_computed_for_each_chunk(walk, world, monkeypatch):

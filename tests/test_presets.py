@@ -1,17 +1,16 @@
 """Fewer passes through the transformer: the solver's order, guidance now and then, and sessions that remember it."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
+from conftest import with_sampler
 
 from infworld.checkpoint import read_metadata, read_tensors, save_tensors
 from infworld.config import SamplerConfig, load_config
 from infworld.presets import EXACT, PRESETS, Preset, find_preset
 from infworld.sampler import guide, guided, sample, schedule
 from infworld.session import Session
-from infworld.world import World
 
 FASTER = [name for name in PRESETS if name != EXACT.name]
 
@@ -106,20 +105,33 @@ def test_a_difference_that_does_not_change_may_be_kept_for_ever():
 
 def test_the_presets_do_less_and_less_of_the_work():
     sampler = load_config("infinite-world").val_scheduler_cfg
-    passes = [preset.passes(preset.sampler_steps(sampler), sampler.text_cfg_scale) for preset in PRESETS.values()]
+    passes = [
+        preset.passes(sampler, preset.sampler_steps(sampler), sampler.text_cfg_scale) for preset in PRESETS.values()
+    ]
     assert passes[0] == 2 * sampler.num_sampling_steps and passes == sorted(passes, reverse=True)
     assert passes[0] >= 4.5 * passes[-1]  # what a film ten times as fast as the naive one's needs
 
 
+@pytest.mark.parametrize("memory_guidance", [0.0, 1.0])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_passes_are_as_counted(world, begun, preset, monkeypatch):
+def test_passes_are_as_counted(world, begun, preset, memory_guidance, monkeypatch):
     calls, denoise = [], world.transformer.denoise
     monkeypatch.setattr(world.transformer, "denoise", lambda *args: calls.append(1) or denoise(*args))
+    own = with_sampler(world, memory_guidance=memory_guidance)
+    second = own.next_chunk(begun, frames=8).session
     for guidance in (1.0, 3.0):
         calls.clear()
-        session = begun.replace_settings(preset=preset, guidance=guidance)
-        world.next_chunk(session)
-        assert len(calls) == find_preset(preset).passes(session.settings.steps, guidance)
+        session = second.replace_settings(preset=preset, guidance=guidance)
+        own.next_chunk(session, frames=8)
+        sampler, steps = own.config.val_scheduler_cfg, session.settings.steps
+        assert len(calls) == find_preset(preset).passes(sampler, steps, guidance)
+
+
+def test_memory_does_not_guide_where_there_is_nothing_but_the_picture(world, begun):
+    first, guided = (with_sampler(world, memory_guidance=weight).next_chunk(begun, frames=8) for weight in (0.0, 5.0))
+    assert torch.equal(first.latents, guided.latents)
+    second = (with_sampler(world, memory_guidance=weight).next_chunk(first.session, frames=8) for weight in (0.0, 5.0))
+    assert not torch.equal(*(chunk.latents for chunk in second))
 
 
 def test_exact_is_the_sampler_of_the_spec(world, begun):
@@ -160,8 +172,7 @@ def test_steps_are_a_part_of_the_models_own_but_not_too_few():
 
 def test_a_model_may_have_a_preset_of_its_own(world, picture):
     """What a film is made with unless another is asked for."""
-    sampler = dataclasses.replace(world.config.val_scheduler_cfg, num_sampling_steps=16, preset="balanced")
-    own = World(dataclasses.replace(world.config, val_scheduler_cfg=sampler), world.transformer, world.vae, None)
+    own = with_sampler(world, num_sampling_steps=16, preset="balanced")
     sessions = own.start(picture), own.start(picture, steps=7), own.start(picture, preset="exact")
     assert [(s.settings.preset, s.settings.steps) for s in sessions] == [
         ("balanced", 8),

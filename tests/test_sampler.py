@@ -118,3 +118,23 @@ def test_only_the_last_step_settles_and_one_step_has_nothing_to():
     torch.testing.assert_close(settled[-1], data + 0.05)
     once = [sample(velocity, noise, timesteps[[0, -1]], settled=bound) for bound in (0.0, 0.02)]
     assert torch.equal(*once)
+
+
+def test_the_first_steps_are_guided_by_the_memory():
+    """Down to 850 of 1000: the velocity and once and a half its difference from the forgetful one; alone after that."""
+    noise = torch.randn(1, 3, 2, 4, 4)
+    timesteps = torch.tensor([1000.0, 900.0, 850.0, 400.0, 0.0])
+    made = sample(lambda z, t: 2 + 0 * z, noise, timesteps, forgetful=lambda z, t: 1 + 0 * z, guidance=1.5)
+    torch.testing.assert_close(made, noise - 0.6 * (2 + 1.5) - 0.4 * 2)
+
+
+def test_what_latents_settle_on_is_not_guided():
+    data, noise = 0.1 * torch.randn(1, 3, 4, 5, 6), torch.randn(1, 3, 4, 5, 6)
+
+    def towards(goal):
+        return lambda z, t: (z - goal) / (t / MAX_TIMESTEP)
+
+    made = sample(
+        towards(data), noise, torch.tensor([1000.0, 0.0]), forgetful=towards(data - 0.1), guidance=1.0, settled=0.02
+    )
+    torch.testing.assert_close(made, data + 0.05)  # half of the way to data + 0.1, since 0.01 is half of 0.02

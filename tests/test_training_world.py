@@ -1,13 +1,11 @@
 """The world model trains on walks as inference has them, starts with a memory of key frames, and a run goes on."""
 
-import copy
 import json
 import os
 import random
 import subprocess
 import sys
 from collections import Counter
-from functools import partial
 
 import numpy as np
 import pytest
@@ -28,7 +26,6 @@ from infworld.text import ByteTextEncoder
 from infworld.training import check_gradients, train_world
 from infworld.training.data import Cut, WalkPool, fade, first_seed
 from infworld.training.frames import to_video
-from infworld.training.guidance import guided_loss
 from infworld.training.optim import EMA, GradientClipper
 from infworld.training.pictures import Pictures, make_atlas
 from infworld.training.render import render
@@ -422,18 +419,6 @@ def test_a_frozen_compressor_gets_no_gradient(model, pool, frozen):
     assert len(learns) > len(compressor)
 
 
-def test_a_model_learns_from_its_teacher_all_but_the_compressor(model, pool):
-    """Without guidance it has nothing to learn of what it is itself."""
-    torch.nn.init.normal_(model.transformer.head.head.weight)
-    teacher, student = copy.deepcopy(model).requires_grad_(False), partial(model, frozen=True)
-    assert guided_loss(student, teacher, pool.batch(1, 2), 3.0, guidance=0.0, noises=NOISES) < 1e-8
-    loss = guided_loss(student, teacher, pool.batch(1, 8), 3.0, guidance=1.0, noises=NOISES)
-    loss.backward()
-    learns = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert loss > 0 and learns and not any(name.startswith("transformer.latent_encoder") for name in learns)
-    assert all(parameter.grad is None for parameter in teacher.parameters())
-
-
 def test_some_prompts_are_dropped(pool):
     batch = pool.batch(1, 200)
     whole = batch.mask.clone()
@@ -557,8 +542,8 @@ train_world.main()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="torchrun's signals are POSIX")
-def test_two_processes_train_on_short_chunks_go_on_and_learn_guidance(run, tmp_path):
-    """Three steps each: a run, one that takes up its state, and one that learns what guidance makes of it."""
+def test_two_processes_train_on_short_chunks_and_go_on(run, tmp_path):
+    """Three steps each: a run, one that takes up its state, and one that begins with its weights."""
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(SHORT_SETTINGS), encoding="utf-8")
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -568,7 +553,7 @@ def test_two_processes_train_on_short_chunks_go_on_and_learn_guidance(run, tmp_p
     runs = {
         "first": [],
         "second": ["--resume", tmp_path / "first" / "state.pt", "--paint", "0"],
-        "third": ["--resume", weights, "--teacher", weights, "--guidance", "2"],
+        "third": ["--resume", weights],
     }
     ready, reports = {}, {}
     for name, more in runs.items():

@@ -201,7 +201,9 @@ def gpu_seconds(task: Task, world: World) -> int:
     if isinstance(task, Replay):
         total = frames / 2 * len(shown.chunk_latents)
     else:
-        passes = find_preset(shown.settings.preset).passes(shown.settings.steps, shown.settings.guidance)
+        passes = find_preset(shown.settings.preset).passes(
+            config.val_scheduler_cfg, shown.settings.steps, shown.settings.guidance
+        )
         total = frames + STEP_SECONDS * passes * model * size**1.3
     return min(MAX_SECONDS, max(MIN_SECONDS, math.ceil(1.3 * total)))
 

@@ -716,7 +716,9 @@ def for_film(settings: FilmSettings, session: Session, model: str) -> FilmSettin
 def speeds(config: ModelConfig) -> list[tuple[str, str]]:
     """The presets, labelled with how many times as fast as exact the model's own part of the work is."""
     sampler = config.val_scheduler_cfg
-    passes = [preset.passes(preset.sampler_steps(sampler), sampler.text_cfg_scale) for preset in PRESETS.values()]
+    passes = [
+        preset.passes(sampler, preset.sampler_steps(sampler), sampler.text_cfg_scale) for preset in PRESETS.values()
+    ]
     times = [passes[0] / each for each in passes]
     return [
         (f"{name.capitalize()}, {x:.1f}x as fast" if x > 1 else name.capitalize(), name)

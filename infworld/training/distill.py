@@ -76,8 +76,9 @@ class Settings:
 
 
 def few_step_sampler(sampler: SamplerConfig, few: int) -> SamplerConfig:
-    """The sampler of the distilled model."""
-    return dataclasses.replace(sampler, num_sampling_steps=few, text_cfg_scale=1.0, preset="exact", end_at_zero=True)
+    """The sampler of the distilled model: nothing but the steps that it learns."""
+    plain = {"text_cfg_scale": 1.0, "preset": "exact", "end_at_zero": True, "settled": 0.0, "memory_guidance": 0.0}
+    return dataclasses.replace(sampler, num_sampling_steps=few, **plain)
 
 
 class Distillation:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -171,7 +172,7 @@ def live_film(bench: Bench, film: Film, script: Tensor, chunks: int, memory: Liv
     for _ in range(chunks):
         done = script[:, :, : film.frames.shape[1] - 1 + bench.live_frames]
         held = torch.cat([done, done[:, :, -1:]], dim=2)
-        latents = _sample(bench, film, held, memory.update(bench, film), bench.live_frames)
+        latents = _sample(bench, film, held, bench.live_frames, memory.update(bench, film))
         film = append(bench, film, bench.model.vae.decode(latents)[:, :, 1:])
     return film
 
@@ -184,28 +185,46 @@ def next_chunk(
     script: (B, 2, T) move and view of every frame of the film, nothing is done past its end. wrong_memory: every world
     gets the compressed memory of its neighbour in the batch and its own last latent.
     """
-    stream = LiveMemory(wrong_memory).update(bench, film)
-    latents = _sample(bench, film, script, stream, bench.chunk)
+    model, history = bench.model.transformer, film.history.to(bench.model.transformer.dtype)
+    compressed = model.latent_encoder.compress(history)
+    if wrong_memory:
+        compressed = compressed.roll(1, dims=0)
+    memories = [torch.cat([compressed, history[:, :, -1:]], dim=2)]
+    if bench.model.config.val_scheduler_cfg.memory_guidance and history.shape[2] > 1:
+        memories.append(history[:, :, -1:])
+    streams = [model.encode_memory(memory, bench.context) for memory in memories]
+    latents = _sample(bench, film, script, bench.chunk, *streams)
     kept = latents.shape[2] if frames is None else 1 + frames // FRAMES_PER_LATENT
     return bench.model.vae.decode(latents[:, :, :kept])
 
 
-def _sample(bench: Bench, film: Film, script: Tensor, stream: MemoryStream, frames: int) -> Tensor:
-    """The latents (B, C, 1 + frames / 4, h, w) of the next chunk, of so many new frames."""
-    model, config = bench.model.transformer, bench.model.config
+def _sample(
+    bench: Bench,
+    film: Film,
+    script: Tensor,
+    frames: int,
+    stream: MemoryStream,
+    forgetful: MemoryStream | None = None,
+) -> Tensor:
+    """The latents (B, C, 1 + frames / 4, h, w) of the next chunk, of so many new frames. forgetful: without the memory,
+    for its guidance."""
+    model, sampler = bench.model.transformer, bench.model.config.val_scheduler_cfg
     known = film.frames.shape[1]
     script = torch.nn.functional.pad(script, (0, max(0, known + frames - script.shape[2])), value=NO_OP[0])
     actions = model.action_encoder(*script[:, :, known - 1 : known + frames].unbind(1))
 
-    def velocity(z: Tensor, timestep: Tensor) -> Tensor:
+    def velocity(stream: MemoryStream, z: Tensor, timestep: Tensor) -> Tensor:
         return bench.model.sign * model.denoise(z, timestep.to(z.device).reshape(1), stream, actions, bench.context)
 
-    sampler = config.val_scheduler_cfg
-    timesteps, noise = (
-        schedule(sampler, bench.steps, end_at_zero=bench.preset.end_at_zero),
+    return sample(
+        partial(velocity, stream),
         draw_noise(bench, film, frames),
+        schedule(sampler, bench.steps, end_at_zero=bench.preset.end_at_zero),
+        order=bench.preset.order,
+        settled=sampler.settled,
+        forgetful=forgetful and partial(velocity, forgetful),
+        guidance=sampler.memory_guidance,
     )
-    return sample(velocity, noise, timesteps, order=bench.preset.order, settled=sampler.settled)
 
 
 def draw_noise(bench: Bench, film: Film, frames: int | None = None) -> Tensor:

@@ -40,7 +40,6 @@ from infworld.text import ByteTextEncoder
 from infworld.training import flow
 from infworld.training.data import Batch, Cut, Labeller, WalkPool, first_seed, short_lengths
 from infworld.training.flow import Conditions, memory_gap
-from infworld.training.guidance import guided_loss
 from infworld.training.labels import jitter, label_actions, naive_labels, poses_to_matrices
 from infworld.training.optim import EMA, GradientClipper, Muon
 from infworld.training.pictures import load_pictures
@@ -88,8 +87,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--paint", type=float, default=0.5, help="share of the run after which every other new history is painted")
     add("--fade", type=float, default=0.25, help="share of walks whose history is blurred and paled, the truth is not")
     add("--labels", choices=LABELS, default="actions", help="what was done, or what noisy poses show of it")
-    add("--teacher", type=Path, help="world.safetensors to learn from in place of data (training.guidance)")
-    add("--guidance", type=float, default=1.0, help="by its memory, that the teacher is given")
     add("--new-actions", action="store_true", help="train the action encoder anew, to compare labels")
     add("--lr", type=float, default=1e-3)
     add("--decay", type=float, default=0.2, help="last share of the run, in which the learning rate falls to 0")
@@ -116,10 +113,8 @@ def train(args: argparse.Namespace) -> None:
     done = resume(args.resume, model, optimizers, ema) if args.resume else {"step": 0, "samples": 0}
     if args.new_actions:
         renew_actions(model, ema)
-    teacher = load_teacher(args.teacher, config, device) if args.teacher else None
-    for each in (model, teacher) if args.compile else ():
-        if each:
-            each.transformer.compile_blocks()
+    if args.compile:
+        model.transformer.compile_blocks()
     trained = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
 
     # The data.
@@ -177,11 +172,7 @@ def train(args: argparse.Namespace) -> None:
         batch = pool.batch(chunk, max(1, args.batch // NOISES), cut)
         drop_prompts(batch)
         with autocast(device):
-            if teacher:
-                student = partial(trained, frozen=True)  # the compressor stays as it is
-                loss = guided_loss(student, teacher, batch, shift, args.guidance, NOISES)
-            else:
-                loss = flow_loss(trained, batch, shift, frozen=progress < args.unfreeze)
+            loss = flow_loss(trained, batch, shift, frozen=progress < args.unfreeze)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -383,13 +374,6 @@ def resume(path: Path, model: Trainee, optimizers: list, ema: EMA) -> dict[str, 
     load_weights(path, model)
     ema.begin()
     return {"step": 0, "samples": 0}
-
-
-def load_teacher(path: Path, config: ModelConfig, device: torch.device) -> Trainee:
-    """The model of exported weights, which learns nothing more."""
-    teacher = Trainee(config)
-    load_weights(path, teacher)
-    return teacher.to(device).requires_grad_(False)
 
 
 def save_weights(folder: Path, model: Trainee) -> None:

@@ -56,7 +56,7 @@ def faster_presets(bench: Benchmark) -> None:
         if preset is EXACT:
             continue
         steps = preset.sampler_steps(sampler)
-        passes = preset.passes(steps, guidance_of(bench)) / branches
+        passes = preset.passes(sampler, steps, guidance_of(bench)) / branches
         chunks = [chunk_seconds(bench, "exact", h, passes) for h in film_histories(bench.config, bench.chunks)]
         name, guess = f"{preset.name}: chunk, longest history", chunk_seconds(bench, "exact", longest, passes)
         if not bench.record.allows(name, guess):
