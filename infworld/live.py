@@ -3,8 +3,8 @@
 A World films any chunk from its session alone. A LiveWalk keeps what does not change from one short chunk to the next:
 the history is compressed anew every few chunks only, and the latents since then follow it uncompressed, each chunk's
 behind the memory that there was. A chunk after a fresh compression is the one that the World makes without guidance by
-the memory, unless the history is so long that it is compressed in windows: those that have hardly moved are kept. The memory is made ready between two
-chunks, so that what is steered does not wait for it.
+the memory, unless the history is so long that it is compressed in windows: those that have hardly moved are kept. The
+memory is made ready between two chunks, so that what is steered does not wait for it.
 """
 
 from __future__ import annotations
