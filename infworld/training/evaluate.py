@@ -378,6 +378,7 @@ def _photo_outcome(bench: PhotoBench, frames: Tensor, truth: Tensor, part: Tenso
         "value": psnr(part, reference).mean(1),
         "sharpness": ratio(sharpness, part, reference),
         "raster": 100 * raster(part),
+        "true raster": 100 * raster(reference),
     }
     steps = range(0, frames.shape[1], (frames.shape[1] - 1) // 8)
     return Outcome(measures, strips({"true": truth, "model": frames}, steps))

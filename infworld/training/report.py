@@ -51,6 +51,7 @@ ROWS = (
     Row("photo_turn", "photographs: turning 10 frames, the part that stays in view", bar=24, aim=27),
     Row("photo_turn", "sharpness of that part over the truth's", "", "sharpness", bar=0.8, aim=0.9),
     Row("photo_turn", "share of its finest detail that is a raster", "%", "raster"),
+    Row("photo_turn", "the same share of the truth", "%", "true raster"),
     Row("photo_return", "photographs: 40 right and 40 left, against the photograph", bar=22.5, aim=25),
     Row("photo_return", "sharpness then over the photograph's", "", "sharpness", bar=0.75, aim=0.9),
     Row("photo_forward", "photographs: forward 40 and back 40, against the photograph", bar=20, aim=23),
