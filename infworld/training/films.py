@@ -185,15 +185,11 @@ def next_chunk(
     script: (B, 2, T) move and view of every frame of the film, nothing is done past its end. wrong_memory: every world
     gets the compressed memory of its neighbour in the batch and its own last latent.
     """
-    model, history = bench.model.transformer, film.history.to(bench.model.transformer.dtype)
-    compressed = model.latent_encoder.compress(history)
-    if wrong_memory:
-        compressed = compressed.roll(1, dims=0)
-    memories = [torch.cat([compressed, history[:, :, -1:]], dim=2)]
-    if bench.model.config.val_scheduler_cfg.memory_guidance and history.shape[2] > 1:
-        memories.append(history[:, :, -1:])
-    streams = [model.encode_memory(memory, bench.context) for memory in memories]
-    latents = _sample(bench, film, script, bench.chunk, *streams)
+    stream, forgetful = LiveMemory(wrong_memory).update(bench, film), None
+    if bench.model.config.val_scheduler_cfg.memory_guidance and film.history.shape[2] > 1:
+        model = bench.model.transformer
+        forgetful = model.encode_memory(film.history[:, :, -1:].to(model.dtype), bench.context)
+    latents = _sample(bench, film, script, bench.chunk, stream, forgetful)
     kept = latents.shape[2] if frames is None else 1 + frames // FRAMES_PER_LATENT
     return bench.model.vae.decode(latents[:, :, :kept])
 
