@@ -69,7 +69,7 @@ def sample_steps(
         if step == 0:
             guess = noise - here * timesteps[0] / MAX_TIMESTEP
         if forgetful is not None and timesteps[step] >= GUIDED_DOWN_TO:
-            here = here + guidance * (here - forgetful(z, fed[step]))
+            here = guide(here, forgetful(z, fed[step]), 1 + guidance)
         mean = here  # the estimated mean velocity over the step
         length = timesteps[step] - timesteps[step + 1]
         if order == 2 and last is not None:
